@@ -1,0 +1,33 @@
+# make run    every notebook, in order, on the synthetic phantom world; fills figures/
+# make test   the tests, all notebooks at smoke size among them
+# On Linux without a GPU, add TORCH_INDEX=https://download.pytorch.org/whl/cpu to get torch's small CPU build.
+
+PYTHON ?= python3
+PROFILE ?= phantom
+TORCH_INDEX ?=
+BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: run test lab results base-models
+
+run: .venv/installed
+	$(BIN)/python -m mmedpo_utils.tutorial --profile $(PROFILE)
+
+test: .venv/installed
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+lab: .venv/installed
+	$(BIN)/jupyter lab notebooks/00_start_here.ipynb
+
+results: .venv/installed
+	$(BIN)/python -m mmedpo_utils.reference
+
+base-models: .venv/installed
+	$(BIN)/python -m mmedpo_utils.phantom.build_medklip
+	$(BIN)/python -m mmedpo_utils.phantom.build_lvlm
+
+.venv/installed: pyproject.toml constraints.txt
+	test -d .venv || $(PYTHON) -m venv .venv
+	$(INSTALL) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	$(INSTALL) --editable '.[gpu,notebooks,test]'
+	touch $@
