@@ -1,0 +1,85 @@
+"""The data set that a profile names: the phantom world, drawn on demand, or a folder in the released layout."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from .errors import InputError
+from .files import write_json
+from .manifests import open_image, read_questions, resolve_image
+from .phantom.texts import SPLITS, read_masks, write_dataset
+from .profiles import Profile
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Where a data set lies, and its questions.
+
+    Attributes:
+        questions: rows in LLaVA-Med's question format per split; a folder has only "test".
+        masks_root: one packed lesion mask per film; None where no masks are known.
+        released_pairs: a released MMedPO preference file; None where the kit makes its own text pairs.
+    """
+
+    image_root: Path
+    questions: dict[str, list[dict[str, Any]]]
+    masks_root: Path | None
+    released_pairs: Path | None
+
+    def image(self, name: str) -> Image.Image:
+        """Open one image, upright."""
+        return open_image(resolve_image(self.image_root, name))
+
+    def masks(self, name: str) -> dict[str, Any]:
+        """The lesion masks of one image, bool [H, W] per finding; empty where none are known."""
+        if self.masks_root is None:
+            return {}
+        return read_masks(resolve_image(self.masks_root, name))
+
+    def lesion_mask(self, name: str) -> np.ndarray | None:
+        """The union of one image's masks, bool [H, W]; None where no lesion is known."""
+        masks = self.masks(name)
+        return np.any(list(masks.values()), axis=0) if masks else None
+
+    def image_names(self, split: str) -> list[str]:
+        """The images that a split's questions ask about, each once, in order."""
+        return list(dict.fromkeys(row["image"] for row in self.questions[split]))
+
+
+def prepare_dataset(profile: Profile) -> Dataset:
+    """Return the profile's data set. Films of the phantom world are drawn once, then read back.
+
+    Raises:
+        InputError: the folder of a real data set is not there.
+    """
+    if profile.data.source == "phantom":
+        return _phantom(profile)
+    root = Path(profile.data.root)
+    if not (root / "test_questions.jsonl").is_file():
+        raise InputError(f"{root}: no test_questions.jsonl; set data.root in the profile, or the environment variable "
+                         "MMEDPO_DATA_ROOT, to the folder that holds images/, train_preferences.json and "
+                         "test_questions.jsonl")
+    questions = {"test": read_questions(root / "test_questions.jsonl", root / "images")}
+    return Dataset(root / "images", questions, None, root / "train_preferences.json")
+
+
+def _phantom(profile: Profile) -> Dataset:
+    folder = profile.output / "data"
+    sizes = {split: getattr(profile.data, f"{split}_patients") for split in SPLITS}
+    recipe = {"seed": profile.seed, "patients": sizes}
+    stamp = folder / "recipe.json"
+    if stamp.is_file() and json.loads(stamp.read_text()) == recipe:
+        print(f"{sum(sizes.values())} phantom films are there already: reading them")
+    else:
+        stamp.unlink(missing_ok=True)
+        print(f"drawing {sum(sizes.values())} phantom films")
+        write_dataset(folder, sizes, profile.seed)
+        write_json(stamp, recipe)
+    questions = {split: read_questions(folder / f"{split}_questions.jsonl") for split in SPLITS}
+    return Dataset(folder / "images", questions, folder / "masks", None)

@@ -1,0 +1,235 @@
+"""One model over a test split: predictions, attention inside the lesion, and models side by side.
+
+`predict` writes JSON lines that anyone can read, score or replace; every score comes from such a file (metrics.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from .errors import InputError
+from .files import atomic_write, write_json_lines
+from .lvlm import MedLVLM, generate, image_attention
+from .manifests import open_image, question_text, resolve_image, row_sha
+from .metrics import bootstrap_interval, paired_difference, patient_of, row_statistics
+from .phantom.texts import read_masks
+
+COMPARED = ("closed_accuracy", "open_recall", "bleu", "rouge_l")
+ROW_KEYS = ("question_id", "image", "patient_id", "finding", "question_type", "answer_type")
+
+
+def model_digest(lvlm: MedLVLM) -> str:
+    """SHA-256 over up to 1,024 evenly spaced values of every tensor of the model, with its name and shape."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(lvlm.model.state_dict().items()):
+        values = tensor.detach().flatten()[:: max(1, tensor.numel() // 1024)].float().cpu().numpy()
+        digest.update(f"{name} {tuple(tensor.shape)}".encode() + values.tobytes())
+    return digest.hexdigest()
+
+
+def shuffled_images(questions: Sequence[dict[str, Any]], seed: int) -> list[str]:
+    """For each question the image of another patient; two questions about one image share their new image.
+
+    The patients stand in a random circle and each takes the next one's image, so that nobody keeps his own.
+
+    Raises:
+        InputError: there are fewer than two patients.
+    """
+    images: dict[str, list[str]] = {}
+    for row in questions:
+        names = images.setdefault(patient_of(row), [])
+        if row["image"] not in names:
+            names.append(row["image"])
+    if len(images) < 2:
+        raise InputError("questions: shuffling the images needs two patients or more; give a split with more patients")
+    circle = np.random.default_rng(seed).permutation(sorted(images)).tolist()
+    following = dict(zip(circle, circle[1:] + circle[:1]))
+    shown = {}
+    for patient, names in images.items():
+        others = images[following[patient]]
+        shown.update({(patient, name): others[i % len(others)] for i, name in enumerate(names)})
+    return [shown[patient_of(row), row["image"]] for row in questions]
+
+
+def _input_digest(lvlm: MedLVLM, questions: Sequence[dict], images: Sequence[Path], max_new_tokens: int) -> str:
+    digest = hashlib.sha256(f"{model_digest(lvlm)} {max_new_tokens}".encode())
+    digest.update(f"{row_sha(questions)} {[path.name for path in images]}".encode())
+    for path in sorted(set(images)):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _parts(items: Sequence, batch_size: int) -> list[Sequence]:
+    """Sixteen batches at a time: neighbours share an image, which is encoded once, and memory stays bounded."""
+    return [items[i:i + 16 * batch_size] for i in range(0, len(items), 16 * batch_size)]
+
+
+def _known(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: row[key] for key in ROW_KEYS if key in row}
+
+
+def read_predictions(path: str | Path) -> list[dict[str, Any]]:
+    """Rows of a predictions file.
+
+    Raises:
+        InputError: a line is not a JSON object with the keys of a prediction.
+    """
+    rows = []
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+            missing = [key for key in ("question_id", "image", "answer_type", "answer", "prediction") if key not in row]
+        except (ValueError, TypeError) as error:
+            raise InputError(f"{path}, line {number}: not a JSON object ({error}); predict again") from error
+        if missing:
+            raise InputError(f"{path}, line {number}: a prediction needs {', '.join(missing)}; predict again")
+        rows.append(row)
+    return rows
+
+
+def _answers(lvlm: MedLVLM, questions: Sequence[dict], images: Sequence[Path], batch_size: int,
+             max_new_tokens: int) -> dict[int, str]:
+    answers: dict[int, str] = {}
+    for kind in sorted({row["answer_type"] for row in questions}):
+        places = [i for i, row in enumerate(questions) if row["answer_type"] == kind]
+        tokens = max_new_tokens if kind == "REPORT" else min(max_new_tokens, max(16, max_new_tokens // 4))
+        for part in _parts(places, batch_size):
+            texts = generate(lvlm, [open_image(images[i]) for i in part], [question_text(questions[i]) for i in part],
+                             max_new_tokens=tokens, batch_size=batch_size)
+            answers.update({i: text[0] for i, text in zip(part, texts)})
+    return answers
+
+
+def predict(lvlm: MedLVLM, questions: Sequence[dict[str, Any]], image_root: str | Path, path: str | Path,
+            batch_size: int, max_new_tokens: int, shuffle_images: int | None = None) -> list[dict[str, Any]]:
+    """Answer every question greedily and write the predictions, or read them where they stand already.
+
+    Questions of one answer type share a batch, because the longest answer sets a batch's time. Closed and open answers
+    get a quarter of ``max_new_tokens`` (16 at least); reports get all of it.
+
+    Args:
+        questions: Rows of `manifests.read_questions`.
+        path: The predictions file (JSON lines). A digest of model, questions and images lies beside it (`.sha256`);
+            where it still holds, the file is read instead of computed.
+        shuffle_images: None, or the seed by which each question is asked about another patient's image (key
+            ``shown_image``). A gain that survives this comes from the text.
+
+    Returns:
+        One row per question, in the order of ``questions``.
+    """
+    path, shown = Path(path), [row["image"] for row in questions]
+    if shuffle_images is not None:
+        shown = shuffled_images(questions, shuffle_images)
+    images = [resolve_image(image_root, name) for name in shown]
+    digest, key_file = _input_digest(lvlm, questions, images, max_new_tokens), path.with_suffix(".sha256")
+    if path.is_file() and key_file.is_file() and key_file.read_text().strip() == digest:
+        print(f"{path.name}: read, {len(questions)} predictions of the same model, questions and images")
+        return read_predictions(path)
+    answers = _answers(lvlm, questions, images, batch_size, max_new_tokens)
+    rows = [{**_known(row), "question": question_text(row),
+             "answer": row["gpt4_answer"], "prediction": answers[i],
+             **({} if shuffle_images is None else {"shown_image": shown[i]})} for i, row in enumerate(questions)]
+    key_file.unlink(missing_ok=True)
+    write_json_lines(path, rows)
+    with atomic_write(key_file) as temporary:
+        temporary.write_text(digest + "\n")
+    print(f"{path.name}: computed, {len(rows)} predictions")
+    return rows
+
+
+def attention_share(attention: np.ndarray, lesion_mask: np.ndarray) -> float:
+    """Share (0 to 1) of an attention map inside a mask; a cell counts by the part of its area that the mask covers.
+
+    Args:
+        attention: Non-negative, any scale. Shape: [grid, grid].
+        lesion_mask: Bool or 0 to 1. Shape: [H, W].
+    """
+    cover = Image.fromarray(np.asarray(lesion_mask, np.float32)).resize(attention.shape[::-1], Image.Resampling.BOX)
+    return float((attention * np.asarray(cover)).sum() / attention.sum())
+
+
+def lesion_attention(lvlm: MedLVLM, questions: Sequence[dict[str, Any]], image_root: str | Path,
+                     mask_root: str | Path | None, batch_size: int) -> list[dict[str, Any]]:
+    """How much of the answer's attention to the image falls inside the lesion that the question asks about.
+
+    Only questions whose ``finding`` has a mask in ``mask_root`` (`<film stem>.png`) count; none where it is None.
+
+    Returns:
+        Rows with the question's keys, ``share`` (0 to 1) and ``chance``, the mask's share of the image's area.
+    """
+    asked = []
+    for row in questions if mask_root is not None else []:
+        path = Path(mask_root) / f"{Path(row['image']).stem}.png"
+        mask = read_masks(path).get(row.get("finding")) if row.get("finding") and path.is_file() else None
+        if mask is not None:
+            asked.append((row, mask))
+    rows = []
+    for part in _parts(asked, batch_size):
+        images = [open_image(resolve_image(image_root, row["image"])) for row, _ in part]
+        maps = image_attention(lvlm, images, [question_text(row) for row, _ in part], batch_size)
+        rows += [{**_known(row), "share": attention_share(np.asarray(attention), mask), "chance": float(mask.mean())}
+                 for attention, (row, mask) in zip(maps, part)]
+    return rows
+
+
+def _joined(files: Sequence[Sequence[dict[str, Any]]], metric: str) -> tuple[np.ndarray, Any, list[dict], list[int]]:
+    """Statistics of all seeds' rows, the function from sums to score, the rows, and each row's seed."""
+    statistics, functions, used = zip(*(row_statistics(rows, metric) for rows in files))
+    seeds = [seed for seed, rows in enumerate(used) for _ in rows]
+    return np.concatenate(statistics), functions[0], [row for rows in used for row in rows], seeds
+
+
+def compare(models: dict[str, Sequence[Sequence[dict[str, Any]]]], samples: int,
+            metrics: Sequence[str] = COMPARED) -> dict[str, dict[str, dict[str, float]]]:
+    """Scores of several models with 95% intervals over patients and seeds.
+
+    Args:
+        models: For each name, one table of rows per training seed (`predict`'s, or `lesion_attention`'s with
+            ``metrics=["attention_in_lesion"]``).
+        samples: Bootstrap draws.
+
+    Returns:
+        ``{name: {metric: {"mean", "low", "high", "seeds"}}}`` in percent; a metric without rows is left out.
+    """
+    table: dict[str, dict[str, dict[str, float]]] = {}
+    for name, files in models.items():
+        table[name] = {}
+        for metric in metrics:
+            statistics, statistic, used, seeds = _joined(files, metric)
+            if used:
+                mean, low, high = bootstrap_interval(statistics, [patient_of(row) for row in used], seeds, samples,
+                                                     statistic=statistic)
+                table[name][metric] = {"mean": mean, "low": low, "high": high, "seeds": len(files)}
+    return table
+
+
+def compare_pair(first: Sequence[Sequence[dict[str, Any]]], second: Sequence[Sequence[dict[str, Any]]], samples: int,
+                 metrics: Sequence[str] = COMPARED) -> dict[str, dict[str, float]]:
+    """Score of ``first`` minus score of ``second``, question by question, with 95% intervals (see `compare`).
+
+    A model with one table (one that is not trained) meets every seed of the other.
+
+    Raises:
+        InputError: the two do not answer the same questions, or their numbers of seeds differ.
+    """
+    seeds = max(len(first), len(second))
+    sides = [list(side) * seeds if len(side) == 1 else list(side) for side in (first, second)]
+    ids = [[[str(row["question_id"]) for row in rows] for rows in side] for side in sides]
+    if ids[0] != ids[1]:
+        raise InputError("compare_pair: the two models need the same questions in the same order, and as many seeds; "
+                         "predict both on one split")
+    table = {}
+    for metric in metrics:
+        one, statistic, used, seed = _joined(sides[0], metric)
+        if used:
+            mean, low, high = paired_difference(one, _joined(sides[1], metric)[0], [patient_of(row) for row in used],
+                                                seed, samples, statistic=statistic)
+            table[metric] = {"mean": mean, "low": low, "high": high, "seeds": seeds}
+    return table

@@ -1,0 +1,270 @@
+"""The Med-LVLM: load it, write its prompt, generate answers in batches, read its attention to the image.
+
+Any `LlavaForConditionalGeneration` folder in the Hugging Face layout works (arXiv 2412.06141, Section 5.1 builds on
+LLaVA-Med 1.5: CLIP vision tower, two-layer projector, Mistral). "phantom" is the small one shipped with the package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration
+from transformers.utils import logging as transformers_logging
+
+from .errors import InputError
+
+PHANTOM_WEIGHTS = Path(__file__).parent / "phantom" / "weights" / "lvlm"
+QUANTIZATIONS = ("none", "nf4")
+
+
+@dataclass(frozen=True)
+class MedLVLM:
+    """A loaded Med-LVLM.
+
+    Attributes:
+        model: `LlavaForConditionalGeneration`, or the `PeftModel` around it where an adapter was loaded; in eval mode.
+        processor: its `LlavaProcessor`: image processor, tokenizer and chat template.
+        device: where the model is.
+    """
+
+    model: Any
+    processor: Any
+    device: torch.device
+
+    @property
+    def llava(self) -> LlavaForConditionalGeneration:
+        """The LLaVA model itself; an adapter's layers stay in force inside it."""
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+
+
+def choose_device(device: str) -> torch.device:
+    """Turn "auto", "cpu" or "cuda" into a device; "auto" takes the GPU where there is one.
+
+    Raises:
+        InputError: "cuda" on a machine without a usable GPU, or another word.
+    """
+    if device not in ("auto", "cpu", "cuda"):
+        raise InputError(f"lvlm.device: {device!r} is not known; expected auto, cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("lvlm.device: cuda was asked for, but torch sees no GPU here; set lvlm.device to auto or cpu")
+    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def load_lvlm(name_or_path: str | Path, device: str = "auto", adapter: str | Path | None = None,
+              quantization: str = "none") -> MedLVLM:
+    """Load a Med-LVLM for inference or as the start of training.
+
+    Args:
+        name_or_path: "phantom", a folder in the Hugging Face LLaVA layout, or a model's name on the Hub.
+        device: auto | cpu | cuda. The CPU runs in float32, a GPU in bfloat16.
+        adapter: a PEFT adapter folder to put on top.
+        quantization: none | nf4 (4 bits through bitsandbytes, needs a GPU).
+
+    Raises:
+        InputError: no such folder, another architecture, no GPU where one is asked for, an adapter that does not fit.
+    """
+    target = choose_device(device)
+    if quantization not in QUANTIZATIONS:
+        raise InputError(f"lvlm.quantization: {quantization!r} is not known; expected one of {QUANTIZATIONS}")
+    if quantization == "nf4" and target.type != "cuda":
+        raise InputError("lvlm.quantization: nf4 needs a GPU and there is none in use; set lvlm.quantization to none")
+    source = PHANTOM_WEIGHTS if str(name_or_path) == "phantom" else name_or_path
+    _check_architecture(source)
+    precision = torch.float32 if target.type == "cpu" else torch.bfloat16
+    with _quiet_loading():
+        try:
+            model, info = LlavaForConditionalGeneration.from_pretrained(
+                source, dtype=precision, device_map={"": target} if quantization == "nf4" else None,
+                quantization_config=_nf4() if quantization == "nf4" else None, output_loading_info=True)
+            processor = AutoProcessor.from_pretrained(source)
+        except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+            raise InputError(f"{source}: cannot be loaded as a LLaVA model ({_first_line(error)}); the folder needs "
+                             "config.json, model.safetensors and the processor's files") from error
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise InputError(f"{source}: {len(missing)} weights are missing, e.g. {missing[0]}; the checkpoint is "
+                         "incomplete or of another architecture")
+    processor.tokenizer.padding_side = "left"
+    if quantization == "none":
+        model = model.to(target)
+    if adapter is not None:
+        model = _with_adapter(model, adapter)
+    return MedLVLM(model.eval(), processor, target)
+
+
+def _check_architecture(source: str | Path) -> None:
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{source}: no readable model configuration ({_first_line(error)}); expected \"phantom\", a "
+                         "folder with a LLaVA config.json, or a model's name on the Hub") from error
+    if config.model_type != "llava":
+        raise InputError(f"{source}: config.json says model_type {config.model_type!r}; expected 'llava' "
+                         "(LlavaForConditionalGeneration)")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def _nf4() -> Any:
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+
+
+def _with_adapter(model: LlavaForConditionalGeneration, adapter: str | Path) -> Any:
+    from peft import PeftModel
+
+    file = Path(adapter) / "adapter_config.json"
+    if not file.is_file():
+        raise InputError(f"{file}: no such file; expected a PEFT adapter folder, as a training run writes it")
+    try:
+        return PeftModel.from_pretrained(model, str(adapter))
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise InputError(f"{adapter}: the adapter does not fit this model ({_first_line(error)}); load the model that "
+                         "it was trained on") from error
+
+
+@contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """Turn off the library's progress bars and reports while a model loads."""
+    level = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def prompt(processor: Any, question: str) -> str:
+    """The model's prompt for one question about one image, through the processor's chat template.
+
+    ``question`` is plain text; an ``<image>`` mark in it is dropped, since the template sets its own.
+    """
+    text = question.replace(processor.image_token, "").strip()
+    content = [{"type": "image"}, {"type": "text", "text": text}]
+    return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+
+
+def _image_features(lvlm: MedLVLM, images: Sequence[Image.Image], batch_size: int) -> tuple[torch.Tensor, list[int]]:
+    """Project each distinct image once.
+
+    Returns:
+        features: Shape: [distinct images, image tokens, hidden size].
+        index: the row of ``features`` that belongs to each image.
+    """
+    rows: dict[tuple, int] = {}
+    index = [rows.setdefault((image.mode, image.size, image.tobytes()), len(rows)) for image in images]
+    distinct = [images[index.index(row)] for row in range(len(rows))]
+    features = []
+    for start in range(0, len(distinct), batch_size):
+        batch = [image.convert("RGB") for image in distinct[start:start + batch_size]]
+        pixels = lvlm.processor.image_processor(batch, return_tensors="pt")["pixel_values"]
+        output = lvlm.llava.get_image_features(pixels.to(lvlm.device, lvlm.llava.dtype), return_dict=True)
+        features.append(torch.stack(list(output.pooler_output)))
+    return torch.cat(features), index
+
+
+def _embed(lvlm: MedLVLM, texts: Sequence[str], features: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Left-padded input embeddings of prompts with their image features in place.
+
+    Args:
+        features: Shape: [B, image tokens, hidden size].
+
+    Returns:
+        ``inputs_embeds`` [B, T, hidden size], ``attention_mask`` [B, T], and ``image_mask`` [B, T], true at image tokens.
+    """
+    token = lvlm.processor.image_token
+    expanded = [text.replace(token, token * features.shape[1]) for text in texts]
+    inputs = lvlm.processor.tokenizer(expanded, padding=True, padding_side="left", add_special_tokens=False,
+                                      return_tensors="pt").to(lvlm.device)
+    embeddings = lvlm.llava.get_input_embeddings()(inputs["input_ids"])
+    image_mask = inputs["input_ids"] == lvlm.llava.config.image_token_id
+    embeddings = embeddings.masked_scatter(image_mask[..., None], features.to(embeddings.dtype))
+    return {"inputs_embeds": embeddings, "attention_mask": inputs["attention_mask"], "image_mask": image_mask}
+
+
+@torch.inference_mode()
+def generate(lvlm: MedLVLM, images: Sequence[Image.Image], questions: Sequence[str], max_new_tokens: int,
+             batch_size: int, temperature: float = 0.0, samples: int = 1, seed: int = 0) -> list[list[str]]:
+    """Answer each question about its image.
+
+    Args:
+        images: one per question; an image that comes again is encoded once.
+        questions: plain text, one per image.
+        max_new_tokens: the longest answer, in tokens.
+        batch_size: questions per forward pass. Greedy answers do not depend on it; sampled ones do.
+        temperature: 0 decodes greedily, above 0 samples.
+        samples: answers per question; more than one needs a temperature above 0.
+        seed: of the sampling; torch's own random state is left as it was.
+
+    Returns:
+        ``samples`` answers per question.
+
+    Raises:
+        InputError: unequal numbers of images and questions, or several samples at temperature 0.
+    """
+    if len(images) != len(questions):
+        raise InputError(f"generate: {len(images)} images for {len(questions)} questions; expected one image each")
+    if samples > 1 and temperature <= 0:
+        raise InputError(f"generate: {samples} samples at temperature {temperature} would be the same; set it above 0")
+    if not questions:
+        return []
+    features, index = _image_features(lvlm, images, batch_size)
+    texts = [prompt(lvlm.processor, question) for question in questions]
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {"do_sample": False}
+    answers: list[list[str]] = []
+    devices = [lvlm.device] if lvlm.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        for start in range(0, len(texts), batch_size):
+            rows = index[start:start + batch_size]
+            inputs = _embed(lvlm, texts[start:start + batch_size], features[rows])
+            tokens = lvlm.llava.generate(
+                inputs_embeds=inputs["inputs_embeds"], attention_mask=inputs["attention_mask"],
+                max_new_tokens=max_new_tokens, num_return_sequences=samples, **sampling)
+            decoded = [text.strip() for text in lvlm.processor.batch_decode(tokens, skip_special_tokens=True)]
+            answers += [decoded[row * samples:(row + 1) * samples] for row in range(len(rows))]
+    return answers
+
+
+@torch.inference_mode()
+def image_attention(lvlm: MedLVLM, images: Sequence[Image.Image], questions: Sequence[str],
+                    batch_size: int) -> torch.Tensor:
+    """Where the model looks when it begins to answer: attention of the prompt's last token to the image tokens.
+
+    It is the mean over the language model's layers and heads, divided by its sum over the image tokens. Attention
+    says where information could come from; it is not an explanation of the answer.
+
+    Returns:
+        float32 on the CPU, each map sums to 1. Shape: [N, grid, grid].
+    """
+    features, index = _image_features(lvlm, images, batch_size)
+    texts = [prompt(lvlm.processor, question) for question in questions]
+    language_model, maps = lvlm.llava.model.language_model, []
+    usual = language_model.config._attn_implementation
+    language_model.set_attn_implementation("eager")
+    try:
+        for start in range(0, len(texts), batch_size):
+            inputs = _embed(lvlm, texts[start:start + batch_size], features[index[start:start + batch_size]])
+            output = language_model(inputs_embeds=inputs["inputs_embeds"], attention_mask=inputs["attention_mask"],
+                                    output_attentions=True, use_cache=False)
+            last = torch.stack([layer[:, :, -1].float().mean(1) for layer in output.attentions]).mean(0)
+            maps.append(last[inputs["image_mask"]].view(len(last), -1).cpu())
+    finally:
+        language_model.set_attn_implementation(usual)
+    flat = torch.cat(maps)
+    grid = int(flat.shape[1] ** 0.5)
+    return (flat / flat.sum(1, keepdim=True)).view(-1, grid, grid)

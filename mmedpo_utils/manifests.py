@@ -1,0 +1,292 @@
+"""Questions and preference pairs on disk (the released MMedPO formats): schema, read, check, audit, write."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path, PurePath
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from .errors import InputError
+from .files import write_json
+
+IMAGE_MARK = "<image>"
+ANSWER_TYPES = ("CLOSED", "OPEN", "REPORT")
+OPTIONAL_KEYS = ("patient_id", "finding", "question_type")
+Row = dict[str, Any]
+
+
+def read_manifest(
+    path: str | os.PathLike, image_root: str | os.PathLike | None = None, rejected_root: str | os.PathLike | None = None
+) -> list[Row]:
+    """Read preference pairs in the released MMedPO format and check every row.
+
+    Args:
+        path: JSON list of rows with ``id``, ``image``, ``conversations``, ``rejected_conversations``,
+            ``weighted_score`` (raw relevance in [0, 1]) and optionally ``rejected_image``.
+        image_root: folder of the images; given, every ``image`` is opened and verified.
+        rejected_root: folder of the rejected images; given, every ``rejected_image`` is opened and verified.
+
+    Warns (and keeps the rows) where chosen and rejected are identical.
+
+    Raises:
+        InputError: names the file, the row, its id and the field, and says what was expected.
+    """
+    rows = _load_json(Path(path))
+    if not isinstance(rows, list) or not rows:
+        raise InputError(f"{path}: expected a non-empty list of preference pairs, found "
+                         f"{'an empty list' if rows == [] else type(rows).__name__}")
+    verified: set[Path] = set()
+    for number, row in enumerate(rows):
+        where = _where(path, number, row, "id")
+        _check_pair(row, where)
+        for root, key in ((image_root, "image"), (rejected_root, "rejected_image")):
+            if root is not None and row.get(key) is not None:
+                _verify_image(root, row[key], f"{where}: `{key}`", verified)
+    same = [row["id"] for row in rows if is_identical(row, image_root, rejected_root)]
+    if same:
+        warnings.warn(f"{path}: {len(same)} of {len(rows)} rows have identical chosen and rejected sides and teach "
+                      f"nothing (ids {', '.join(map(repr, same[:5]))}{', ...' if len(same) > 5 else ''})", stacklevel=2)
+    return rows
+
+
+def write_manifest(path: str | os.PathLike, rows: Sequence[Row]) -> None:
+    """Check ``rows`` and write them as JSON, atomically. Raises InputError: a wrong row, no place to write."""
+    if not rows:
+        raise InputError(f"{path}: no preference pairs to write")
+    for number, row in enumerate(rows):
+        _check_pair(row, _where(path, number, row, "id"))
+    write_json(path, list(rows))
+
+
+def read_questions(path: str | os.PathLike, image_root: str | os.PathLike | None = None) -> list[Row]:
+    """Read questions (JSON lines: question_id, image, text, gpt4_answer, answer_type) and check every line.
+
+    Raises:
+        InputError: names the file, the line, the question and the field.
+    """
+    rows, verified = [], set()
+    for number, line in enumerate(_read_text(Path(path)).split("\n")):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path}: row {number}: is not JSON ({error}); expected one question per line") from error
+        where = _where(path, number, row, "question_id")
+        _check_question(row, where)
+        if image_root is not None:
+            _verify_image(image_root, row["image"], f"{where}: `image`", verified)
+        rows.append(row)
+    if not rows:
+        raise InputError(f"{path}: holds no question; expected one JSON object per line")
+    return rows
+
+
+def audit_manifest(rows: Sequence[Row]) -> Row:
+    """Count rows by source and origin, images, zero weights, identical pairs, ids doubled within a source."""
+    scores = [float(row["weighted_score"]) for row in rows]
+    return {
+        "rows": len(rows),
+        "sources": dict(Counter(row_source(row) for row in rows)),
+        "origins": dict(Counter(row.get("origin", "unknown") for row in rows if row_source(row) == "text")),
+        "images": len({row["image"] for row in rows}),
+        "zero_weights": sum(score == 0 for score in scores),
+        "identical_pairs": sum(is_identical(row) for row in rows),
+        "duplicate_ids": len(rows) - len({(row_source(row), str(row["id"])) for row in rows}),
+        "score_mean": float(np.mean(scores)),
+        "score_range": [min(scores), max(scores)],
+    }
+
+
+def is_identical(
+    row: Row, image_root: str | os.PathLike | None = None, rejected_root: str | os.PathLike | None = None
+) -> bool:
+    """Whether both sides of a pair say the same text about the same image."""
+    if answer_text(row) != answer_text(row, rejected=True):
+        return False
+    if row.get("rejected_image") is None:
+        return True
+    if image_root is None or rejected_root is None:
+        return False
+    return (Path(image_root) / row["image"]).resolve() == (Path(rejected_root) / row["rejected_image"]).resolve()
+
+
+def row_source(row: Row) -> str:
+    """``visual`` for a pair with a rejected image of its own, else ``text``."""
+    return "text" if row.get("rejected_image") is None else "visual"
+
+
+def question_text(item: Row | str) -> str:
+    """The question of a preference row, a question or a text, without the image mark."""
+    if isinstance(item, dict):
+        item = item["conversations"][0]["value"] if "conversations" in item else item["text"]
+    return item.replace(IMAGE_MARK, "").strip()
+
+
+def answer_text(row: Row, rejected: bool = False) -> str:
+    """The preferred (or rejected) answer of a preference row, stripped."""
+    return row["rejected_conversations" if rejected else "conversations"][-1]["value"].strip()
+
+
+def pair_row(question: Row, rejected: str, score: float, **optional: Any) -> Row:
+    """A preference row from a question, the rejected answer, the raw score in [0, 1] and optional keys."""
+
+    def turns(answer: str) -> list[dict[str, str]]:
+        prompt = f"{IMAGE_MARK}\n{question_text(question)}"
+        return [{"from": "human", "value": prompt}, {"from": "gpt", "value": answer}]
+
+    carried = {key: question[key] for key in OPTIONAL_KEYS if key in question}
+    return {"id": question["question_id"], "image": question["image"], "rejected_image": None,
+            "conversations": turns(question["gpt4_answer"]), "rejected_conversations": turns(rejected),
+            "weighted_score": float(score), **carried, **optional}
+
+
+def rows_to_questions(rows: Sequence[Row]) -> list[Row]:
+    """The questions behind preference rows, in the format of ``read_questions``; yes/no answers count as closed."""
+    questions = []
+    for row in rows:
+        answer = answer_text(row)
+        closed = answer.lower().strip(".") in ("yes", "no")
+        carried = {key: row[key] for key in OPTIONAL_KEYS if key in row}
+        questions.append({"question_id": row["id"], "image": row["image"], "gpt4_answer": answer,
+                          "text": f"{question_text(row)}\n{IMAGE_MARK}",
+                          "answer_type": "CLOSED" if closed else "OPEN", **carried})
+    return questions
+
+
+def row_sha(rows: Sequence[Row]) -> str:
+    """SHA-256 (hexadecimal) of rows, whatever the order of their keys."""
+    return hashlib.sha256(json.dumps(list(rows), sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def resolve_image(root: str | os.PathLike, name: str) -> Path:
+    """The file ``name`` inside ``root``. Raises InputError: missing, or outside root (.., an absolute path, a link)."""
+    root = Path(root).resolve()
+    try:
+        path = (root / name).resolve()
+        inside = not PurePath(name).is_absolute() and path.is_relative_to(root)
+        found = inside and path.is_file()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise InputError(f"image {name!r}: is not a usable file name ({error})") from error
+    if not inside:
+        raise InputError(f"image {name!r}: lies outside the image folder {root}; give a path relative to that folder")
+    if not found:
+        raise InputError(f"image {name!r}: is missing in {root}; put the file there, or correct the name")
+    return path
+
+
+def open_image(path: str | os.PathLike) -> Image.Image:
+    """Open an image upright, as mode L (grey) or RGB, 8 bits.
+
+    Deep grey images (16 or 32 bits) are scaled from their own minimum and maximum; alpha is laid over black.
+
+    Raises:
+        InputError: missing, truncated, or not an image.
+    """
+    try:
+        with Image.open(path) as opened:
+            opened.load()
+            image = ImageOps.exif_transpose(opened)
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        raise InputError(f"{path}: cannot be opened as an image ({error}); the file is missing, truncated or not an "
+                         "image: fetch it again, or remove its row") from error
+    if image.mode[0] in "IF":
+        values = np.asarray(image, dtype=np.float64)
+        low, high = values.min(), values.max()
+        return Image.fromarray(np.round((values - low) / max(high - low, 1e-12) * 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "black"), image).convert("RGB")
+    return image.convert("L" if image.mode in ("1", "L") else "RGB")
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as UTF-8 text ({error})") from error
+
+
+def _load_json(path: Path) -> Any:
+    try:
+        return json.loads(_read_text(path))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise InputError(f"{path}: is not JSON ({error}); expected a list of preference pairs") from error
+
+
+def _where(path: str | os.PathLike, number: int, row: Any, key: str) -> str:
+    """File, row number from 0, and id: the start of every message about a row."""
+    return f"{path}: row {number} ({key} {row.get(key)!r})" if isinstance(row, dict) else f"{path}: row {number}"
+
+
+def _verify_image(root: str | os.PathLike, name: str, where: str, verified: set[Path]) -> None:
+    try:
+        path = resolve_image(root, name)
+        if path not in verified:
+            open_image(path)
+            verified.add(path)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
+
+
+def _check_fields(row: Any, where: str, keys: Sequence[str]) -> None:
+    """``row`` is an object with all ``keys``; the first one, the id, is a text or a whole number."""
+    if not isinstance(row, dict):
+        raise InputError(f"{where}: expected an object with {', '.join(keys)}, found {type(row).__name__}")
+    for key in keys:
+        if row.get(key) is None:
+            raise InputError(f"{where}: `{key}` is missing; every row needs {', '.join(keys)}")
+    if not isinstance(row[keys[0]], str | int) or isinstance(row[keys[0]], bool):
+        raise InputError(f"{where}: `{keys[0]}`: expected a text or a whole number")
+
+
+def _check_text(value: Any, where: str) -> None:
+    if not isinstance(value, str) or not value.strip():
+        raise InputError(f"{where}: expected a non-empty text, found {value!r}")
+
+
+def _check_pair(row: Any, where: str) -> None:
+    _check_fields(row, where, ("id", "image", "conversations", "rejected_conversations", "weighted_score"))
+    _check_text(row["image"], f"{where}: `image`")
+    if row.get("rejected_image") is not None:
+        _check_text(row["rejected_image"], f"{where}: `rejected_image`")
+    for key in ("conversations", "rejected_conversations"):
+        _check_conversation(row[key], f"{where}: `{key}`")
+    if question_text(row) != question_text(row["rejected_conversations"][0]["value"]):
+        raise InputError(f"{where}: `rejected_conversations`: asks another question than `conversations`")
+    score = row["weighted_score"]
+    if type(score) not in (int, float) or not math.isfinite(score) or not 0 <= score <= 1:
+        raise InputError(f"{where}: `weighted_score`: expected a number from 0 to 1, found {score!r}")
+
+
+def _check_conversation(turns: Any, where: str) -> None:
+    if not isinstance(turns, list) or not turns or len(turns) % 2:
+        raise InputError(f"{where}: expected an even number of turns, human then gpt, found "
+                         f"{len(turns) if isinstance(turns, list) else type(turns).__name__}")
+    for number, turn in enumerate(turns):
+        speaker = ("human", "gpt")[number % 2]
+        if not isinstance(turn, dict) or turn.get("from") != speaker or not isinstance(turn.get("value"), str):
+            raise InputError(f"{where}: turn {number}: expected {{from: {speaker}, value: text}}, found {turn!r:.80}")
+    marks = [turn["value"].count(IMAGE_MARK) for turn in turns]
+    if marks[0] != 1 or sum(marks) != 1:
+        raise InputError(f"{where}: expected one {IMAGE_MARK} mark, in the first turn, found {sum(marks)}")
+
+
+def _check_question(row: Any, where: str) -> None:
+    _check_fields(row, where, ("question_id", "image", "text", "gpt4_answer", "answer_type"))
+    for key in ("image", "text", "gpt4_answer"):
+        _check_text(row[key], f"{where}: `{key}`")
+    if row["text"].count(IMAGE_MARK) != 1:
+        raise InputError(f"{where}: `text`: expected one {IMAGE_MARK} mark, found {row['text'].count(IMAGE_MARK)}")
+    kind = row["answer_type"]
+    if kind not in ANSWER_TYPES:
+        raise InputError(f"{where}: `answer_type`: expected one of {', '.join(ANSWER_TYPES)}, found {kind!r}")

@@ -1,0 +1,287 @@
+"""The visual tool: MedKLIP's network, its heat map and its confidence (arXiv 2412.06141, stage 2 of the curation).
+
+The architecture is the official one by configuration: a ResNet trunk up to its third stage, a two-layer projection of the
+14x14 patches, and a pre-norm decoder in which one query per finding attends to the patches. ``MedKLIPConfig()`` has the
+official sizes; the phantom checkpoint has smaller ones. State-dict keys are the official ones, but for the trunk's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import ResNetConfig, ResNetModel
+
+from .errors import InputError
+
+PHANTOM_CHECKPOINT = Path(__file__).parent / "phantom" / "weights" / "medklip"
+IMAGE_SIZE, GRID = 224, 14
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class MedKLIPConfig:
+    """Sizes of the network; the defaults are the official ones.
+
+    Attributes:
+        queries: the words that are asked for, one decoder query each.
+        locations: the zones that the location contrast chooses from.
+        text_width: width of the text embeddings of queries and locations.
+        block: ``bottleneck`` or ``basic`` residual blocks.
+    """
+
+    queries: tuple[str, ...]
+    locations: tuple[str, ...]
+    text_width: int = 768
+    stem_width: int = 64
+    stage_widths: tuple[int, ...] = (256, 512, 1024)
+    stage_depths: tuple[int, ...] = (3, 4, 6)
+    block: str = "bottleneck"
+    width: int = 256
+    layers: int = 4
+    heads: int = 4
+    feed_forward: int = 1024
+
+
+@dataclass(frozen=True)
+class MedKLIPOutput:
+    """What the network says about a batch.
+
+    Attributes:
+        queries: names along the query axis.
+        logits: absent, present per query. Shape: [B, Q, 2].
+        attentions: cross-attention from queries to patches; each row sums to 1. Shape: [B, layers, heads, Q, 196].
+        patches: patch features after the projection. Shape: [B, 196, width].
+        features: decoder output per query. Shape: [B, Q, width].
+    """
+
+    queries: tuple[str, ...]
+    logits: Tensor
+    attentions: Tensor
+    patches: Tensor
+    features: Tensor
+
+    def index(self, query: str) -> int:
+        """Position of ``query`` on the query axis; InputError where the model does not know it."""
+        if query not in self.queries:
+            raise InputError(f"unknown query {query!r}: this checkpoint knows {', '.join(self.queries)}")
+        return self.queries.index(query)
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm layer: self-attention over the queries, cross-attention to the patches, feed-forward."""
+
+    def __init__(self, config: MedKLIPConfig) -> None:
+        super().__init__()
+        width = config.width
+        self.self_attn = nn.MultiheadAttention(width, config.heads, batch_first=True)
+        self.multihead_attn = nn.MultiheadAttention(width, config.heads, batch_first=True)
+        self.linear1, self.linear2 = nn.Linear(width, config.feed_forward), nn.Linear(config.feed_forward, width)
+        self.norm1, self.norm2, self.norm3 = nn.LayerNorm(width), nn.LayerNorm(width), nn.LayerNorm(width)
+
+    def forward(self, states: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
+        """New query states [B, Q, width] and the cross-attention [B, heads, Q, 196]."""
+        normed = self.norm1(states)
+        states = states + self.self_attn(normed, normed, normed, need_weights=False)[0]
+        update, attention = self.multihead_attn(self.norm2(states), patches, patches, average_attn_weights=False)
+        states = states + update
+        return states + self.linear2(functional.relu(self.linear1(self.norm3(states)))), attention
+
+
+class Decoder(nn.Module):
+    """The stack of decoder layers and the final norm."""
+
+    def __init__(self, config: MedKLIPConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.layers))
+        self.norm = nn.LayerNorm(config.width)
+
+    def forward(self, states: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
+        """Query features [B, Q, width] and all cross-attention [B, layers, heads, Q, 196]."""
+        attentions = []
+        for layer in self.layers:
+            states, attention = layer(states, patches)
+            attentions.append(attention)
+        return self.norm(states), torch.stack(attentions, dim=1)
+
+
+class MedKLIP(nn.Module):
+    """Findings by attention: presence logits per query and the cross-attention behind them.
+
+    The buffers ``disease_book`` [Q, text_width] and ``location_book`` [L, text_width] hold the text embeddings of the
+    queries and of the zones; no text encoder is needed after training.
+    """
+
+    def __init__(self, config: MedKLIPConfig) -> None:
+        super().__init__()
+        self.config, self.queries = config, config.queries
+        self.res_features = ResNetModel(ResNetConfig(
+            embedding_size=config.stem_width, hidden_sizes=list(config.stage_widths), depths=list(config.stage_depths),
+            layer_type=config.block))
+        channels = config.stage_widths[-1]
+        self.res_l1, self.res_l2 = nn.Linear(channels, channels), nn.Linear(channels, config.width)
+        self.disease_embedding_layer = nn.Linear(config.text_width, config.width)
+        self.decoder = Decoder(config)
+        self.classifier = nn.Linear(config.width, 2)
+        self.cl_fc = nn.Linear(config.width, config.text_width)
+        self.register_buffer("disease_book", torch.zeros(len(config.queries), config.text_width))
+        self.register_buffer("location_book", torch.zeros(len(config.locations), config.text_width))
+
+    def preprocess(self, images: Sequence[Image.Image]) -> Tensor:
+        """RGB, 224x224 bilinear whatever the shape, [0, 1], ImageNet mean and deviation. Shape: [B, 3, 224, 224]."""
+        small = [image.convert("RGB").resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BILINEAR) for image in images]
+        pixels = torch.from_numpy(np.stack([np.asarray(image) for image in small])).permute(0, 3, 1, 2) / 255
+        pixels = (pixels - torch.tensor(_MEAN).view(3, 1, 1)) / torch.tensor(_STD).view(3, 1, 1)
+        return pixels.to(self.classifier.weight.device)
+
+    def forward(self, pixel_values: Tensor) -> MedKLIPOutput:
+        """Read a batch of films.
+
+        Args:
+            pixel_values: from ``preprocess``. Shape: [B, 3, 224, 224].
+        """
+        trunk = self.res_features
+        patches = trunk.encoder(trunk.embedder(pixel_values)).last_hidden_state.flatten(2).transpose(1, 2)
+        patches = self.res_l2(functional.relu(self.res_l1(patches)))
+        queries = self.disease_embedding_layer(self.disease_book).expand(len(patches), -1, -1)
+        features, attentions = self.decoder(queries, patches)
+        return MedKLIPOutput(self.queries, self.classifier(features), attentions, patches, features)
+
+    def location_logits(self, output: MedKLIPOutput) -> Tensor:
+        """Similarity of each query's output with each zone's text embedding. Shape: [B, Q, L]."""
+        return self.cl_fc(output.features) @ self.location_book.T / self.config.text_width**0.5
+
+
+def load_medklip(checkpoint: str | os.PathLike = "phantom", device: str | torch.device = "cpu") -> MedKLIP:
+    """Load a checkpoint for inference.
+
+    Args:
+        checkpoint: ``"phantom"`` (shipped), or a folder that holds ``config.json`` and ``model.safetensors``.
+
+    Raises:
+        InputError: a file is missing or unreadable, or its tensors are not those of the configured architecture.
+    """
+    folder = PHANTOM_CHECKPOINT if checkpoint == "phantom" else Path(checkpoint)
+    model = MedKLIP(_read_config(folder / "config.json"))
+    path = folder / "model.safetensors"
+    try:
+        state = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: cannot be read as safetensors ({error}); expected MedKLIP weights") from error
+    _check_state(path, state, model.state_dict())
+    model.load_state_dict(state)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def heat_map(output: MedKLIPOutput, query: str = "disease", layer: int | None = None, head: int | None = None) -> Tensor:
+    """Cross-attention of one query over the 14x14 patches: the paper's h = T(x_v).
+
+    Args:
+        layer, head: one of each, or None for the mean over all of them (the paper's choice).
+
+    Returns:
+        non-negative maps; each sums to 1. Shape: [B, 14, 14].
+    """
+    rows = output.attentions[:, :, :, output.index(query)]
+    rows = rows.mean(1) if layer is None else rows[:, layer]
+    rows = rows.mean(1) if head is None else rows[:, head]
+    return rows.unflatten(-1, (GRID, GRID))
+
+
+def confidence(output: MedKLIPOutput, query: str = "disease") -> Tensor:
+    """Probability that ``query`` is present: the raw relevance s of a visual pair. Shape: [B], in [0, 1]."""
+    return output.logits[:, output.index(query)].softmax(-1)[:, 1]
+
+
+def peak(heat: Tensor, size: tuple[int, int] = (IMAGE_SIZE, IMAGE_SIZE)) -> tuple[int, int]:
+    """Row and column of the maximum of a map [h, w] after bilinear upsampling to ``size`` (height, width)."""
+    wide = functional.interpolate(heat[None, None].float(), size=size, mode="bilinear", align_corners=False)
+    row, column = divmod(int(wide.argmax()), size[1])
+    return row, column
+
+
+def pointing_hit(heat: Tensor, mask: np.ndarray, tolerance: float = 8) -> bool:
+    """Whether the map's peak lies in the mask or at most ``tolerance`` pixels from it (the pointing game).
+
+    Args:
+        heat: attention of one film. Shape: [14, 14].
+        mask: lesion, bool, with at least one pixel. Shape: [H, W].
+    """
+    row, column = peak(heat, mask.shape)
+    rows, columns = np.nonzero(mask)
+    return bool(np.hypot(rows - row, columns - column).min() <= tolerance)
+
+
+@torch.inference_mode()
+def score_medklip(
+    model: MedKLIP, images: Sequence[Image.Image], masks: Sequence[dict[str, np.ndarray]], batch_size: int = 32
+) -> dict[str, Any]:
+    """Presence and pointing of a model on films whose lesions are known.
+
+    Args:
+        masks: per film, the mask of each finding that is present (an empty dictionary for a film without lesion).
+
+    Returns:
+        ``pointing_game``: hits of the "disease" map over films with a lesion; ``pointing_game_alone``: the same per
+        finding, over films that show nothing else; ``pointing_game_own``: hits of the finding's own map on its own mask;
+        ``auc`` (mean), ``auc_per_query``. All in [0, 1]. A score that no film can give is absent.
+    """
+    hits, alone, own, values = [], {}, {}, []
+    for start in range(0, len(images), batch_size):
+        output = model(model.preprocess(images[start : start + batch_size]))
+        values.append(torch.stack([confidence(output, query) for query in model.queries], 1))
+        maps = {query: heat_map(output, query) for query in model.queries}
+        for index, present in enumerate(masks[start : start + batch_size]):
+            if not present:
+                continue
+            hits.append(pointing_hit(maps["disease"][index], np.any(list(present.values()), axis=0)))
+            for finding, mask in present.items():
+                own.setdefault(finding, []).append(pointing_hit(maps[finding][index], mask))
+            if len(present) == 1:
+                alone.setdefault(*present, []).append(hits[-1])
+    scores = {"pointing_game": float(np.mean(hits))} if hits else {}
+    for name, groups in (("pointing_game_alone", alone), ("pointing_game_own", own)):
+        scores[name] = {finding: float(np.mean(groups[finding])) for finding in model.queries if finding in groups}
+    values = torch.cat(values).cpu().numpy()
+    truth = {query: np.array([bool(m) if query == "disease" else query in m for m in masks]) for query in model.queries}
+    areas = {query: _auc(values[:, i], truth[query]) for i, query in enumerate(model.queries) if 0 < truth[query].mean() < 1}
+    return scores | {"auc": float(np.mean(list(areas.values()))), "auc_per_query": areas} if areas else scores
+
+
+def _auc(scores: np.ndarray, truth: np.ndarray) -> float:
+    """Area under the ROC curve: how often a positive scores above a negative."""
+    gap = scores[truth][:, None] - scores[~truth][None]
+    return float((gap > 0).mean() + (gap == 0).mean() / 2)
+
+
+def _read_config(path: Path) -> MedKLIPConfig:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return MedKLIPConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: not a MedKLIP configuration ({error}); expected a folder with config.json and "
+                         "model.safetensors, or \"phantom\"") from error
+
+
+def _check_state(path: Path, state: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    """InputError where the keys or shapes of ``state`` are not the wanted ones."""
+    shapes = {k: f"{k} {list(state[k].shape)} instead of {list(wanted[k].shape)}"
+              for k in wanted.keys() & state.keys() if state[k].shape != wanted[k].shape}
+    problems = {"missing": sorted(wanted.keys() - state.keys()), "unexpected": sorted(state.keys() - wanted.keys()),
+                "misshapen": [shapes[k] for k in sorted(shapes)]}
+    listed = [f"{len(keys)} {kind} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+              for kind, keys in problems.items() if keys]
+    if listed:
+        raise InputError(f"{path}: not the architecture of its config.json: tensors {'; '.join(listed)}; "
+                         "check that weights and configuration belong together")

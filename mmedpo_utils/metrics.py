@@ -1,0 +1,241 @@
+"""Scores of predictions, as pure functions of tables; every score is in percent.
+
+The paper (arXiv 2412.06141) reports closed accuracy, open recall, BLEU (the mean of BLEU-1..4), ROUGE-L and METEOR and
+names no implementation. `METHODS` says how each is computed here; print it beside the numbers.
+
+A prediction row holds `question_id`, `image`, `answer_type` (CLOSED, OPEN or REPORT), `answer` and `prediction`, and
+optionally `patient_id`, `finding` and `question_type`. Without `patient_id` the image stands for the patient.
+"""
+
+from __future__ import annotations
+
+import string
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache, lru_cache
+from typing import Any
+
+import numpy as np
+from rouge_score.rouge_scorer import RougeScorer
+from sacrebleu.metrics import BLEU
+
+Row = dict[str, Any]
+Statistic = Callable[[np.ndarray], np.ndarray]
+METHODS = {
+    "closed_accuracy": "share of yes/no answers whose first word, lower case and without punctuation, is the true one; "
+                       "where the truth is another word or phrase, the prediction has to begin with it",
+    "open_recall": "share of the true answer's words found in the prediction, counted with multiplicity (lower case, "
+                   "punctuation off, split on white space), mean over questions",
+    "bleu": "mean of BLEU-1 to BLEU-4; each is sacrebleu's cumulative corpus BLEU (lower case, tokenizer 13a, "
+            "smoothing 'exp')",
+    "rouge_l": "rouge-score's ROUGE-L F1 without stemming, mean over reports",
+    "meteor": "nltk's METEOR with its WordNet word list, mean over reports",
+    "attention_in_lesion": "share of the image attention that falls inside the lesion mask, mean over questions",
+}
+BLEU_ORDERS = (1, 2, 3, 4)
+ANSWER_TYPES = {"closed_accuracy": "CLOSED", "open_recall": "OPEN"}
+SCORES = ("closed_accuracy", "open_recall", "bleu", *(f"bleu{n}" for n in BLEU_ORDERS), "rouge_l", "meteor")
+
+
+def words(text: str) -> list[str]:
+    """Lower-case words of ``text``, punctuation removed, split on white space."""
+    return text.lower().translate(str.maketrans("", "", string.punctuation)).split()
+
+
+def closed_correct(answer: str, prediction: str) -> bool:
+    """Whether a closed prediction is right, by the rule of `METHODS`: "Yes, there is." says yes, "It is" does not."""
+    truth, given = words(answer), words(prediction)
+    if truth[:1] in (["yes"], ["no"]):
+        truth = truth[:1]
+    return bool(truth) and given[: len(truth)] == truth
+
+
+def recall(answer: str, prediction: str) -> float:
+    """Share (0 to 1) of the words of ``answer`` found in ``prediction``, with multiplicity; NaN without a word."""
+    truth = Counter(words(answer))
+    found = (truth & Counter(words(prediction))).total()
+    return found / truth.total() if truth else float("nan")
+
+
+@cache
+def _rouge() -> RougeScorer:
+    return RougeScorer(["rougeL"], use_stemmer=False)
+
+
+def answer_score(row: Row) -> float:
+    """Score of one row in [0, 1]: closed right or wrong, open recall, a report's ROUGE-L F1."""
+    answer, prediction = str(row["answer"]), str(row["prediction"])
+    if row["answer_type"] == "CLOSED":
+        return float(closed_correct(answer, prediction))
+    if row["answer_type"] == "OPEN":
+        return recall(answer, prediction)
+    return _rouge().score(answer, prediction)["rougeL"].fmeasure
+
+
+def mean_percent(sums: np.ndarray) -> np.ndarray:
+    """Mean in percent from summed (score, one) pairs. Shape: [..., 2] to [...]; NaN where nothing was drawn."""
+    return 100 * sums[..., 0] / np.where(sums[..., 1] > 0, sums[..., 1], np.nan)
+
+
+@lru_cache(100_000)
+def bleu_statistics(answer: str, prediction: str) -> tuple[int, ...]:
+    """The ten counts BLEU sums over a corpus: matching and total n-grams for n = 1..4, predicted and true length."""
+    counts = BLEU(lowercase=True).corpus_score([prediction], [[answer]])
+    return (*counts.counts, *counts.totals, counts.sys_len, counts.ref_len)
+
+
+def bleu_from_statistics(sums: np.ndarray, orders: Sequence[int] = BLEU_ORDERS) -> np.ndarray:
+    """Mean over ``orders`` of cumulative corpus BLEU, in percent, from summed counts. Shape: [..., 10] to [...]."""
+    flat = np.rint(sums).astype(int).reshape(-1, 10).tolist()
+    scores = [np.mean([BLEU.compute_bleu(row[:n], row[4:4 + n], *row[8:], smooth_method="exp", max_ngram_order=n).score
+                       for n in orders]) for row in flat]
+    return np.array(scores).reshape(sums.shape[:-1])
+
+
+def row_statistics(rows: Iterable[Row], metric: str) -> tuple[np.ndarray, Statistic, list[Row]]:
+    """What a bootstrap resamples: per-row statistics, the function from their sums to percent, and the rows used.
+
+    ``metric`` is one of `METHODS` or `bleu1` to `bleu4`; `attention_in_lesion` wants rows with a ``share``, METEOR is
+    `meteor`'s. The statistics have shape [N, 2] (score and one) or, for BLEU, [N, 10] (`bleu_statistics`).
+    """
+    if metric == "attention_in_lesion":
+        used = list(rows)
+        scores = np.array([row["share"] for row in used], float)
+    else:
+        used = [row for row in rows if row["answer_type"] == ANSWER_TYPES.get(metric, "REPORT")]
+        if metric.startswith("bleu"):
+            orders = [int(metric[4:])] if metric[4:] else BLEU_ORDERS
+            counts = [bleu_statistics(str(row["answer"]), str(row["prediction"])) for row in used]
+            return np.array(counts, float).reshape(-1, 10), lambda sums: bleu_from_statistics(sums, orders), used
+        scores = np.array([answer_score(row) for row in used])
+    known = np.isfinite(scores)
+    return np.stack([np.where(known, scores, 0), known], axis=1), mean_percent, used
+
+
+def score(rows: Iterable[Row], metric: str) -> float | None:
+    """One metric of `row_statistics` over the rows it applies to, in percent; None where there is none."""
+    statistics, statistic, used = row_statistics(rows, metric)
+    value = float(statistic(statistics.sum(axis=0))) if used else None
+    return value if value is None or np.isfinite(value) else None
+
+
+def closed_accuracy(rows: Iterable[Row]) -> float | None:
+    """Accuracy over the CLOSED rows, in percent; None where there is none."""
+    return score(rows, "closed_accuracy")
+
+
+def open_recall(rows: Iterable[Row]) -> float | None:
+    """Mean recall of the true words over the OPEN rows, in percent; None where there is none."""
+    return score(rows, "open_recall")
+
+
+def bleu(rows: Iterable[Row]) -> float | None:
+    """Mean of corpus BLEU-1 to BLEU-4 over the REPORT rows, in percent; None where there is none."""
+    return score(rows, "bleu")
+
+
+def rouge_l(rows: Iterable[Row]) -> float | None:
+    """Mean ROUGE-L F1 over the REPORT rows, in percent; None where there is none."""
+    return score(rows, "rouge_l")
+
+
+def meteor(rows: Iterable[Row]) -> tuple[float | None, str]:
+    """Mean METEOR over the REPORT rows, in percent, and the reason where it is None: no reports, or no WordNet."""
+    from nltk.corpus import wordnet
+    from nltk.translate.meteor_score import single_meteor_score
+
+    reports = [row for row in rows if row["answer_type"] == "REPORT"]
+    if not reports:
+        return None, "no reports"
+    try:
+        wordnet.ensure_loaded()
+    except (LookupError, OSError):
+        return None, "nltk's WordNet word list is absent; `python -m nltk.downloader wordnet` fetches it"
+    scores = [single_meteor_score(words(row["answer"]), words(row["prediction"])) for row in reports]
+    return float(100 * np.mean(scores)), ""
+
+
+def score_predictions(rows: Sequence[Row]) -> dict[str, Row]:
+    """Every score of one prediction table.
+
+    Returns:
+        ``{metric: {"score": percent or None, "n": rows it is over}}`` for the metrics in `SCORES`. METEOR also holds a
+        ``reason`` where its score is None.
+    """
+    count = Counter(row["answer_type"] for row in rows)
+    table: dict[str, Row] = {name: {"score": None if name == "meteor" else score(rows, name),
+                                    "n": count[ANSWER_TYPES.get(name, "REPORT")]} for name in SCORES}
+    table["meteor"]["score"], reason = meteor(rows)
+    return table | ({"meteor": {**table["meteor"], "reason": reason}} if reason else {})
+
+
+def scores_by(rows: Sequence[Row], key: str) -> dict[str, dict[str, Row]]:
+    """`score_predictions` for each value of ``key`` ("finding" or "question_type"); rows without it go to "(none)"."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(str(row.get(key) or "(none)"), []).append(row)
+    return {value: score_predictions(groups[value]) for value in sorted(groups)}
+
+
+def patient_of(row: Row) -> str:
+    """The patient of a row; the image's name stands for it where the row names none."""
+    return str(row.get("patient_id") or row["image"])
+
+
+def _draws(tables: Sequence[np.ndarray], patients: Sequence, seeds: Sequence | None, samples: int,
+           rng: np.random.Generator | None, statistic: Statistic) -> list[np.ndarray]:
+    """Scores of each table under the same draws; the first is the undrawn table's. Shape of each: [1 + samples]."""
+    rng = rng or np.random.default_rng(0)
+    labels, weights = [], []
+    for names in (patients, np.zeros(len(patients)) if seeds is None else seeds):
+        _, label = np.unique([str(name) for name in names], return_inverse=True)
+        size = label.max() + 1
+        labels.append(label)
+        weights.append(np.vstack([np.ones((1, size)), rng.multinomial(size, np.full(size, 1 / size), samples)]))
+    scores = []
+    for table in tables:
+        rows = np.asarray(table, float)
+        rows = np.stack([rows, np.ones(len(rows))], axis=1) if rows.ndim == 1 else rows
+        cells = np.zeros((weights[0].shape[1], weights[1].shape[1], rows.shape[1]))
+        np.add.at(cells, tuple(labels), rows)
+        scores.append(statistic(np.einsum("bsk,bs->bk", np.tensordot(weights[0], cells, axes=1), weights[1])))
+    return scores
+
+
+def _interval(scores: np.ndarray) -> tuple[float, float, float]:
+    low, high = np.nanpercentile(scores[1:], [2.5, 97.5])
+    return float(scores[0]), float(low), float(high)
+
+
+def bootstrap_interval(scores: np.ndarray, patients: Sequence, seeds: Sequence | None = None, samples: int = 1000,
+                       rng: np.random.Generator | None = None,
+                       statistic: Statistic = mean_percent) -> tuple[float, float, float]:
+    """Score with its 95% percentile interval, by a bootstrap over patients and over training seeds.
+
+    A draw picks whole patients with replacement and, independently, whole seeds with replacement: answers about one
+    patient are not independent, and neither are the answers of one trained model. With one seed the interval says
+    nothing of training luck.
+
+    Args:
+        scores: Per-row scores in [0, 1]. Shape: [N]. Or per-row statistics, shape [N, K] (see `row_statistics`).
+        patients: The patient of each row. Shape: [N].
+        seeds: The training seed of each row. Shape: [N]; None for one seed.
+        samples: Number of draws.
+        rng: Source of the draws; a fixed one by default, so that a number can be had again.
+        statistic: From the summed statistics, shape [B, K], to scores, shape [B].
+
+    Returns:
+        (score of the rows themselves, 2.5th percentile, 97.5th percentile).
+    """
+    return _interval(_draws([scores], patients, seeds, samples, rng, statistic)[0])
+
+
+def paired_difference(first: np.ndarray, second: np.ndarray, patients: Sequence, seeds: Sequence | None = None,
+                      samples: int = 1000, rng: np.random.Generator | None = None,
+                      statistic: Statistic = mean_percent) -> tuple[float, float, float]:
+    """Score of ``first`` minus score of ``second`` with its 95% interval: each draw serves both models.
+
+    Arguments are those of `bootstrap_interval`; row i of both tables answers the same question under the same seed.
+    """
+    one, other = _draws([first, second], patients, seeds, samples, rng, statistic)
+    return _interval(one - other)

@@ -1,0 +1,304 @@
+"""Figures: arrays and tables in, a matplotlib `Figure` out (or HTML for a table); nothing is read, written or shown.
+
+Images are [H, W] or [H, W, 3], uint8 or float in [0, 1]. Maps use cividis and categories the Okabe-Ito colours, which
+colour-blind readers can tell apart. Text that comes from data is never read as TeX or HTML.
+"""
+
+from __future__ import annotations
+
+import html
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from PIL import Image
+
+MAP_COLOURS = "cividis"
+ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PINK, BLACK = OKABE_ITO = (
+    "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#000000")
+METRIC_NAMES = {"closed_accuracy": "closed accuracy", "open_recall": "open recall", "bleu": "BLEU (mean of 1 to 4)",
+                "rouge_l": "ROUGE-L", "meteor": "METEOR", "attention_in_lesion": "attention in the lesion"}
+
+
+def _axes(rows: int, columns: int, size: tuple[float, float], **options: Any) -> tuple[Figure, np.ndarray]:
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False, **options)
+
+
+def _title(axes: Axes, text: str, size: float = 9) -> None:
+    axes.set_title(text, fontsize=size, parse_math=False)
+
+
+def _tidy(axes: Axes, **settings: Any) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=8)
+    axes.set(**settings)
+
+
+def _film(axes: Axes, image: np.ndarray, title: str, title_size: float = 9) -> None:
+    image = np.asarray(image)
+    axes.imshow(image, cmap="gray", vmin=0, vmax=255 if image.dtype == np.uint8 else 1, interpolation="antialiased")
+    axes.set_axis_off()
+    _title(axes, title, title_size)
+
+
+def _outline(axes: Axes, mask: np.ndarray, colour: str = ORANGE) -> None:
+    mask = np.asarray(mask, float)
+    if mask.min() < 0.5 <= mask.max():
+        axes.contour(mask, levels=[0.5], colors=[colour], linewidths=1.2)
+
+
+def upsampled(heat_map: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+    """A map scaled to its own minimum and maximum (0 to 1) and brought to an image's size. Shape: [g, g] to [H, W]."""
+    heat_map = np.asarray(heat_map, np.float32)
+    spread = np.ptp(heat_map)
+    scaled = (heat_map - heat_map.min()) / spread if spread else np.zeros_like(heat_map)
+    return np.asarray(Image.fromarray(scaled).resize((shape[1], shape[0]), Image.Resampling.BILINEAR))
+
+
+def _heat(axes: Axes, image: np.ndarray, heat_map: np.ndarray, opacity: float, threshold: float | None = None) -> None:
+    heat = upsampled(heat_map, np.shape(image))
+    alpha = opacity if threshold is None else opacity * (heat >= threshold)
+    axes.imshow(heat, cmap=MAP_COLOURS, vmin=0, vmax=1, alpha=alpha)
+
+
+def film_grid(films: Sequence[np.ndarray], titles: Sequence[str],
+              masks: Sequence[Mapping[str, np.ndarray]] | None = None, columns: int = 4) -> Figure:
+    """Films in a grid; each film's lesion masks (name to [H, W]) are outlined, one colour a name, with one legend."""
+    rows = -(-len(films) // columns)
+    figure, grid = _axes(rows, columns, (1.9 * columns, 2.2 * rows + 0.4))
+    names = sorted({name for each in masks or [] for name in each})
+    colours = dict(zip(names, (colour for _ in range(len(names)) for colour in OKABE_ITO[:7])))
+    for place, axes in enumerate(grid.flat):
+        axes.set_axis_off()
+        if place < len(films):
+            _film(axes, films[place], textwrap.fill(titles[place], 28), 8)
+            for name, mask in (masks[place] if masks else {}).items():
+                _outline(axes, mask, colours[name])
+    if names:
+        lines = [Line2D([], [], color=colours[name]) for name in names]
+        figure.legend(lines, names, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    return figure
+
+
+def attention_overlay(image: np.ndarray, heat_map: np.ndarray, lesion_mask: np.ndarray | None = None,
+                      threshold: float | None = None, opacity: float = 0.5, title: str = "") -> Figure:
+    """A film beside its heat map, overlaid. Shapes: heat_map [g, g], lesion_mask [H, W] (outlined in orange).
+
+    ``threshold`` (0 to 1, of the map scaled to its own range) hides what lies below it.
+    """
+    figure, ((left, right),) = _axes(1, 2, (5.6, 2.7))
+    _film(left, image, "film")
+    _film(right, image, title or "attention")
+    _heat(right, image, heat_map, opacity, threshold)
+    if lesion_mask is not None:
+        for axes in (left, right):
+            _outline(axes, lesion_mask)
+    figure.colorbar(right.images[-1], ax=right, shrink=0.75, label="attention, scaled 0 to 1")
+    return figure
+
+
+def attention_grid(image: np.ndarray, maps: np.ndarray, lesion_mask: np.ndarray | None = None) -> Figure:
+    """One overlay per decoder layer (rows) and head (columns). Shape of maps: [layers, heads, g, g]."""
+    layers, heads = np.shape(maps)[:2]
+    figure, grid = _axes(layers, heads, (1.45 * heads, 1.6 * layers))
+    for layer, row in enumerate(grid):
+        for head, axes in enumerate(row):
+            _film(axes, image, f"layer {layer + 1}, head {head + 1}", 8)
+            _heat(axes, image, maps[layer][head], 0.55)
+            if lesion_mask is not None:
+                _outline(axes, lesion_mask)
+    return figure
+
+
+def attention_before_after(image: np.ndarray, before: np.ndarray, after: np.ndarray,
+                           lesion_mask: np.ndarray | None = None) -> Figure:
+    """A model's attention to the image before and after training, and the change. Shape of the maps: [g, g]."""
+    figure, (panels,) = _axes(1, 4, (9.2, 2.3))
+    _film(panels[0], image, "film")
+    top, change = max(np.max(before), np.max(after)), np.subtract(after, before)
+    limit, height, width = np.abs(change).max() + 1e-12, *np.shape(image)[:2]
+    place = (-0.5, width - 0.5, height - 0.5, -0.5)
+    for axes, heat, title in zip(panels[1:3], (before, after), ("before training", "after training")):
+        axes.imshow(heat, cmap=MAP_COLOURS, vmin=0, vmax=top, extent=place)
+        axes.set_axis_off()
+        _title(axes, title)
+    figure.colorbar(panels[2].images[0], ax=panels[2], shrink=0.8)
+    panels[3].imshow(change, cmap="PuOr_r", vmin=-limit, vmax=limit, extent=place)
+    panels[3].set_axis_off()
+    _title(panels[3], "after minus before")
+    figure.colorbar(panels[3].images[0], ax=panels[3], shrink=0.8)
+    if lesion_mask is not None:
+        for axes in panels:
+            _outline(axes, lesion_mask, BLACK if axes is panels[3] else RED)
+    return figure
+
+
+def noise_comparison(image: np.ndarray, lesion_mask: np.ndarray, noised: Mapping[str, np.ndarray]) -> Figure:
+    """The original, the mask that the noise fills, and one column per kind of noise (name to image)."""
+    figure, (panels,) = _axes(1, 2 + len(noised), (1.8 * (2 + len(noised)), 2.1))
+    _film(panels[0], image, "original")
+    _film(panels[1], image, f"mask: {100 * np.mean(lesion_mask):.1f}% of the film")
+    mask = np.asarray(lesion_mask, float)
+    panels[1].imshow(np.ones_like(mask), cmap=MAP_COLOURS, vmin=0, vmax=1, alpha=0.6 * mask)
+    for axes, (name, picture) in zip(panels[2:], noised.items()):
+        _film(axes, picture, name)
+    return figure
+
+
+def noise_ladder(noised: Mapping[float, np.ndarray]) -> Figure:
+    """One film at several signal levels, sqrt of the cumulative schedule (level to image)."""
+    figure, (panels,) = _axes(1, len(noised), (1.7 * len(noised), 2.0))
+    for axes, (level, picture) in zip(panels, noised.items()):
+        _film(axes, picture, f"signal {level:.2f}")
+    return figure
+
+
+def weight_histograms(weights: Mapping[str, np.ndarray], low: float = 0.75, high: float = 1.25) -> Figure:
+    """Weights under each normalisation side by side, with the paper's bounds and the share that stands at a bound."""
+    figure, (panels,) = _axes(1, len(weights), (3.1 * len(weights), 2.8), sharex=True)
+    every = np.concatenate([*weights.values(), (0, 1.3)])
+    edges = np.linspace(every.min(), every.max(), 40)
+    for axes, (name, values), colour in zip(panels, weights.items(), (BLUE, ORANGE, GREEN, PINK)):
+        values = np.asarray(values)
+        at_bound = np.mean(np.isclose(values, low) | np.isclose(values, high))
+        axes.hist(values, bins=edges, color=colour)
+        for bound in (low, high):
+            axes.axvline(bound, color=BLACK, linewidth=0.9, linestyle="dashed")
+        _title(axes, f"{name}: mean {values.mean():.2f}, {100 * at_bound:.0f}% at a bound")
+        _tidy(axes, xlabel="weight in the loss", ylabel="pairs" if axes is panels[0] else "")
+    return figure
+
+
+def _paragraphs(axes: Axes, parts: Sequence[tuple[str, str, str]], width: int = 46, limit: int = 170) -> None:
+    """Headed paragraphs (heading, text, heading's colour) down an empty axes; a text is cut at ``limit`` letters."""
+    axes.set_axis_off()
+    height, place = 11.4 / (axes.get_figure().get_size_inches()[1] * 72), 1.0
+    for heading, text, colour in parts:
+        lines = textwrap.wrap(textwrap.shorten(str(text), limit, placeholder=" ..."), width) or ["(empty)"]
+        settings = {"fontsize": 9, "va": "top", "transform": axes.transAxes, "parse_math": False, "in_layout": False}
+        axes.text(0, place, heading, color=colour, weight="bold", **settings)
+        axes.text(0, place - 1.3 * height, "\n".join(lines), linespacing=1.25, **settings)
+        place -= height * (2 + len(lines))
+
+
+def pair_card(image: np.ndarray, rejected_image: np.ndarray | None, question: str, chosen: str, rejected: str,
+              weight: float) -> Figure:
+    """One preference pair: what is preferred on which image, what is rejected on which, and the pair's relevance."""
+    figure, (panels,) = _axes(1, 3, (9, 3.0), width_ratios=(1, 1, 1.5))
+    _film(panels[0], image, "image of the preferred side")
+    _film(panels[1], image if rejected_image is None else rejected_image,
+          "the same image" if rejected_image is None else "image of the rejected side")
+    _paragraphs(panels[2], [("Question", question, BLACK), ("Preferred", chosen, BLUE), ("Rejected", rejected, RED),
+                            ("Clinical relevance", f"{weight:.2f}", BLACK)])
+    return figure
+
+
+def debate_plot(turns: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
+    """The scores of one debate, turn by turn; ``turns`` is a `Debate`'s history as plain values."""
+    figure, ((axes,),) = _axes(1, 1, (6.4, 2.9))
+    scores = [turn["score"] for turn in turns]
+    axes.plot(range(1, len(turns) + 1), scores, color="0.6", linewidth=1, zorder=1)
+    members = list(dict.fromkeys(turn["member"] for turn in turns))
+    for place, member in enumerate(members):
+        spoken = [(n, turn) for n, turn in enumerate(turns, 1) if turn["member"] == member]
+        axes.scatter([n for n, _ in spoken], [turn["score"] for _, turn in spoken], s=60, zorder=2,
+                     facecolors=["white" if turn["agrees"] else OKABE_ITO[place % 7] for _, turn in spoken],
+                     edgecolors=OKABE_ITO[place % 7], marker="os^Dv"[place % 5])
+        axes.scatter([], [], s=60, color=OKABE_ITO[place % 7], marker="os^Dv"[place % 5], label=str(member))
+    axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    axes.set(ylim=(-0.05, 1.05), xticks=range(1, len(turns) + 1))
+    _title(axes, title or "filled: an own score; hollow: agrees with the score before")
+    _tidy(axes, xlabel="turn", ylabel="relevance score")
+    return figure
+
+
+def training_curves(events: Sequence[Mapping[str, float]]) -> Figure:
+    """Loss, log-probabilities, margin and accuracy by step; the title tells the time left.
+
+    ``events`` hold ``step``, ``total_steps``, ``loss``, ``chosen_logp``, ``rejected_logp``, ``margin``, ``accuracy``
+    and ``seconds_left``; a key that an event lacks is not drawn for it.
+    """
+    figure, (panels,) = _axes(1, 4, (11, 2.7))
+    lines = {"loss": {"loss": BLUE}, "log-probability": {"chosen_logp": BLUE, "rejected_logp": RED},
+             "reward margin": {"margin": GREEN}, "pairs ranked right": {"accuracy": PINK}}
+    for axes, (name, keys) in zip(panels, lines.items()):
+        for key, colour in keys.items():
+            points = [(event["step"], event[key]) for event in events if event.get(key) is not None]
+            if not points:
+                continue
+            axes.plot(*np.transpose(points), "--" if key == "rejected_logp" else "-", color=colour,
+                      marker="." if len(points) < 30 else "", label=key.removesuffix("_logp"))
+        if axes.lines and len(keys) > 1:
+            axes.legend(fontsize=8, frameon=False)
+        _title(axes, name)
+        _tidy(axes, xlabel="step", xlim=(0, max((event["total_steps"] for event in events), default=1)))
+    panels[3].set_ylim(-0.05, 1.05)
+    if events:
+        left, last = events[-1].get("seconds_left") or 0, events[-1]
+        ending = f"about {left / 60:.0f} min left" if left >= 90 else f"about {left:.0f} s left" if left else "done"
+        figure.suptitle(f"step {last['step']:.0f} of {last['total_steps']:.0f}, {ending}", fontsize=10)
+    return figure
+
+
+def result_bars(table: Mapping[str, Mapping[str, Mapping[str, float]]], metrics: Sequence[str] | None = None) -> Figure:
+    """Models side by side with 95% intervals, one panel a metric; ``table`` is what `evaluate.compare` returns."""
+    metrics = metrics or list(dict.fromkeys(metric for scores in table.values() for metric in scores))
+    figure, (panels,) = _axes(1, len(metrics), (3.2 * len(metrics), 0.34 * len(table) + 1.2), sharey=True)
+    for axes, metric in zip(panels, metrics):
+        for place, (name, scores) in enumerate(table.items()):
+            if metric in scores:
+                bar = scores[metric]
+                axes.barh(place, bar["mean"], color=OKABE_ITO[place % 7], height=0.7)
+                axes.plot([bar["low"], bar["high"]], [place, place], color=BLACK, linewidth=1.4)
+                axes.text(bar["high"], place, f" {bar['mean']:.1f}", va="center", fontsize=8)
+        axes.set_yticks(range(len(table)), list(table))
+        axes.margins(x=0.15)
+        _title(axes, METRIC_NAMES.get(metric, metric))
+        _tidy(axes, xlabel="percent")
+    panels[0].invert_yaxis()
+    return figure
+
+
+def pointing_game_bars(rates: Mapping[str, float], chance: Mapping[str, float] | float) -> Figure:
+    """Share (0 to 1) of films whose map peaks inside the lesion, per finding, with the chance level as a tick."""
+    figure, ((axes,),) = _axes(1, 1, (6.2, 0.3 * len(rates) + 1.1))
+    for place, (name, rate) in enumerate(rates.items()):
+        by_chance = chance[name] if isinstance(chance, Mapping) else chance
+        axes.barh(place, 100 * rate, color=BLUE, height=0.65)
+        axes.plot([100 * by_chance] * 2, [place - 0.4, place + 0.4], color=RED, linewidth=2,
+                  label="chance (the mask's area)" if place == 0 else None)
+        axes.text(100 * rate, place, f" {100 * rate:.0f}", va="center", fontsize=8)
+    axes.set_yticks(range(len(rates)), list(rates))
+    axes.set_xlim(0, 108)
+    axes.invert_yaxis()
+    figure.legend(loc="outside upper right", fontsize=8, frameon=False)
+    _tidy(axes, xlabel="films whose map peaks inside the lesion (percent)")
+    return figure
+
+
+def results_table(rows: Sequence[Mapping[str, Any]], caption: str = "", decimals: int = 1) -> str:
+    """An HTML table of dicts, columns in the order of their first appearance; every text is escaped.
+
+    A float gets ``decimals``, a missing value or None a dash, and a ``{"mean", "low", "high"}`` its interval.
+    """
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    lines = ["<table>", f"<caption>{html.escape(caption)}</caption>" if caption else "",
+             "<tr>" + "".join(f'<th scope="col">{html.escape(str(name))}</th>' for name in columns) + "</tr>"]
+    for row in rows:
+        cells = (html.escape(_cell(row.get(name), decimals)) for name in columns)
+        lines.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+    return "\n".join(line for line in [*lines, "</table>"] if line)
+
+
+def _cell(value: Any, decimals: int) -> str:
+    if isinstance(value, Mapping):
+        mean, low, high = (f"{value[key]:.{decimals}f}" for key in ("mean", "low", "high"))
+        return f"{mean} ({low} to {high})"
+    if isinstance(value, float):
+        return f"{value:.{decimals}f}"
+    return "-" if value is None else str(value)

@@ -1,0 +1,93 @@
+"""Recompute the reference results that the README and the model cards quote: ``python -m mmedpo_utils.reference``.
+
+The whole tutorial runs twice, from nothing and again on its own artefacts, and is timed. Then every variant is trained with
+three seeds on the same pairs, evaluated, and written to ``figures/reference/phantom_results.json``.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from typing import Any
+
+from . import tutorial
+from .datasets import Dataset, prepare_dataset
+from .environment import versions
+from .evaluate import answer_test, attend_test, compare_pair, score_table
+from .files import write_json
+from .launch import train
+from .medklip import load_medklip, score_medklip
+from .phantom.texts import SPLITS
+from .profiles import Profile, load_profile, repository_root
+
+SEEDS = (0, 1, 2)
+PAIRS = (("mmedpo", "base"), ("mmedpo", "sft"), ("mmedpo", "dpo"), ("mmedpo", "stage1"), ("mmedpo", "stage2"),
+         ("mmedpo_shuffled", "base_shuffled"))
+
+
+def evaluate_seeds(profile: Profile, dataset: Dataset) -> dict[str, Any]:
+    """Train and evaluate every variant with every seed.
+
+    Returns:
+        ``models``: scores per model; ``differences``: paired differences. In percent, with 95% intervals over patients and
+        seeds.
+    """
+    predictions = {"base": [answer_test(profile, dataset, "base", None)],
+                   "base_shuffled": [answer_test(profile, dataset, "base_shuffled", None, shuffle=True)]}
+    attention = {"base": [attend_test(profile, dataset, None)]}
+    for name in profile.training.variants:
+        for seed in SEEDS:
+            adapter = train(profile, name, seed, live=False).adapter
+            label = name if seed == profile.evaluation.seeds[0] else f"{name}-seed{seed}"
+            predictions.setdefault(name, []).append(answer_test(profile, dataset, label, adapter))
+            attention.setdefault(name, []).append(attend_test(profile, dataset, adapter))
+            if name == "mmedpo":
+                rows = answer_test(profile, dataset, f"{label}_shuffled", adapter, shuffle=True)
+                predictions.setdefault("mmedpo_shuffled", []).append(rows)
+    samples = profile.evaluation.bootstrap_samples
+    return {"models": score_table(predictions, attention, samples),
+            "differences": {f"{a} - {b}": compare_pair(predictions[a], predictions[b], samples) for a, b in PAIRS}}
+
+
+def medklip_scores(profile: Profile, dataset: Dataset) -> dict[str, float]:
+    """Pointing game and presence of the shipped MedKLIP on the films of all splits, in percent."""
+    names = [name for split in SPLITS for name in dataset.image_names(split)]
+    scores = score_medklip(load_medklip(profile.visual_tool.checkpoint), [dataset.image(name) for name in names],
+                           [dataset.masks(name) for name in names])
+    return {"pointing_game": round(100 * scores["pointing_game"], 1),
+            "pointing_game_nodule": round(100 * scores["pointing_game_alone"]["nodule"], 1),
+            "auc": round(100 * scores["auc"], 1), "films": len(names)}
+
+
+def main() -> int:
+    """Run the tutorial twice, evaluate three seeds, write the file."""
+    root, profile = repository_root(), load_profile("phantom")
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=root, check=True).stdout.strip()
+    shutil.rmtree(profile.output, ignore_errors=True)
+    first = tutorial.run(profile, "phantom")
+    again = tutorial.run(profile, "phantom")
+    dataset = prepare_dataset(profile)
+    card = json.loads((root / "mmedpo_utils" / "phantom" / "weights" / "lvlm" / "scores.json").read_text())
+    result = {
+        **evaluate_seeds(profile, dataset),
+        "medklip": medklip_scores(profile, dataset),
+        "ceiling": {metric: card["ceiling"][metric] for metric in ("closed_accuracy", "open_recall")},
+        "run": {"seconds": first["total"], "cached_seconds": again["total"],
+                "peak_gib": max(first["peak_gib"], again["peak_gib"]), "seconds_per_notebook": first},
+        "machine": {"platform": platform.platform(), "cores": os.cpu_count()}, "versions": versions(),
+        "date": datetime.date.today().isoformat(), "commit": commit,
+    }
+    target = root / "figures" / "reference" / "phantom_results.json"
+    write_json(target, result)
+    print(tutorial.results_table(result["models"]))
+    print(f"written: {target.relative_to(root)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

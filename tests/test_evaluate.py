@@ -1,0 +1,137 @@
+"""Predictions, shuffled images, attention in the lesion and comparisons, on a tiny random Med-LVLM and real files."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from mmedpo_utils import evaluate, lvlm, metrics
+from mmedpo_utils.errors import InputError
+from mmedpo_utils.manifests import open_image, question_text, read_questions
+from mmedpo_utils.phantom.texts import read_masks, write_dataset
+
+from .test_trainer import tiny_lvlm
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    write_dataset(folder, {"train": 1, "validation": 1, "test": 6}, seed=3)
+    questions = read_questions(folder / "test_questions.jsonl")
+    kinds = {kind: [row for row in questions if row["answer_type"] == kind] for kind in ("CLOSED", "OPEN", "REPORT")}
+    chosen = [*kinds["CLOSED"][:12], *kinds["OPEN"][:6], *kinds["REPORT"][:4]]
+    return {"folder": folder, "images": folder / "images", "masks": folder / "masks", "questions": chosen,
+            "model": lvlm.load_lvlm(tiny_lvlm(folder / "model"), device="cpu")}
+
+
+def predict(world, path, **more):
+    return evaluate.predict(world["model"], world["questions"], world["images"], path, 4, 16, **more)
+
+
+def test_predictions_are_what_generate_says_in_the_order_of_the_questions(world, tmp_path, capsys):
+    rows = predict(world, tmp_path / "base.jsonl")
+    assert [row["question_id"] for row in rows] == [row["question_id"] for row in world["questions"]]
+    assert rows == evaluate.read_predictions(tmp_path / "base.jsonl")
+    for row, question in list(zip(rows, world["questions"]))[::7]:
+        image = open_image(world["images"] / question["image"])
+        alone = lvlm.generate(world["model"], [image], [question_text(question)], max_new_tokens=16, batch_size=1)
+        assert row["prediction"] == alone[0][0]
+        assert row["answer"] == question["gpt4_answer"] and "<image>" not in row["question"]
+        assert row["patient_id"] == question["patient_id"] and "shown_image" not in row
+    closed = sum(row["answer_type"] == "CLOSED" for row in rows)
+    assert metrics.score_predictions(rows)["closed_accuracy"]["n"] == closed > 5
+    assert f"computed, {len(rows)} predictions" in capsys.readouterr().out
+
+
+def test_a_file_is_read_again_only_while_model_questions_and_images_are_the_same(world, tmp_path, capsys):
+    path = tmp_path / "base.jsonl"
+    first = predict(world, path)
+    assert predict(world, path) == first
+    assert capsys.readouterr().out.splitlines()[1].startswith("base.jsonl: read")
+    parameter = world["model"].model.lm_head.weight
+    with torch.no_grad():
+        parameter.add_(0.1)
+    predict(world, path)
+    with torch.no_grad():
+        parameter.sub_(0.1)
+    assert "computed" in capsys.readouterr().out
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_shuffling_gives_everyone_another_patients_image(world, tmp_path):
+    shown = evaluate.shuffled_images(world["questions"], 0)
+    owner = {row["image"]: row["patient_id"] for row in world["questions"]}
+    assert all(owner[name] != row["patient_id"] for name, row in zip(shown, world["questions"]))
+    assert set(shown) == set(owner)
+    assert shown == evaluate.shuffled_images(world["questions"], 0)
+    rows = predict(world, tmp_path / "shuffled.jsonl", shuffle_images=0)
+    assert [row["shown_image"] for row in rows] == shown
+    assert [row["image"] for row in rows] == [row["image"] for row in world["questions"]]
+    with pytest.raises(InputError, match="two patients"):
+        evaluate.shuffled_images(world["questions"][:1], 0)
+
+
+def test_shuffling_without_patient_names_goes_by_image():
+    rows = [{"image": name} for name in ("a.jpg", "b.jpg", "a.jpg")]
+    assert evaluate.shuffled_images(rows, 1) == ["b.jpg", "a.jpg", "b.jpg"]
+
+
+@pytest.mark.parametrize("text", ["not json", "[1]", '{"question_id": 1}'])
+def test_a_broken_predictions_file_names_its_line(tmp_path, text):
+    (tmp_path / "x.jsonl").write_text(text + "\n")
+    with pytest.raises(InputError, match="line 1"):
+        evaluate.read_predictions(tmp_path / "x.jsonl")
+
+
+def test_attention_share_closed_forms():
+    mask = np.zeros((224, 224), bool)
+    mask[:112, :50] = True
+    assert evaluate.attention_share(np.ones((14, 14)), mask) == pytest.approx(mask.mean())
+    inside = np.zeros((14, 14))
+    inside[2, 1] = 5.0
+    assert evaluate.attention_share(inside, mask) == pytest.approx(1)
+    border = np.zeros((14, 14))
+    border[0, 3] = 1.0
+    assert evaluate.attention_share(border, mask) == pytest.approx(2 / 16, abs=1e-6)
+
+
+def test_lesion_attention_asks_only_where_the_finding_has_a_mask(world):
+    rows = evaluate.lesion_attention(world["model"], world["questions"], world["images"], world["masks"], 4)
+    masks = {row["image"]: read_masks(world["masks"] / row["image"]) for row in world["questions"]}
+    expected = [row["question_id"] for row in world["questions"] if row.get("finding") in masks[row["image"]]]
+    assert [row["question_id"] for row in rows] == expected and expected
+    assert all(0 <= row["share"] <= 1 for row in rows)
+    assert rows[0]["chance"] == pytest.approx(masks[rows[0]["image"]][rows[0]["finding"]].mean())
+    assert evaluate.lesion_attention(world["model"], world["questions"], world["images"], None, 4) == []
+    table = evaluate.compare({"base": [rows]}, 50, ["attention_in_lesion"])
+    assert table["base"]["attention_in_lesion"]["mean"] == pytest.approx(100 * np.mean([row["share"] for row in rows]))
+
+
+def answers(right, kinds=("CLOSED", "OPEN")):
+    return [{"question_id": n, "image": f"{n}.png", "answer_type": kinds[n % len(kinds)], "answer": "yes",
+             "prediction": "yes" if n % 10 < right else "no"} for n in range(200)]
+
+
+def test_compare_has_intervals_per_model_and_seed():
+    table = evaluate.compare({"base": [answers(5)], "mmedpo": [answers(8), answers(9), answers(8)]}, samples=300)
+    assert json.loads(json.dumps(table)) == table
+    assert table["base"]["open_recall"]["seeds"] == 1 and table["mmedpo"]["open_recall"]["seeds"] == 3
+    assert "bleu" not in table["base"]
+    for scores in table.values():
+        for entry in scores.values():
+            assert entry["low"] <= entry["mean"] <= entry["high"]
+    assert table["mmedpo"]["closed_accuracy"]["mean"] == pytest.approx(
+        np.mean([metrics.closed_accuracy(answers(n)) for n in (8, 9, 8)]))
+
+
+def test_compare_pair_is_the_difference_and_wants_the_same_questions():
+    pair = evaluate.compare_pair([answers(8), answers(9)], [answers(5)], samples=300)
+    single = evaluate.compare({"a": [answers(8), answers(9)], "b": [answers(5)]}, samples=300)
+    for metric, entry in pair.items():
+        assert entry["mean"] == pytest.approx(single["a"][metric]["mean"] - single["b"][metric]["mean"])
+    assert evaluate.compare_pair([answers(5)], [answers(5)], 50)["closed_accuracy"]["high"] == 0
+    with pytest.raises(InputError, match="same questions"):
+        evaluate.compare_pair([answers(8)], [answers(5)[1:]], samples=10)

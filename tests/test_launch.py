@@ -1,0 +1,173 @@
+"""Training started the way a notebook starts it: the real launcher, an interrupt, a crash, and every input that decides a run."""
+
+from __future__ import annotations
+
+import _thread
+import json
+import math
+import shutil
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from PIL import Image
+
+from mmedpo_utils.errors import InputError
+from mmedpo_utils.launch import TrainingError, command, load_run, process_count, read_events, train
+from mmedpo_utils.lvlm import load_lvlm
+from mmedpo_utils.manifests import write_manifest
+from mmedpo_utils.plots import training_curves
+from mmedpo_utils.profiles import load_profile
+from mmedpo_utils.train import deepspeed_config, held_out, manifest_path, run_digest, training_weights
+
+from .test_trainer import tiny_lvlm, tiny_pairs
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory) -> Path:
+    """A folder with a tiny model, images and the curated pairs of an output folder."""
+    folder = tmp_path_factory.mktemp("launch")
+    tiny_lvlm(folder / "model")
+    write_manifest(folder / "run" / "pairs" / "train.json", tiny_pairs(folder, 40))
+    (folder / "noised").rename(folder / "run" / "pairs" / "noised")
+    return folder
+
+
+def tiny_profile(workspace: Path, **changes):
+    return load_profile("phantom-smoke", {
+        "data.source": "folder", "data.root": str(workspace), "output": str(workspace / "run"), "training.max_length": 64,
+        "lvlm.model": str(workspace / "model"), "lvlm.device": "cpu", "training.learning_rate": 1e-2, **changes})
+
+
+def processes_of(folder: Path) -> list[psutil.Process]:
+    """Living processes (zombies left out) whose command line names ``folder``."""
+    found = []
+    for process in psutil.process_iter(["cmdline", "status"]):
+        if process.info["status"] != psutil.STATUS_ZOMBIE and any(str(folder) in part for part in process.info["cmdline"] or ()):
+            found.append(process)
+    return found
+
+
+def test_the_real_launcher_trains_with_zero_in_two_processes_and_a_second_call_loads(workspace, monkeypatch, capsys):
+    monkeypatch.setenv("SOME_API_KEY", "do-not-write-me-down")
+    profile = tiny_profile(workspace)
+    assert profile.training.zero_stage == 2 and process_count(profile) == 2
+    run = train(profile, "mmedpo", seed=1, live=False)
+    printed = capsys.readouterr().out
+    assert "python -m deepspeed.launcher.runner --num_accelerators 2" in printed and "--variant mmedpo --seed 1" in printed
+    assert not run.loaded and run.result["processes"] == 2 and run.result["pairs"] + run.result["validation_pairs"] == 40
+    steps = [event for event in run.events if "loss" in event]
+    assert [event["step"] for event in steps] == [1, 2, 3, 4] and all(event["total_steps"] == 4 for event in steps)
+    assert steps[0]["loss"] == pytest.approx(steps[0]["weight"] * math.log(2), abs=1e-5) and steps[0]["margin"] == 0
+    assert steps[-1]["seconds_left"] == 0 and any("validation_chosen_logp" in event for event in run.events)
+    assert training_curves(run.events).axes
+    image = Image.open(workspace / "images" / "0.png").convert("RGB")
+    base, tuned = load_lvlm(profile.lvlm.model, "cpu"), load_lvlm(profile.lvlm.model, "cpu", adapter=run.adapter)
+    batch = base.processor(images=image, text="<image> is there a nodule ?", return_tensors="pt")
+    with torch.no_grad():
+        change = (tuned.model(**batch).logits - base.model(**batch).logits).abs().max()
+    assert change > 1e-3
+    assert load_profile(run.folder / "profile.yaml") == profile
+    assert {"torch", "deepspeed", "platform"} <= set(json.loads((run.folder / "versions.json").read_text()))
+    assert not any(b"do-not-write-me-down" in path.read_bytes() for path in run.folder.rglob("*") if path.is_file())
+    assert not processes_of(run.folder)
+    again = train(profile, "mmedpo", seed=1, live=False)
+    assert again.loaded and again.result == run.result and "loaded" in capsys.readouterr().out
+
+
+def test_an_interrupt_leaves_no_process_and_no_result(workspace):
+    profile = tiny_profile(workspace, **{"training.max_steps": 100_000})
+    folder, seen = profile.output / "train" / "dpo-seed0", []
+
+    def interrupt() -> None:
+        deadline = time.monotonic() + 90
+        while len(seen) < 4 and time.monotonic() < deadline:  # the launcher, its child and two workers
+            seen[:] = processes_of(folder)
+            time.sleep(0.2)
+        _thread.interrupt_main()
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        train(profile, "dpo", live=False)
+    assert len(seen) == 4 and not processes_of(folder)
+    assert load_run(folder, run_digest(profile, "dpo", 0, manifest_path(profile))) is None
+
+
+def test_a_crash_raises_with_the_workers_own_error_and_can_be_repeated(workspace, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(workspace, broken, ignore=shutil.ignore_patterns("train"))
+    (broken / "images" / "7.png").write_bytes(b"no image")
+    profile = tiny_profile(broken, **{"training.processes": 1})
+    with pytest.raises(TrainingError, match=r"exit code 1(.|\n)*InputError: .*7\.png") as caught:
+        train(profile, "stage2", live=False)
+    assert 'File "' in str(caught.value)
+    folder = profile.output / "train" / "stage2-seed0"
+    assert not (folder / "result.json").exists() and not (folder / "adapter").exists()
+    shutil.copy(workspace / "images" / "7.png", broken / "images" / "7.png")
+    (folder / "stale").write_text("left over")
+    assert train(profile, "stage2", live=False).result["processes"] == 1 and not (folder / "stale").exists()
+
+
+def test_bad_requests_are_refused_before_anything_starts(workspace, tmp_path):
+    profile = tiny_profile(workspace)
+    with pytest.raises(InputError, match="'grpo': unknown.*mmedpo"):
+        train(profile, "grpo")
+    with pytest.raises(InputError, match="no preference pairs yet; run notebook 03"):
+        train(tiny_profile(workspace, output=str(tmp_path)), "dpo")
+    if not torch.cuda.is_available():
+        with pytest.raises(InputError, match="no GPU"):
+            train(tiny_profile(workspace, **{"lvlm.device": "cuda"}), "dpo")
+    assert not (tmp_path / "train").exists()
+
+
+def test_two_commands_take_different_ports_and_one_process_needs_no_launcher(workspace):
+    profile = tiny_profile(workspace)
+    first, second = (command(profile, "dpo", 0, profile.output / "train" / "dpo-seed0") for _ in range(2))
+    assert first[first.index("--master_port") + 1] != second[second.index("--master_port") + 1]
+    alone = command(tiny_profile(workspace, **{"training.processes": 1}), "dpo", 0, profile.output / "train" / "dpo-seed0")
+    assert alone[1:3] == ["-m", "mmedpo_utils.train"] and "deepspeed" not in " ".join(alone)
+
+
+def test_half_a_line_of_events_is_left_for_the_next_look(tmp_path):
+    assert read_events(tmp_path) == []
+    (tmp_path / "events.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"ste')
+    assert read_events(tmp_path) == [{"step": 1}, {"step": 2}]
+
+
+def test_every_input_changes_the_digest(workspace, tmp_path):
+    profile, other = tiny_profile(workspace), tmp_path / "other.json"
+    manifest = manifest_path(profile)
+    other.write_bytes(manifest.read_bytes() + b"\n")
+    digests = {run_digest(profile, "dpo", 0, manifest), run_digest(profile, "sft", 0, manifest), run_digest(profile, "dpo", 1, manifest),
+               run_digest(profile, "dpo", 0, other), run_digest(tiny_profile(workspace, **{"training.beta": 0.2}), "dpo", 0, manifest)}
+    assert len(digests) == 5 and run_digest(profile, "dpo", 0, manifest) in digests
+
+
+def test_weights_are_normalised_within_each_source(workspace):
+    profile, rows = tiny_profile(workspace), tiny_pairs(workspace / "more", 40)
+    for row in rows:
+        row["weighted_score"] *= 0.1 if row["rejected_image"] else 1.0
+    visual = np.array([row["rejected_image"] is not None for row in rows])
+    weights = training_weights(rows, profile.training.variants["mmedpo"], profile)
+    for source in (visual, ~visual):
+        assert weights[source].mean() == pytest.approx(1, abs=0.05) and set(weights[source]) >= {0.75, 1.25}
+    assert (training_weights(rows, profile.training.variants["dpo"], profile) == 1).all()
+
+
+def test_no_patient_is_on_both_sides_of_the_validation_split(tmp_path):
+    rows = [{"patient_id": f"p{number // 7}", "image": f"{number}.png"} for number in range(700)]
+    chosen = held_out(rows, seed=0)
+    assert 0 < chosen.sum() <= 64
+    assert not {row["patient_id"] for row, held in zip(rows, chosen) if held} & {row["patient_id"] for row, held in zip(rows, chosen) if not held}
+    assert (held_out(rows, 0) == chosen).all() and (held_out(rows, 1) != chosen).any()
+    assert not held_out(rows[:21], seed=0).any()
+
+
+def test_keys_of_stage_3_are_left_out_below_it():
+    for stage in range(4):
+        values = deepspeed_config(stage)["zero_optimization"]
+        assert values["stage"] == stage and any(key.startswith("stage3") for key in values) == (stage == 3)

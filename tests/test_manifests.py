@@ -1,0 +1,218 @@
+"""Manifests: the released files read without a complaint, each kind of bad input gets one clear error."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mmedpo_utils.errors import InputError
+from mmedpo_utils.manifests import (
+    answer_text, audit_manifest, is_identical, open_image, pair_row, question_text, read_manifest, read_questions,
+    resolve_image, row_sha, row_source, rows_to_questions, write_manifest,
+)
+
+QUESTION = {"question_id": "q1", "image": "a.png", "text": "Is there a nodule?\n<image>", "gpt4_answer": "yes",
+            "answer_type": "CLOSED", "patient_id": "p1", "finding": "nodule", "question_type": "presence"}
+
+
+def good_row() -> dict:
+    return pair_row(QUESTION, "no", 0.5)
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """A folder with one good image, and some that are not."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)
+    Image.fromarray(noise).save(folder / "a.png")
+    Image.fromarray(noise).save(folder / "b.jpg")
+    (folder / "short.png").write_bytes((folder / "a.png").read_bytes()[:900])
+    (folder / "short.jpg").write_bytes((folder / "b.jpg").read_bytes()[:900])
+    (folder / "text.png").write_text("not an image", encoding="utf-8")
+    (folder / "empty.png").write_bytes(b"")
+    Image.fromarray(noise).save(tmp_path / "outside.png")
+    (folder / "link.png").symlink_to(tmp_path / "outside.png")
+    return folder
+
+
+def put(*path: str | int, value: object) -> Callable[[dict], None]:
+    """A change to one place of a row."""
+    def change(row: dict) -> None:
+        for key in path[:-1]:
+            row = row[key]
+        row[path[-1]] = value
+    return change
+
+
+def drop(key: str) -> Callable[[dict], None]:
+    return lambda row: row.pop(key)
+
+
+HUMAN = {"from": "human", "value": "<image>\nIs there a nodule?"}
+BAD_ROWS = [
+    *[(drop(key), f"`{key}` is missing") for key in
+      ("id", "image", "conversations", "rejected_conversations", "weighted_score")],
+    (put("image", value=None), "`image` is missing"),
+    (put("image", value="  "), "`image`: expected a non-empty text"),
+    (put("image", value=["a.png"]), "`image`: expected a non-empty text"),
+    (put("id", value=True), "`id`: expected"),
+    (put("rejected_image", value=""), "`rejected_image`: expected"),
+    (put("conversations", value=[HUMAN]), "even number of turns"),
+    (put("conversations", value=[]), "even number of turns"),
+    (put("conversations", value="yes"), "even number of turns"),
+    (put("rejected_conversations", value=[HUMAN, HUMAN]), "turn 1: expected {from: gpt"),
+    (put("conversations", 1, "value", value=None), "turn 1"),
+    (put("conversations", 0, "value", value="Is there a nodule?"), "one <image> mark"),
+    (put("conversations", 0, "value", value="<image>\n<image>\nIs there?"), "one <image> mark"),
+    (put("conversations", 1, "value", value="yes <image>"), "one <image> mark"),
+    (put("rejected_conversations", 0, "value", value="<image>\nIs there an effusion?"), "another question"),
+    *[(put("weighted_score", value=value), "`weighted_score`: expected a number from 0 to 1") for value in
+      ("0.5", True, -0.1, 1.01, float("nan"), float("inf"), [0.5])],
+]
+
+
+@pytest.mark.parametrize(("change", "words"), BAD_ROWS, ids=[f"{words}-{i}" for i, (_, words) in enumerate(BAD_ROWS)])
+def test_bad_row_names_file_row_id_and_field(tmp_path: Path, change: Callable, words: str) -> None:
+    bad = good_row()
+    change(bad)
+    path = tmp_path / "pairs.json"
+    path.write_text(json.dumps([good_row(), bad]), encoding="utf-8")
+    with pytest.raises(InputError) as caught:
+        read_manifest(path)
+    for word in ("pairs.json", "row 1", f"(id {bad.get('id')!r})", words):
+        assert word in str(caught.value)
+    with pytest.raises(InputError):
+        write_manifest(tmp_path / "out.json", [bad])
+    assert not list(tmp_path.glob("*out.json*"))
+
+
+@pytest.mark.parametrize(("content", "words"), [
+    (b"{", "is not JSON"), (b"", "is not JSON"), (b"[" * 100_000, "is not JSON"), (b"\xff\xfe\x00", "cannot be read"),
+    (b"[]", "an empty list"), (b"{}", "non-empty list"), (b"null", "non-empty list"), (b"[1]", "row 0: expected"),
+])
+def test_bad_file(tmp_path: Path, content: bytes, words: str) -> None:
+    (tmp_path / "pairs.json").write_bytes(content)
+    with pytest.raises(InputError, match=words):
+        read_manifest(tmp_path / "pairs.json")
+    with pytest.raises(InputError, match="no preference pairs"):
+        write_manifest(tmp_path / "out.json", [])
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot be read"):
+        read_manifest(tmp_path / "nothing.json")
+
+
+@pytest.mark.parametrize(("name", "words"), [
+    ("none.png", "is missing"), (".", "is missing"), ("short.png", "truncated"), ("short.jpg", "truncated"),
+    ("text.png", "not an image"), ("empty.png", "not an image"), ("../outside.png", "outside"),
+    ("/etc/hostname", "outside"), ("link.png", "outside"), ("a\0.png", "not a usable"), ("x" * 5000, "not a usable"),
+])
+@pytest.mark.parametrize("key", ["image", "rejected_image"])
+def test_bad_image(tmp_path: Path, images: Path, name: str, words: str, key: str) -> None:
+    row = good_row() | {key: name}
+    path = tmp_path / "pairs.json"
+    path.write_text(json.dumps([good_row(), row]), encoding="utf-8")
+    with pytest.raises(InputError, match=words) as caught:
+        read_manifest(path, images, images)
+    assert "row 1 (id 'q1')" in str(caught.value) and f"`{key}`" in str(caught.value)
+    assert len(read_manifest(path)) == 2, "without roots no image is looked at"
+
+
+def test_written_rows_read_back(tmp_path: Path, images: Path) -> None:
+    rows = [good_row(), good_row() | {"rejected_image": "b.jpg", "source": "visual"}, good_row()]
+    write_manifest(tmp_path / "pairs.json", rows)
+    assert read_manifest(tmp_path / "pairs.json", images, images) == rows
+    assert [row_source(row) for row in rows] == ["text", "visual", "text"]
+    assert row_sha(rows) == row_sha([dict(reversed(row.items())) for row in rows]) != row_sha(rows[:1])
+
+
+def test_identical_pairs_are_warned_of_and_counted(tmp_path: Path, images: Path) -> None:
+    same, visual = pair_row(QUESTION, " yes", 0.0), pair_row(QUESTION, "yes", 0.5, rejected_image="b.jpg")
+    copied = pair_row(QUESTION, "yes", 0.5, rejected_image="a.png")
+    write_manifest(tmp_path / "pairs.json", [same, visual, copied, good_row()])
+    with pytest.warns(UserWarning, match="2 of 4 rows have identical"):
+        rows = read_manifest(tmp_path / "pairs.json", images, images)
+    assert [is_identical(row, images, images) for row in rows] == [True, False, True, False]
+    audit = audit_manifest(rows)
+    assert (audit["identical_pairs"], audit["zero_weights"], audit["duplicate_ids"]) == (1, 1, 2)
+    assert audit["sources"] == {"text": 2, "visual": 2} and audit["score_mean"] == pytest.approx(0.375)
+
+
+def test_texts_without_the_mark() -> None:
+    assert question_text(QUESTION) == question_text(good_row()) == question_text("<image> Is there a nodule?")
+    assert answer_text(good_row()) == "yes" and answer_text(good_row(), rejected=True) == "no"
+
+
+def test_rows_and_questions_are_inverse() -> None:
+    assert rows_to_questions([good_row()]) == [QUESTION]
+    assert rows_to_questions([pair_row(QUESTION | {"gpt4_answer": "Free air"}, "no", 1)])[0]["answer_type"] == "OPEN"
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    ({"text": "Is there?"}, "one <image> mark"), ({"answer_type": "MAYBE"}, "CLOSED, OPEN, REPORT"),
+    ({"gpt4_answer": None}, "`gpt4_answer` is missing"), ({"image": ""}, "`image`"),
+    ({"image": "none.png"}, "is missing"),
+])
+def test_bad_question(tmp_path: Path, images: Path, change: dict, words: str) -> None:
+    path = tmp_path / "questions.jsonl"
+    path.write_text(f"{json.dumps(QUESTION)}\n\n{json.dumps(QUESTION | change)}\n", encoding="utf-8")
+    with pytest.raises(InputError, match=words) as caught:
+        read_questions(path, images)
+    assert "row 2 (question_id 'q1')" in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]"])
+def test_bad_question_file(tmp_path: Path, text: str) -> None:
+    (tmp_path / "questions.jsonl").write_text(text, encoding="utf-8")
+    with pytest.raises(InputError, match="questions.jsonl"):
+        read_questions(tmp_path / "questions.jsonl")
+
+
+def test_open_image_makes_every_mode_grey_or_rgb(tmp_path: Path) -> None:
+    ramp = np.linspace(0, 1, 256).reshape(16, 16)
+    grey = (ramp * 255).round().astype(np.uint8)
+    Image.fromarray((1000 + ramp * 3000).astype(np.uint16)).save(tmp_path / "deep.png")
+    deep = open_image(tmp_path / "deep.png")
+    assert deep.mode == "L" and np.abs(np.asarray(deep, int) - grey).max() <= 1
+    colour = Image.merge("RGB", [Image.fromarray(grey), Image.fromarray(255 - grey), Image.fromarray(grey)])
+    for mode in ("1", "L", "P", "LA", "RGBA", "CMYK", "RGB"):
+        colour.convert(mode).save(tmp_path / f"{mode}.tiff")
+        assert open_image(tmp_path / f"{mode}.tiff").mode == ("L" if mode in ("1", "L") else "RGB")
+    clear = colour.copy()
+    clear.putalpha(0)
+    clear.save(tmp_path / "clear.png")
+    assert np.asarray(open_image(tmp_path / "clear.png")).max() == 0
+
+
+def test_open_image_turns_upright(tmp_path: Path) -> None:
+    picture = Image.new("L", (40, 20))
+    exif = picture.getexif()
+    exif[0x0112] = 6
+    picture.save(tmp_path / "turned.jpg", exif=exif)
+    assert open_image(tmp_path / "turned.jpg").size == (20, 40)
+
+
+def test_resolve_image_keeps_to_its_folder(images: Path) -> None:
+    assert resolve_image(images, "a.png") == (images / "a.png").resolve()
+    assert resolve_image(images, "../images/a.png") == (images / "a.png").resolve()
+
+
+def test_released_files_read_without_a_complaint(shared: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        vqa = audit_manifest(read_manifest(shared / "data/released/vqa-rad_dpo_weighted.json"))
+        iuxray = audit_manifest(read_manifest(shared / "data/released/iuxray_dpo_weighted.json"))
+        mini = shared / "data/vqa_rad_mini"
+        assert len(read_manifest(mini / "train_preferences.json", mini / "images")) == 7
+        assert len(read_questions(mini / "test_questions.jsonl", mini / "images")) == 6
+        assert len(read_questions(shared / "data/released/vqa-rad_test_questions.jsonl")) == 451
+    assert (vqa["rows"], vqa["zero_weights"], vqa["identical_pairs"]) == (1797, 12, 0)
+    assert (iuxray["rows"], iuxray["zero_weights"], iuxray["identical_pairs"]) == (2069, 34, 0)

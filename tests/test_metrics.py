@@ -1,0 +1,146 @@
+"""Scores against closed forms and against the libraries themselves."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+
+import numpy as np
+import pytest
+from rouge_score.rouge_scorer import RougeScorer
+from sacrebleu.metrics import BLEU
+
+from mmedpo_utils import metrics
+
+REPORTS = [("The heart is normal in size. There is a nodule in the left upper zone.",
+            "The heart is normal in size. There is an effusion in the left base zone."),
+           ("There is cardiomegaly. There is no effusion.", "the heart is enlarged."),
+           ("The film shows an opacity.", "The film shows an opacity.")]
+
+
+def row(kind, answer, prediction, **more):
+    return {"question_id": 0, "image": "a.png", "answer_type": kind, "answer": answer, "prediction": prediction, **more}
+
+
+def report_rows():
+    return [row("REPORT", *pair) for pair in REPORTS]
+
+
+@pytest.mark.parametrize("answer, prediction, right", [
+    ("yes", "Yes.", True), ("Yes", "yes, there is a nodule", True), ("no", "Yes", False), ("No", "", False),
+    ("no", "There is no nodule", False), ("no", "nodule", False), ("yes", "yesterday", False),
+    ("right side", "Right side of the chest", True), ("right side", "right", False), ("?", "", False)])
+def test_closed_rule(answer, prediction, right):
+    assert metrics.closed_correct(answer, prediction) is right
+
+
+def test_recall_counts_words_with_multiplicity():
+    assert metrics.recall("left left base", "the left base") == pytest.approx(2 / 3)
+    assert metrics.recall("X-ray, chest", "CHEST xray!") == 1
+    assert np.isnan(metrics.recall("...", "something"))
+    assert metrics.words("Air, under\tthe R. dome") == ["air", "under", "the", "r", "dome"]
+
+
+def test_accuracy_and_recall_are_means_over_their_own_rows():
+    rows = [row("CLOSED", "yes", "yes"), row("CLOSED", "no", "yes"), row("OPEN", "left base", "left apex"),
+            row("OPEN", "left", "left")]
+    assert metrics.closed_accuracy(rows) == 50
+    assert metrics.open_recall(rows) == 75
+    assert metrics.rouge_l(rows) is None and metrics.bleu(rows) is None
+    assert metrics.open_recall([row("OPEN", "...", "x")]) is None
+
+
+def test_bleu_equals_sacrebleu_on_the_corpus():
+    answers, predictions = (list(side) for side in zip(*REPORTS))
+    own = [metrics.score(report_rows(), f"bleu{n}") for n in metrics.BLEU_ORDERS]
+    library = [BLEU(lowercase=True, max_ngram_order=n).corpus_score(predictions, [answers]).score for n in (1, 2, 3, 4)]
+    assert own == pytest.approx(library)
+    assert metrics.bleu(report_rows()) == pytest.approx(np.mean(library))
+    assert metrics.bleu([row("REPORT", "a b c d e", "a b c d e")]) == pytest.approx(100)
+
+
+def test_rouge_equals_the_library():
+    scorer = RougeScorer(["rougeL"])
+    expected = 100 * np.mean([scorer.score(a, p)["rougeL"].fmeasure for a, p in REPORTS])
+    assert metrics.rouge_l(report_rows()) == pytest.approx(expected)
+
+
+def test_meteor_is_the_library_or_says_why_not():
+    value, reason = metrics.meteor(report_rows())
+    assert (value is None) == bool(reason)
+    if value is not None:
+        assert 0 < value < 100
+    assert metrics.meteor([row("CLOSED", "yes", "yes")]) == (None, "no reports")
+
+
+def test_score_predictions_names_every_metric_and_its_rows():
+    rows = [*report_rows(), row("CLOSED", "yes", "yes"), row("OPEN", "left", "right")]
+    table = metrics.score_predictions(rows)
+    assert tuple(table) == metrics.SCORES
+    assert table["closed_accuracy"] == {"score": 100, "n": 1} and table["open_recall"] == {"score": 0, "n": 1}
+    assert table["bleu"]["score"] == pytest.approx(np.mean([table[f"bleu{n}"]["score"] for n in (1, 2, 3, 4)]))
+    assert table["rouge_l"]["n"] == table["meteor"]["n"] == 3
+    assert set(metrics.METHODS) >= {"closed_accuracy", "open_recall", "bleu", "rouge_l", "meteor"}
+
+
+def test_scores_by_finding():
+    rows = [row("CLOSED", "yes", "yes", finding="nodule"), row("CLOSED", "no", "yes", finding="effusion"),
+            row("CLOSED", "no", "no")]
+    by_finding = metrics.scores_by(rows, "finding")
+    assert list(by_finding) == ["(none)", "effusion", "nodule"]
+    assert [scores["closed_accuracy"]["score"] for scores in by_finding.values()] == [100, 0, 100]
+
+
+def test_bootstrap_matches_the_normal_interval_of_independent_patients():
+    scores = np.random.default_rng(1).random(2000) < 0.6
+    mean, low, high = metrics.bootstrap_interval(scores, np.arange(2000), samples=2000)
+    half = 196 * np.sqrt(scores.mean() * (1 - scores.mean()) / 2000)
+    assert mean == pytest.approx(100 * scores.mean())
+    assert (mean - low, high - mean) == pytest.approx((half, half), rel=0.08)
+
+
+def test_bootstrap_draws_patients_and_seeds_not_rows():
+    patient_score = np.random.default_rng(2).random(50)
+    rows = np.repeat(patient_score, 40)
+    patients = np.repeat(np.arange(50), 40)
+    clustered = metrics.bootstrap_interval(rows, patients)
+    once = metrics.bootstrap_interval(patient_score, np.arange(50))
+    assert clustered == pytest.approx(once)
+    seeds = np.tile([0, 1], 1000)
+    mean, low, high = metrics.bootstrap_interval(seeds.astype(float), patients, seeds)
+    assert (mean, low, high) == pytest.approx((50, 0, 100))
+
+
+def test_interval_is_repeatable_fast_and_covers_bleu():
+    rows = [row("REPORT", *REPORTS[n % 3], patient_id=f"p{n}") for n in range(60)]
+    statistics, statistic, used = metrics.row_statistics(rows, "bleu")
+    patients = [metrics.patient_of(r) for r in used]
+    first = metrics.bootstrap_interval(statistics, patients, statistic=statistic)
+    assert first == metrics.bootstrap_interval(statistics, patients, statistic=statistic)
+    assert first[1] < first[0] < first[2] and first[0] == pytest.approx(metrics.bleu(rows))
+    start = time.perf_counter()
+    metrics.bootstrap_interval(np.zeros(2000), np.arange(2000) % 300, np.arange(2000) % 3)
+    assert time.perf_counter() - start < 2
+
+
+def test_paired_difference_uses_the_same_draws():
+    rng = np.random.default_rng(3)
+    base = (rng.random(400) < 0.5).astype(float)
+    patients = np.arange(400) // 4
+    assert metrics.paired_difference(base, base, patients) == (0, 0, 0)
+    shifted = metrics.paired_difference(base * 0.5 + 0.5, base * 0.5, patients)
+    assert shifted == pytest.approx((50, 50, 50))
+
+
+def test_patient_falls_back_to_the_image():
+    assert metrics.patient_of({"image": "x.jpg"}) == "x.jpg"
+    assert metrics.patient_of({"image": "x.jpg", "patient_id": "p1"}) == "p1"
+
+
+def test_released_questions_score_their_own_answers_fully(shared):
+    import json
+
+    lines = (shared / "data/released/vqa-rad_test_questions.jsonl").read_text().splitlines()
+    rows = [row(q["answer_type"], q["gpt4_answer"], q["gpt4_answer"]) for q in map(json.loads, lines)]
+    assert Counter(r["answer_type"] for r in rows) == {"CLOSED": 272, "OPEN": 179}
+    assert metrics.closed_accuracy(rows) == 100 and metrics.open_recall(rows) == pytest.approx(100)

@@ -1,0 +1,122 @@
+"""Every figure is drawn from tables alone; what it shows is read back from its axes."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+
+import jsonschema
+import numpy as np
+import pytest
+from matplotlib import pyplot
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from mmedpo_utils import plots
+
+DATA_MANIFESTS = Path(__file__).resolve().parents[1] / "data_manifests"
+RNG = np.random.default_rng(0)
+FILM = np.tile(np.linspace(0, 1, 64), (64, 1))
+MASK = np.zeros((64, 64), bool)
+MASK[10:30, 20:40] = True
+HEAT = RNG.random((14, 14))
+EVENTS = [{"step": n, "total_steps": 40, "loss": 0.7 - n / 100, "chosen_logp": -9.0, "rejected_logp": -9.0 - n,
+           "margin": n / 9, "accuracy": 0.5, "seconds_left": 40 - n} for n in range(1, 21)]
+TABLE = {name: {"closed_accuracy": {"mean": 50.0 + n, "low": 45.0, "high": 60.0, "seeds": 1}}
+         for n, name in enumerate(("base", "sft", "dpo", "stage1", "stage2", "mmedpo", "mmedpo_shuffled"))}
+TURNS = [{"round": 1, "member": name, "score": score, "agrees": False, "reason": ""}
+         for name, score in (("a $x", 0.2), ("b", 0.4), ("c", 0.4))]
+FIGURES = {
+    "film_grid": lambda: plots.film_grid([FILM] * 5, ["a $b$ c"] * 5, [{"nodule": MASK}] * 5),
+    "film_grid_plain": lambda: plots.film_grid([FILM], ["one"], columns=1),
+    "attention_overlay": lambda: plots.attention_overlay(FILM, HEAT, MASK, threshold=0.5, title="disease"),
+    "attention_grid": lambda: plots.attention_grid(FILM, RNG.random((2, 3, 14, 14)), MASK),
+    "attention_before_after": lambda: plots.attention_before_after(FILM, HEAT, HEAT[::-1], MASK),
+    "noise_comparison": lambda: plots.noise_comparison(FILM, MASK, {"paper": FILM, "released": FILM, "global": FILM}),
+    "noise_ladder": lambda: plots.noise_ladder({1.0: FILM, 0.5: FILM}),
+    "weight_histograms": lambda: plots.weight_histograms(
+        {"rescaled": RNG.random(50) + 0.5, "literal": np.full(50, 0.75), "none": RNG.random(50)}),
+    "pair_card": lambda: plots.pair_card(FILM, None, "Is there $a nodule?", "yes", "no " * 200, 0.5),
+    "debate_plot": lambda: plots.debate_plot(TURNS),
+    "training_curves": lambda: plots.training_curves(EVENTS),
+    "training_curves_empty": lambda: plots.training_curves([]),
+    "result_bars": lambda: plots.result_bars(TABLE),
+    "pointing_game_bars": lambda: plots.pointing_game_bars({"nodule": 0.6, "b": 0.9}, {"nodule": 0.01, "b": 0.1}),
+}
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_draws_without_a_warning_and_without_global_state(name):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figure = FIGURES[name]()
+        FigureCanvasAgg(figure).draw()
+    assert isinstance(figure, Figure) and not pyplot.get_fignums()
+
+
+def test_upsampling_scales_to_the_range_and_keeps_the_place():
+    heat = np.zeros((14, 14))
+    heat[3, 9] = 1 / 196
+    wide = plots.upsampled(heat, (140, 280))
+    assert wide.shape == (140, 280) and wide.min() == 0 and 0.9 < wide.max() <= 1
+    assert np.allclose(np.unravel_index(wide.argmax(), wide.shape), (35, 190), atol=6)
+    assert not plots.upsampled(np.full((14, 14), 0.3), (20, 20)).any()
+
+
+def test_threshold_hides_the_map_below_it():
+    overlay = plots.attention_overlay(FILM, HEAT, threshold=0.7, opacity=0.4).axes[1].images[1]
+    heat = plots.upsampled(HEAT, FILM.shape)
+    assert np.array_equal(np.asarray(overlay.get_alpha()) > 0, heat >= 0.7)
+
+
+def test_training_curves_tell_the_time_left_and_hold_the_numbers():
+    figure = plots.training_curves(EVENTS)
+    assert figure.get_suptitle() == "step 20 of 40, about 20 s left"
+    rejected = next(line for line in figure.axes[1].lines if line.get_label() == "rejected")
+    assert rejected.get_ydata()[-1] == -29
+    sparse = plots.training_curves([{"step": 1, "total_steps": 9, "loss": 0.7, "seconds_left": 0}])
+    assert sparse.get_suptitle().endswith("done") and not sparse.axes[1].lines
+
+
+def test_result_bars_show_mean_and_interval():
+    (axes,) = plots.result_bars(TABLE).axes
+    assert [bar.get_width() for bar in axes.patches] == [50 + n for n in range(7)]
+    assert list(axes.lines[0].get_xdata()) == [45, 60]
+
+
+def test_weight_titles_state_mean_and_share_at_the_bounds():
+    axes = plots.weight_histograms({"literal": np.full(9, 0.75), "none": np.full(9, 0.5)}).axes
+    assert [a.get_title() for a in axes] == ["literal: mean 0.75, 100% at a bound", "none: mean 0.50, 0% at a bound"]
+
+
+def test_table_escapes_and_formats():
+    table = plots.results_table([{"model": "<script>x</script>", "closed": {"mean": 50.04, "low": 45, "high": 55}},
+                                 {"model": "b & c", "bleu": 12.345}], "a <b>")
+    assert "<script>" not in table and "&lt;script&gt;" in table and "b &amp; c" in table and "a &lt;b&gt;" in table
+    assert "<td>50.0 (45.0 to 55.0)</td>" in table and "<td>-</td>" in table and "<td>12.3</td>" in table
+    assert "<td>12.35</td>" in plots.results_table([{"bleu": 12.346}], decimals=2)
+
+
+def test_published_numbers_are_the_papers(shared):
+    published = json.loads((DATA_MANIFESTS / "published_results.json").read_text())
+    source = json.loads((shared / "paper/tables.json").read_text())
+    assert published["title"] == source["source"]["title"] and published["arxiv"].startswith("2412.06141")
+    for number, table in published["tables"].items():
+        origin = source[f"table{number}"]
+        assert [list(row.values())[1:] for row in table["rows"]] == list(origin["rows"].values())
+        assert all(list(row)[1:] == origin["columns"] for row in table["rows"])
+    assert list(published["tables"]) == [str(n) for n in range(1, 10)]
+    assert "53.99" in plots.results_table(published["tables"]["1"]["rows"], decimals=2)
+
+
+def test_pair_schema_accepts_the_released_files_and_refuses_broken_rows(shared):
+    schema = json.loads((DATA_MANIFESTS / "pair_schema.json").read_text())
+    rows = json.loads((shared / "data/released/vqa-rad_dpo_weighted.json").read_text())
+    validator = jsonschema.Draft202012Validator(schema)
+    assert validator.is_valid(rows)
+    human, gpt = rows[0]["conversations"]
+    for broken in ({"weighted_score": "1"}, {"weighted_score": -0.1}, {"image": ""}, {"conversations": [human]},
+                   {"conversations": [{"from": "human", "value": "no mark"}, gpt]}):
+        assert not validator.is_valid([{**rows[0], **broken}])
+    assert not validator.is_valid([])

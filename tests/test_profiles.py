@@ -1,0 +1,141 @@
+"""Profiles: what is shipped parses, what is wrong is named."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mmedpo_utils import profiles
+from mmedpo_utils.errors import InputError
+from mmedpo_utils.profiles import check_device, load_profile, profile_names
+
+SMOKE = profiles.PROFILE_FOLDER / "phantom-smoke.yaml"
+
+
+@pytest.mark.parametrize("name", profile_names())
+def test_shipped_profile_parses_and_every_key_is_explained(name: str) -> None:
+    profile = load_profile(name)
+    assert profile.name == name
+    assert {"sft", "dpo", "stage1", "stage2", "mmedpo"} <= set(profile.training.variants)
+    lines = (profiles.PROFILE_FOLDER / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+    assert [line for line in lines if ":" in line and not line.rstrip().endswith(":") and "  #" not in line] == []
+
+
+def test_the_three_profiles_of_the_tutorial_are_shipped() -> None:
+    assert {"phantom", "phantom-smoke", "vqa-rad-mini"} <= set(profile_names())
+
+
+def test_resolved_profile_reads_back_equal(tmp_path: Path) -> None:
+    profile = load_profile("phantom", {"training.max_steps": 7, "output": str(tmp_path / "run")})
+    profile.save(tmp_path / "profile.yaml")
+    assert load_profile(tmp_path / "profile.yaml") == profile
+    assert profile.training.max_steps == 7
+    assert profile.image_root == tmp_path / "run" / "data" / "images"
+
+
+def test_digest_follows_the_named_sections_only() -> None:
+    base, other = load_profile("phantom"), load_profile("phantom", {"noise.signal": 0.4})
+    assert base.digest("data", "seed") == other.digest("data", "seed")
+    assert base.digest("noise") != other.digest("noise")
+    assert base.digest() != other.digest()
+
+
+def test_profile_is_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        load_profile("phantom").training.beta = 1.0
+
+
+@pytest.mark.parametrize(("key", "value", "words"), [
+    ("training.learning_rat", 1e-5, ["training.learning_rat`", "`learning_rate`"]),
+    ("nois", {}, ["unknown key `nois`", "`noise`"]),
+    ("training.learning_rate", -1e-5, ["training.learning_rate", "-1e-05"]),
+    ("training.learning_rate", "fast", ["training.learning_rate", "a finite number"]),
+    ("training.learning_rate", float("nan"), ["training.learning_rate", "a finite number"]),
+    ("training.max_steps", 1.5, ["training.max_steps", "a whole number"]),
+    ("training.max_steps", True, ["training.max_steps", "a whole number"]),
+    ("training.variants.mmedpo.sources", ["text", "visuel"], ["variants.mmedpo.sources", "`visual`"]),
+    ("training.variants.mmedpo.sources", [], ["variants.mmedpo.sources", "list"]),
+    ("training.variants", {"../up": {}}, ["training.variants", "named sections"]),
+    ("noise.mask", "quantil", ["noise.mask", "`quantile`"]),
+    ("noise", 3, ["section `noise`"]),
+    ("relevance.low", 1.5, ["relevance.low", "relevance.high"]),
+    ("evaluation.questions", 0, ["evaluation.questions", "1"]),
+    ("evaluation.seeds", [0, 0], ["evaluation.seeds", "different"]),
+    ("data.source", "folder", ["data.root"]),
+    ("data.train_patients", 0, ["data.train_patients"]),
+    ("name", "", ["name", "text"]),
+    ("training.deeper.key", 1, ["training.deeper.key", "no section `deeper`"]),
+])
+def test_wrong_value_names_file_key_and_remedy(key: str, value: object, words: list[str]) -> None:
+    with pytest.raises(InputError) as caught:
+        load_profile("phantom-smoke", {key: value})
+    for word in ["phantom-smoke.yaml", *words]:
+        assert word in str(caught.value)
+
+
+def _keys(values: dict, prefix: str = "") -> list[str]:
+    inner = [_keys(value, f"{prefix}{key}.") for key, value in values.items() if isinstance(value, dict)]
+    return [prefix + key for key in values] + sum(inner, [])
+
+
+def test_each_missing_key_is_named(tmp_path: Path) -> None:
+    text = SMOKE.read_text(encoding="utf-8")
+    named_freely = "training.variants."
+    keys = [key for key in _keys(yaml.safe_load(text)) if not (key.startswith(named_freely) and key.count(".") == 2)]
+    for key in keys:
+        values = yaml.load(text, Loader=profiles._Loader)
+        *parents, last = key.split(".")
+        section = values
+        for parent in parents:
+            section = section[parent]
+        del section[last]
+        file = tmp_path / "broken.yaml"
+        file.write_text(yaml.safe_dump(values), encoding="utf-8")
+        with pytest.raises(InputError, match="broken.yaml: missing key") as caught:
+            load_profile(file)
+        assert f"`{key}`" in str(caught.value)
+
+
+@pytest.mark.parametrize(("text", "word"), [
+    ("seed: 1\nseed: 2\n", "written twice"), ("a: [", "YAML"), ("- 1\n", "keys and values"), ("", "keys and values"),
+])
+def test_broken_file(tmp_path: Path, text: str, word: str) -> None:
+    (tmp_path / "p.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(InputError, match=word):
+        load_profile(tmp_path / "p.yaml")
+
+
+def test_unknown_profile_names_the_nearest() -> None:
+    with pytest.raises(InputError, match="`phantom`"):
+        load_profile("fantom")
+    with pytest.raises(InputError, match="cannot be read"):
+        load_profile("nowhere/fantom.yaml")
+
+
+def test_exponent_without_a_point_is_a_number(tmp_path: Path) -> None:
+    file = tmp_path / "p.yaml"
+    file.write_text(SMOKE.read_text(encoding="utf-8").replace("3e-5", "1e-7"), encoding="utf-8")
+    assert load_profile(file).training.learning_rate == 1e-7
+
+
+def test_data_root_comes_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MMEDPO_DATA_ROOT", str(tmp_path))
+    assert load_profile("vqa-rad-mini").data.root == tmp_path
+    assert load_profile("vqa-rad-mini").image_root == tmp_path / "images"
+    assert load_profile("phantom").data.root is None
+
+
+def test_repository_root_holds_the_package() -> None:
+    assert (profiles.repository_root() / "mmedpo_utils").is_dir()
+
+
+def test_gpu_is_refused_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert check_device("auto") == check_device("cpu") == "cpu"
+    with pytest.raises(InputError, match="lvlm.device"):
+        check_device("cuda")
