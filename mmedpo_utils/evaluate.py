@@ -14,12 +14,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from .datasets import Dataset
 from .errors import InputError
-from .files import atomic_write, write_json_lines
-from .lvlm import MedLVLM, generate, image_attention
+from .files import atomic_write, write_json, write_json_lines
+from .lvlm import MedLVLM, generate, image_attention, load_lvlm
 from .manifests import open_image, question_text, resolve_image, row_sha
 from .metrics import bootstrap_interval, paired_difference, patient_of, row_statistics
 from .phantom.texts import read_masks
+from .profiles import Profile
 
 COMPARED = ("closed_accuracy", "open_recall", "bleu", "rouge_l")
 ROW_KEYS = ("question_id", "image", "patient_id", "finding", "question_type", "answer_type")
@@ -232,4 +234,60 @@ def compare_pair(first: Sequence[Sequence[dict[str, Any]]], second: Sequence[Seq
             mean, low, high = paired_difference(one, _joined(sides[1], metric)[0], [patient_of(row) for row in used],
                                                 seed, samples, statistic=statistic)
             table[metric] = {"mean": mean, "low": low, "high": high, "seeds": seeds}
+    return table
+
+
+def asked_questions(profile: Profile, dataset: Dataset) -> list[dict[str, Any]]:
+    """The test split's questions, ``evaluation.questions`` at most, spread over the whole split."""
+    rows = dataset.questions["test"]
+    if profile.evaluation.questions is None:
+        return rows
+    return rows[:: max(1, -(-len(rows) // profile.evaluation.questions))]
+
+
+def answer_test(profile: Profile, dataset: Dataset, label: str, adapter: Path | None,
+                shuffle: bool = False) -> list[dict[str, Any]]:
+    """One model's predictions on the test split, in ``evaluation/<label>.jsonl`` (see `predict`).
+
+    Args:
+        adapter: a PEFT adapter folder; None is the base model.
+        shuffle: ask each question about another patient's image.
+    """
+    lvlm = load_lvlm(profile.lvlm.model, profile.lvlm.device, adapter, profile.lvlm.quantization)
+    return predict(lvlm, asked_questions(profile, dataset), dataset.image_root, profile.output / "evaluation" / f"{label}.jsonl",
+                   profile.evaluation.batch_size, profile.lvlm.max_new_tokens, profile.seed if shuffle else None)
+
+
+def attend_test(profile: Profile, dataset: Dataset, adapter: Path | None) -> list[dict[str, Any]]:
+    """One model's attention to the lesion on the open questions of the test split (see `lesion_attention`)."""
+    lvlm = load_lvlm(profile.lvlm.model, profile.lvlm.device, adapter, profile.lvlm.quantization)
+    rows = [row for row in asked_questions(profile, dataset) if row["answer_type"] == "OPEN"]
+    return lesion_attention(lvlm, rows, dataset.image_root, dataset.masks_root, profile.evaluation.batch_size)
+
+
+def attention_example(profile: Profile, dataset: Dataset, adapter: Path) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
+    """The first open test question, and the attention to its image without and with the adapter. Shape: [grid, grid] each."""
+    rows = asked_questions(profile, dataset)
+    row = next((row for row in rows if row["answer_type"] == "OPEN"), rows[0])
+    before, after = (
+        np.asarray(image_attention(load_lvlm(profile.lvlm.model, profile.lvlm.device, folder, profile.lvlm.quantization),
+                                   [dataset.image(row["image"])], [question_text(row)], 1)[0])
+        for folder in (None, adapter))
+    return row, before, after
+
+
+def score_table(predictions: dict[str, list[list[dict[str, Any]]]], attention: dict[str, list[list[dict[str, Any]]]],
+                samples: int) -> dict[str, dict[str, dict[str, float]]]:
+    """`compare` over predictions and over attention to the lesion, one row a model, in percent."""
+    table = compare(predictions, samples)
+    for name, scores in compare(attention, samples, ["attention_in_lesion"]).items():
+        table[name] |= scores
+    return table
+
+
+def write_scores(profile: Profile, predictions: dict[str, list[list[dict[str, Any]]]],
+                 attention: dict[str, list[list[dict[str, Any]]]]) -> dict[str, dict[str, dict[str, float]]]:
+    """Score every model (see `score_table`), write ``evaluation/scores.json``, return the table."""
+    table = score_table(predictions, attention, profile.evaluation.bootstrap_samples)
+    write_json(profile.output / "evaluation" / "scores.json", {"profile": profile.name, "models": table})
     return table

@@ -58,6 +58,11 @@ def show(figure: Figure, alt: str) -> None:
     display({"text/html": figure_html(figure, alt), "text/plain": alt}, raw=True)
 
 
+def show_table(rows: Sequence[Mapping[str, Any]], caption: str, decimals: int = 1) -> None:
+    """Show a table (see `plots.results_table`) in a notebook."""
+    display({"text/html": plots.results_table(rows, caption, decimals), "text/plain": caption}, raw=True)
+
+
 def _view(controls: Sequence[widgets.Widget], draw: Callable[[], tuple[Figure, str]],
           text: Callable[[], str] = lambda: "") -> widgets.VBox:
     """Controls above an `HTML` picture that is drawn again whenever a control's value changes."""
@@ -147,7 +152,8 @@ def noise_explorer(image: np.ndarray, heat_map: np.ndarray, seed: int = 0) -> wi
     return _view([kind, signal, quantile], draw)
 
 
-def _pixels(root: str | Path, name: str) -> np.ndarray:
+def open_pixels(root: str | Path, name: str) -> np.ndarray:
+    """The pixels of one image inside ``root``, upright. Shape: [H, W] or [H, W, 3]."""
     return np.asarray(open_image(resolve_image(root, name)))
 
 
@@ -188,10 +194,10 @@ def pairs_explorer(rows: Sequence[dict[str, Any]], image_root: str | Path,
         return [row for row in rows if source.value in (ALL, row_source(row))]
 
     def draw(row: dict[str, Any]) -> tuple[Figure, str]:
-        rejected = _pixels(noised_root, row["rejected_image"]) if row.get("rejected_image") and noised_root else None
+        rejected = open_pixels(noised_root, row["rejected_image"]) if row.get("rejected_image") and noised_root else None
         parts = (question_text(row), answer_text(row), answer_text(row, rejected=True), float(row["weighted_score"]))
         alt = f"Preference pair about {row['image']}, clinical relevance {parts[3]:.2f}; its text stands below"
-        return plots.pair_card(_pixels(image_root, row["image"]), rejected, *parts), alt
+        return plots.pair_card(open_pixels(image_root, row["image"]), rejected, *parts), alt
 
     def text(row: dict[str, Any]) -> str:
         return plots.results_table([{"preferred": answer_text(row), "rejected": answer_text(row, rejected=True)}],
@@ -221,7 +227,7 @@ def cases_explorer(predictions: Mapping[str, Sequence[dict[str, Any]]], image_ro
 
     def draw(case: list[dict[str, Any]]) -> tuple[Figure, str]:
         row = case[0]
-        return plots.film_grid([_pixels(image_root, row["image"])], [row["image"]], columns=1), f"film {row['image']}"
+        return plots.film_grid([open_pixels(image_root, row["image"])], [row["image"]], columns=1), f"film {row['image']}"
 
     def text(case: list[dict[str, Any]]) -> str:
         lines = [{"": "ground truth", "answer": case[0]["answer"], "score": None}]

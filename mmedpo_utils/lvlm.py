@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneratio
 from transformers.utils import logging as transformers_logging
 
 from .errors import InputError
+from .profiles import check_device
 
 PHANTOM_WEIGHTS = Path(__file__).parent / "phantom" / "weights" / "lvlm"
 QUANTIZATIONS = ("none", "nf4")
@@ -44,19 +45,6 @@ class MedLVLM:
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
 
-def choose_device(device: str) -> torch.device:
-    """Turn "auto", "cpu" or "cuda" into a device; "auto" takes the GPU where there is one.
-
-    Raises:
-        InputError: "cuda" on a machine without a usable GPU, or another word.
-    """
-    if device not in ("auto", "cpu", "cuda"):
-        raise InputError(f"lvlm.device: {device!r} is not known; expected auto, cpu or cuda")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise InputError("lvlm.device: cuda was asked for, but torch sees no GPU here; set lvlm.device to auto or cpu")
-    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
-
-
 def load_lvlm(name_or_path: str | Path, device: str = "auto", adapter: str | Path | None = None,
               quantization: str = "none") -> MedLVLM:
     """Load a Med-LVLM for inference or as the start of training.
@@ -70,7 +58,7 @@ def load_lvlm(name_or_path: str | Path, device: str = "auto", adapter: str | Pat
     Raises:
         InputError: no such folder, another architecture, no GPU where one is asked for, an adapter that does not fit.
     """
-    target = choose_device(device)
+    target = torch.device(check_device(device))
     if quantization not in QUANTIZATIONS:
         raise InputError(f"lvlm.quantization: {quantization!r} is not known; expected one of {QUANTIZATIONS}")
     if quantization == "nf4" and target.type != "cuda":
@@ -127,7 +115,9 @@ def _with_adapter(model: LlavaForConditionalGeneration, adapter: str | Path) -> 
     if not file.is_file():
         raise InputError(f"{file}: no such file; expected a PEFT adapter folder, as a training run writes it")
     try:
-        return PeftModel.from_pretrained(model, str(adapter))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # between peft and transformers; nothing a reader can do
+            return PeftModel.from_pretrained(model, str(adapter))
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise InputError(f"{adapter}: the adapter does not fit this model ({_first_line(error)}); load the model that "
                          "it was trained on") from error
@@ -184,7 +174,7 @@ def _embed(lvlm: MedLVLM, texts: Sequence[str], features: torch.Tensor) -> dict[
         features: Shape: [B, image tokens, hidden size].
 
     Returns:
-        ``inputs_embeds`` [B, T, hidden size], ``attention_mask`` [B, T], and ``image_mask`` [B, T], true at image tokens.
+        ``inputs_embeds`` [B, T, hidden size], ``attention_mask`` [B, T], ``image_mask`` [B, T], true at image tokens.
     """
     token = lvlm.processor.image_token
     expanded = [text.replace(token, token * features.shape[1]) for text in texts]

@@ -1,7 +1,7 @@
 """The visual tool: MedKLIP's network, its heat map and its confidence (arXiv 2412.06141, stage 2 of the curation).
 
-The architecture is the official one by configuration: a ResNet trunk up to its third stage, a two-layer projection of the
-14x14 patches, and a pre-norm decoder in which one query per finding attends to the patches. ``MedKLIPConfig()`` has the
+The architecture is the official one by configuration: a ResNet trunk up to its third stage, a two-layer projection of
+the 14x14 patches, and a pre-norm decoder in which one query per finding attends to the patches. ``MedKLIPConfig`` has the
 official sizes; the phantom checkpoint has smaller ones. State-dict keys are the official ones, but for the trunk's.
 """
 
@@ -27,7 +27,7 @@ from .errors import InputError
 
 PHANTOM_CHECKPOINT = Path(__file__).parent / "phantom" / "weights" / "medklip"
 IMAGE_SIZE, GRID = 224, 14
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CHANNEL_MEAN, CHANNEL_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
@@ -62,14 +62,12 @@ class MedKLIPOutput:
         queries: names along the query axis.
         logits: absent, present per query. Shape: [B, Q, 2].
         attentions: cross-attention from queries to patches; each row sums to 1. Shape: [B, layers, heads, Q, 196].
-        patches: patch features after the projection. Shape: [B, 196, width].
         features: decoder output per query. Shape: [B, Q, width].
     """
 
     queries: tuple[str, ...]
     logits: Tensor
     attentions: Tensor
-    patches: Tensor
     features: Tensor
 
     def index(self, query: str) -> int:
@@ -142,7 +140,7 @@ class MedKLIP(nn.Module):
         """RGB, 224x224 bilinear whatever the shape, [0, 1], ImageNet mean and deviation. Shape: [B, 3, 224, 224]."""
         small = [image.convert("RGB").resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BILINEAR) for image in images]
         pixels = torch.from_numpy(np.stack([np.asarray(image) for image in small])).permute(0, 3, 1, 2) / 255
-        pixels = (pixels - torch.tensor(_MEAN).view(3, 1, 1)) / torch.tensor(_STD).view(3, 1, 1)
+        pixels = (pixels - torch.tensor(CHANNEL_MEAN).view(3, 1, 1)) / torch.tensor(CHANNEL_STD).view(3, 1, 1)
         return pixels.to(self.classifier.weight.device)
 
     def forward(self, pixel_values: Tensor) -> MedKLIPOutput:
@@ -151,12 +149,19 @@ class MedKLIP(nn.Module):
         Args:
             pixel_values: from ``preprocess``. Shape: [B, 3, 224, 224].
         """
+        return self.decode(self.encode(pixel_values))
+
+    def encode(self, pixel_values: Tensor) -> Tensor:
+        """Patch features after the projection, row by row of the 14x14 grid. Shape: [B, 196, width]."""
         trunk = self.res_features
         patches = trunk.encoder(trunk.embedder(pixel_values)).last_hidden_state.flatten(2).transpose(1, 2)
-        patches = self.res_l2(functional.relu(self.res_l1(patches)))
+        return self.res_l2(functional.relu(self.res_l1(patches)))
+
+    def decode(self, patches: Tensor) -> MedKLIPOutput:
+        """Let all queries attend to the patches of ``encode``."""
         queries = self.disease_embedding_layer(self.disease_book).expand(len(patches), -1, -1)
         features, attentions = self.decoder(queries, patches)
-        return MedKLIPOutput(self.queries, self.classifier(features), attentions, patches, features)
+        return MedKLIPOutput(self.queries, self.classifier(features), attentions, features)
 
     def location_logits(self, output: MedKLIPOutput) -> Tensor:
         """Similarity of each query's output with each zone's text embedding. Shape: [B, Q, L]."""
@@ -184,7 +189,9 @@ def load_medklip(checkpoint: str | os.PathLike = "phantom", device: str | torch.
     return model.to(device).eval().requires_grad_(False)
 
 
-def heat_map(output: MedKLIPOutput, query: str = "disease", layer: int | None = None, head: int | None = None) -> Tensor:
+def heat_map(
+    output: MedKLIPOutput, query: str = "disease", layer: int | None = None, head: int | None = None
+) -> Tensor:
     """Cross-attention of one query over the 14x14 patches: the paper's h = T(x_v).
 
     Args:
@@ -234,8 +241,8 @@ def score_medklip(
 
     Returns:
         ``pointing_game``: hits of the "disease" map over films with a lesion; ``pointing_game_alone``: the same per
-        finding, over films that show nothing else; ``pointing_game_own``: hits of the finding's own map on its own mask;
-        ``auc`` (mean), ``auc_per_query``. All in [0, 1]. A score that no film can give is absent.
+        finding, over films that show nothing else; ``pointing_game_own``: hits of the finding's own map on its own
+        mask; ``auc`` (mean), ``auc_per_query``. All in [0, 1]. A score that no film can give is absent.
     """
     hits, alone, own, values = [], {}, {}, []
     for start in range(0, len(images), batch_size):
@@ -255,7 +262,8 @@ def score_medklip(
         scores[name] = {finding: float(np.mean(groups[finding])) for finding in model.queries if finding in groups}
     values = torch.cat(values).cpu().numpy()
     truth = {query: np.array([bool(m) if query == "disease" else query in m for m in masks]) for query in model.queries}
-    areas = {query: _auc(values[:, i], truth[query]) for i, query in enumerate(model.queries) if 0 < truth[query].mean() < 1}
+    areas = {query: _auc(column, truth[query]) for query, column in zip(model.queries, values.T)
+             if 0 < truth[query].mean() < 1}
     return scores | {"auc": float(np.mean(list(areas.values()))), "auc_per_query": areas} if areas else scores
 
 

@@ -245,6 +245,46 @@ def training_curves(events: Sequence[Mapping[str, float]]) -> Figure:
     return figure
 
 
+def chosen_curves(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
+    """Chosen log-probability by step, one line a run (name to events), each smoothed over ten steps."""
+    figure, ((axes,),) = _axes(1, 1, (6.6, 3))
+    for place, (name, events) in enumerate(runs.items()):
+        steps, values = np.transpose([(e["step"], e["chosen_logp"]) for e in events if e.get("chosen_logp") is not None])
+        width = min(10, len(values))
+        axes.plot(steps[width - 1:], np.convolve(values, np.ones(width) / width, "valid"), color=OKABE_ITO[place % 7],
+                  marker="." if len(values) < 30 else "", label=name)
+    axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    _title(axes, "log-probability of the chosen answer, training pairs")
+    _tidy(axes, xlabel="step", ylabel="nats")
+    return figure
+
+
+def score_dots(rows: Sequence[Mapping[str, Any]], label: str, highlight: str = "", title: str = "") -> Figure:
+    """Published scores: one panel a column, one dot a row; the row named ``highlight`` is marked.
+
+    Args:
+        rows: one dict a method; ``label`` is the key of its name, every other key a column of numbers (or None).
+    """
+    columns = [key for key in rows[0] if key != label]
+    figure, grid = _axes(-(-len(columns) // 4), min(4, len(columns)),
+                         (2.4 * min(4, len(columns)) + 1.2, (0.24 * len(rows) + 0.8) * -(-len(columns) // 4) + 0.3), sharey=True)
+    for axes, column in zip(grid.flat, columns):
+        for place, row in enumerate(rows):
+            if row[column] is not None:
+                marked = row[label] == highlight
+                axes.plot(row[column], place, "D" if marked else "o", color=RED if marked else BLUE, markersize=7 if marked else 5)
+        axes.set_yticks(range(len(rows)), [row[label] for row in rows])
+        axes.margins(x=0.12, y=0.08)
+        axes.grid(axis="y", color="0.9")
+        _title(axes, column.replace("_", " "))
+        _tidy(axes)
+    grid[0][0].invert_yaxis()
+    for axes in grid.flat[len(columns):]:
+        axes.set_axis_off()
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
 def result_bars(table: Mapping[str, Mapping[str, Mapping[str, float]]], metrics: Sequence[str] | None = None) -> Figure:
     """Models side by side with 95% intervals, one panel a metric; ``table`` is what `evaluate.compare` returns."""
     metrics = metrics or list(dict.fromkeys(metric for scores in table.values() for metric in scores))
@@ -271,12 +311,13 @@ def pointing_game_bars(rates: Mapping[str, float], chance: Mapping[str, float] |
         by_chance = chance[name] if isinstance(chance, Mapping) else chance
         axes.barh(place, 100 * rate, color=BLUE, height=0.65)
         axes.plot([100 * by_chance] * 2, [place - 0.4, place + 0.4], color=RED, linewidth=2,
-                  label="chance (the mask's area)" if place == 0 else None)
+                  label="chance" if place == 0 else None)
         axes.text(100 * rate, place, f" {100 * rate:.0f}", va="center", fontsize=8)
     axes.set_yticks(range(len(rates)), list(rates))
     axes.set_xlim(0, 108)
     axes.invert_yaxis()
-    figure.legend(loc="outside upper right", fontsize=8, frameon=False)
+    if rates:
+        figure.legend(loc="outside upper right", fontsize=8, frameon=False)
     _tidy(axes, xlabel="films whose map peaks inside the lesion (percent)")
     return figure
 

@@ -10,12 +10,12 @@ import torch
 from PIL import Image
 
 from mmedpo_utils.errors import InputError
-from mmedpo_utils.lvlm import PHANTOM_WEIGHTS, choose_device, generate, image_attention, load_lvlm, prompt
+from mmedpo_utils.lvlm import PHANTOM_WEIGHTS, generate, image_attention, load_lvlm, prompt
 from mmedpo_utils.metrics import score_predictions
 from mmedpo_utils.phantom.texts import questions
 from mmedpo_utils.phantom.world import films
 
-REPORT = "The heart is normal in size. There is an opacity in the right upper zone. There is no effusion or pneumothorax."
+REPORT = "The heart is normal in size. There is an opacity in the right upper zone. There is no effusion or nodule."
 
 
 @pytest.fixture(scope="module")
@@ -81,11 +81,11 @@ def test_embedded_prompt_gives_the_models_own_logits(lvlm, asked):
 def test_greedy_answers_do_not_depend_on_the_batch(lvlm, asked):
     images, texts, _ = asked
     together = generate(lvlm, images[:24], texts[:24], 4, 24)
-    assert together == [generate(lvlm, [image], [text], 4, 1)[0] for image, text in zip(images[:24], texts, strict=False)]
+    assert together == [generate(lvlm, [images[row]], [texts[row]], 4, 1)[0] for row in range(24)]
 
 
 def test_samples_are_seeded_and_leave_the_random_state_alone(lvlm, asked):
-    images, texts = [image for image in asked[0][:6]], asked[1][:6]
+    images, texts = asked[0][:6], asked[1][:6]
     state = torch.random.get_rng_state()
     first = generate(lvlm, images, texts, 4, 3, temperature=1.0, samples=5, seed=1)
     assert first == generate(lvlm, images, texts, 4, 3, temperature=1.0, samples=5, seed=1)
@@ -112,7 +112,8 @@ def test_image_attention(lvlm, asked):
 def test_shipped_model_is_misaligned(lvlm, asked):
     images, texts, rows = asked
     said = generate(lvlm, images, texts, 4, 64)
-    table = [{**row, "answer": row["gpt4_answer"], "prediction": answer[0]} for row, answer in zip(rows, said, strict=True)]
+    table = [{**row, "answer": row["gpt4_answer"], "prediction": answer[0]}
+             for row, answer in zip(rows, said, strict=True)]
     scores = score_predictions(table)
     assert 50 < scores["closed_accuracy"]["score"] < 73 and 30 < scores["open_recall"]["score"] < 60
     card = json.loads((PHANTOM_WEIGHTS / "scores.json").read_text())
@@ -123,7 +124,8 @@ def test_shipped_model_is_misaligned(lvlm, asked):
 def test_adapter_is_loaded_and_in_force(lvlm, asked, tmp_path):
     from peft import LoraConfig, get_peft_model
 
-    tuned = get_peft_model(load_lvlm("phantom", "cpu").model, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    lora = LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    tuned = get_peft_model(load_lvlm("phantom", "cpu").model, lora)
     tuned.save_pretrained(tmp_path)
     adapted = load_lvlm("phantom", "cpu", adapter=tmp_path)
     torch.testing.assert_close(image_attention(adapted, asked[0][:2], asked[1][:2], 2).sum((1, 2)), torch.ones(2))
@@ -145,8 +147,6 @@ def test_wrong_input_gives_one_clear_error(lvlm, tmp_path):
         load_lvlm("phantom", "cpu", adapter=tmp_path)
     with pytest.raises(InputError, match="nf4 needs a GPU"):
         load_lvlm("phantom", "cpu", quantization="nf4")
-    with pytest.raises(InputError, match="expected auto, cpu or cuda"):
-        choose_device("tpu")
     with pytest.raises(InputError, match="1 images for 0 questions"):
         generate(lvlm, [Image.new("L", (8, 8))], [], 4, 1)
     with pytest.raises(InputError, match="would be the same"):
@@ -155,7 +155,7 @@ def test_wrong_input_gives_one_clear_error(lvlm, tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_cuda_without_a_gpu():
-    with pytest.raises(InputError, match="torch sees no GPU"):
+    with pytest.raises(InputError, match="no GPU"):
         load_lvlm("phantom", "cuda")
 
 

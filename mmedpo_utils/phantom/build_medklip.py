@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,11 +23,12 @@ from torch.nn import functional
 from transformers import BertConfig, BertModel
 
 from ..files import atomic_write, write_json
-from ..medklip import MedKLIP, MedKLIPConfig, MedKLIPOutput, load_medklip, score_medklip
+from ..medklip import CHANNEL_MEAN, CHANNEL_STD, GRID, MedKLIP, MedKLIPConfig, load_medklip, score_medklip
 from .texts import report
 from .world import FINDINGS, ZONES, Film, draw_film, films
 
 TRAINING_SEED, EVALUATION_SEED = 1000, 0
+BEST_PATCHES, TILES, PATCH_STEPS, STEPS = 3, 7, 600, 1500
 QUERIES = (*FINDINGS, "disease")
 DESCRIPTIONS = {
     "opacity": "a hazy white cloud in a lung",
@@ -38,8 +40,8 @@ DESCRIPTIONS = {
     "pneumoperitoneum": "black air below the diaphragm",
     "disease": "any finding in the lung or the heart or the diaphragm",
 }
-CONFIG = MedKLIPConfig(QUERIES, ZONES, text_width=64, stem_width=24, stage_widths=(32, 64, 128), stage_depths=(1, 1, 1),
-                       block="basic", width=96, feed_forward=256)
+CONFIG = MedKLIPConfig(QUERIES, ZONES, text_width=64, stem_width=24, stage_widths=(64, 128, 256),
+                       stage_depths=(1, 1, 2), width=96, feed_forward=256)
 
 
 @dataclass
@@ -69,10 +71,10 @@ class TextEncoder(nn.Module):
         return self._encode(self.texts[0]), self._encode(self.texts[1])
 
     def _encode(self, texts: list[list[str]]) -> Tensor:
-        ids = torch.zeros(len(texts), 1 + max(map(len, texts)), dtype=torch.long, device=self.bert.device)
+        ids = torch.zeros(len(texts), 1 + max(map(len, texts)), dtype=torch.long)
         ids[:, 0] = 1
         for row, text in enumerate(texts):
-            ids[row, 1 : len(text) + 1] = torch.tensor([self.ids[word] for word in text], device=ids.device)
+            ids[row, 1 : len(text) + 1] = torch.tensor([self.ids[word] for word in text])
         return self.bert(ids, attention_mask=(ids > 0).long()).last_hidden_state[:, 0]
 
 
@@ -106,19 +108,37 @@ def training_set(count: int) -> tuple[Tensor, Tensor, Tensor]:
 def batches(data: tuple[Tensor, Tensor, Tensor], steps: int, size: int, rng: torch.Generator) -> Iterator[Batch]:
     """Shuffled batches, each shifted by up to 8 pixels and changed a little in exposure."""
     images, presence, zones = data
-    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (CHANNEL_MEAN, CHANNEL_STD))
     order = torch.cat([torch.randperm(len(images), generator=rng) for _ in range(steps * size // len(images) + 1)])
     for rows in order[: steps * size].split(size):
         shift = torch.randint(-8, 9, (2,), generator=rng).tolist()
         grey = torch.roll(images[rows].float() / 255, shift, (1, 2))
-        gain, offset = 0.9 + 0.2 * torch.rand(2, len(rows), 1, 1, generator=rng).to(images.device)
+        gain, offset = 0.9 + 0.2 * torch.rand(2, len(rows), 1, 1, generator=rng)
         grey = (grey * gain + 0.5 * (offset - 1)).clamp(0, 1)
         yield Batch((grey[:, None] - mean) / std, presence[rows], zones[rows])
 
 
+def shuffle_tiles(grids: Tensor, roll: list[int], order: Tensor) -> Tensor:
+    """Roll by whole cells, then put the 7x7 tiles of 2x2 cells in another order. Shape: [B, C, H, W], H = W."""
+    cell = grids.shape[-1] // GRID
+    return _reorder(torch.roll(grids, (roll[0] * cell, roll[1] * cell), (2, 3)), order)
+
+
+def restore_tiles(grids: Tensor, roll: list[int], order: Tensor) -> Tensor:
+    """Undo ``shuffle_tiles``. Shape: [B, C, H, W]."""
+    cell = grids.shape[-1] // GRID
+    return torch.roll(_reorder(grids, order.argsort()), (-roll[0] * cell, -roll[1] * cell), (2, 3))
+
+
+def _reorder(grids: Tensor, order: Tensor) -> Tensor:
+    tile = grids.shape[-1] // TILES
+    parts = grids.unflatten(3, (TILES, tile)).unflatten(2, (TILES, tile)).transpose(3, 4).flatten(2, 3)[:, :, order]
+    return parts.unflatten(2, (TILES, TILES)).transpose(3, 4).flatten(4, 5).flatten(2, 3)
+
+
 def patch_loss(patch_logits: Tensor, presence: Tensor) -> Tensor:
     """Multiple-instance presence loss: a film shows a finding when its best patches do. patch_logits: [B, 196, F]."""
-    best = patch_logits.topk(3, dim=1).values.mean(1)
+    best = patch_logits.topk(BEST_PATCHES, dim=1).values.mean(1)
     return functional.binary_cross_entropy_with_logits(best, presence[:, :-1])
 
 
@@ -127,13 +147,134 @@ def location_loss(logits: Tensor, zones: Tensor) -> Tensor:
     return functional.cross_entropy(logits[zones >= 0], zones[zones >= 0])
 
 
-def consistency_loss(output: MedKLIPOutput, patch_logits: Tensor, presence: Tensor) -> Tensor:
-    """KL from the mean attention of each present query to the softmax of the model's own (detached) patch logits."""
+def consistency_loss(attentions: Tensor, patch_logits: Tensor, presence: Tensor) -> Tensor:
+    """KL divergence of the mean attention of each present query from the softmax of the model's own patch logits.
+
+    The target is detached; for "disease" it comes from the largest logit among the findings that are present.
+
+    Args:
+        attentions: [B, layers, heads, Q, 196].
+        patch_logits: [B, 196, F].
+        presence: [B, Q], the last query is "disease".
+    """
     own = patch_logits.detach()
-    present = own.masked_fill(presence[:, None, :-1] == 0, -30.0)
-    target = torch.cat([own, present.amax(-1, keepdim=True)], -1).transpose(1, 2).log_softmax(-1)
-    attention = output.attentions.mean((1, 2)).clamp_min(1e-8).log()
-    divergence = (target.exp() * (target - attention)).sum(-1)
+    anything = own.masked_fill(presence[:, None, :-1] == 0, -30.0).amax(-1, keepdim=True)
+    target = torch.cat([own, anything], -1).transpose(1, 2).log_softmax(-1)
+    attention = attentions.mean((1, 2)).clamp_min(1e-8).log()
+    divergence = functional.kl_div(attention, target, reduction="none", log_target=True).sum(-1)
     return (divergence * presence).sum() / presence.sum()
 
 
+class Learner(nn.Module):
+    """The model with what only training needs: the text encoder and the patch head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = MedKLIP(CONFIG).to(memory_format=torch.channels_last)
+        self.text, self.patch_head = TextEncoder(CONFIG.text_width), nn.Linear(CONFIG.width, len(FINDINGS))
+
+    def forward(self, batch: Batch, decode: bool) -> Tensor:
+        """The loss of a batch: of the patches alone, or with the decoder's three terms."""
+        films = batch.pixel_values
+        roll, order = torch.randint(0, 2, (2,)).tolist(), torch.randperm(TILES**2)
+        second = shuffle_tiles(films, roll, order).flip(2, 3)
+        both = torch.cat([films, second]).contiguous(memory_format=torch.channels_last)
+        with torch.autocast("cpu", torch.bfloat16):
+            patches = self.model.encode(both)
+        patches = patches.float()
+        upright, turned = self.patch_head(patches).transpose(1, 2).unflatten(2, (GRID, GRID)).chunk(2)
+        turned = restore_tiles(turned.flip(2, 3), roll, order)
+        patch_logits = ((upright + turned) / 2).flatten(2).transpose(1, 2)
+        loss = patch_loss(patch_logits, batch.presence)
+        if not decode:
+            return loss
+        self.model.disease_book, self.model.location_book = self.text()
+        output = self.model.decode(patches[: len(films)])
+        loss = loss + functional.cross_entropy(output.logits.flatten(0, 1), batch.presence.long().flatten())
+        loss = loss + 0.5 * location_loss(self.model.location_logits(output), batch.zones)
+        return loss + consistency_loss(output.attentions, patch_logits, batch.presence)
+
+
+def train(patients: int, patch_steps: int, steps: int, batch_size: int = 16, learning_rate: float = 2e-3) -> MedKLIP:
+    """Train from scratch: ``patch_steps`` of the patches alone, then all terms up to ``steps`` on a cosine."""
+    torch.manual_seed(0)
+    learner, rng = Learner().train(), torch.Generator().manual_seed(0)
+    optimizer = torch.optim.AdamW(learner.parameters(), learning_rate, weight_decay=1e-2)
+
+    def rate(step: int) -> float:
+        if step < patch_steps:
+            return min(1.0, (step + 1) / 50)
+        step = step - patch_steps
+        return min(1.0, (step + 1) / 50) * (1 + np.cos(np.pi * step / (steps - patch_steps))) / 2
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    for step, batch in enumerate(batches(training_set(patients), steps, batch_size, rng)):
+        loss = learner(batch, decode=step >= patch_steps)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 100 == 99:
+            print(f"step {step + 1} of {steps}: loss {loss.item():.3f}", flush=True)
+    with torch.no_grad():
+        learner.model.disease_book, learner.model.location_book = learner.text()
+    return learner.model.eval()
+
+
+def measure(model: MedKLIP, count: int = 400, alone: int = 50) -> dict[str, Any]:
+    """Scores on unseen patients: films as the world draws them, and films with one finding each."""
+    population = films(count, EVALUATION_SEED, 7000)
+    single = [draw_film(9000 + i, EVALUATION_SEED, (finding,)) for finding in FINDINGS for i in range(alone)]
+    scores, single_scores = (score_medklip(model, [Image.fromarray(film.image) for film in group],
+                                           [film.masks for film in group]) for group in (population, single))
+    scores["pointing_game_alone"] = single_scores["pointing_game_alone"]
+    rows, columns = np.mgrid[8:224:16, 8:224:16].reshape(2, -1)
+    lesions = [film.lesion_mask for film in population if film.zones]
+    chance = np.mean([_reach(mask)[rows, columns].mean() for mask in lesions])
+    return {"films": count, "films_alone": alone, "pointing_game_nodule": scores["pointing_game_alone"]["nodule"],
+            "chance": float(chance), "location_accuracy": _location_accuracy(model, population)} | scores
+
+
+@torch.inference_mode()
+def _location_accuracy(model: MedKLIP, population: list[Film]) -> float:
+    """Share of present findings whose zone has the largest location logit."""
+    hits = []
+    for film in population:
+        zones = model.location_logits(model(model.preprocess([Image.fromarray(film.image)])))[0].argmax(-1)
+        hits += [ZONES[zones[FINDINGS.index(finding)]] == zone for finding, zone in film.zones.items()]
+    return float(np.mean(hits))
+
+
+def _reach(mask: np.ndarray) -> np.ndarray:
+    """The pixels that count as a hit of the pointing game: within 8 pixels of the mask. Shape: [224, 224]."""
+    disk = torch.from_numpy(np.hypot(*np.mgrid[-8:9, -8:9]) <= 8).float()
+    grown = functional.conv2d(torch.from_numpy(mask).float()[None, None], disk[None, None], padding=8)
+    return grown[0, 0].numpy() > 0.5
+
+
+def save(model: MedKLIP, folder: Path) -> None:
+    """Write ``model.safetensors`` and ``config.json``."""
+    with atomic_write(folder / "model.safetensors") as temporary:
+        save_file({key: value.detach().contiguous() for key, value in model.state_dict().items()}, temporary)
+    write_json(folder / "config.json", asdict(model.config))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, required=True, help="gets weights, configuration and scores")
+    parser.add_argument("--patients", type=int, default=6000)
+    parser.add_argument("--patch-steps", type=int, default=PATCH_STEPS)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    arguments = parser.parse_args()
+    started = time.perf_counter()
+    model = train(arguments.patients, arguments.patch_steps, arguments.steps)
+    minutes = (time.perf_counter() - started) / 60
+    save(model, arguments.output)
+    scores = {"minutes": round(minutes, 1)} | measure(load_medklip(arguments.output))
+    write_json(arguments.output / "scores.json", scores)
+    print(json.dumps(scores, indent=1))
+
+
+if __name__ == "__main__":
+    main()

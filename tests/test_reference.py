@@ -1,0 +1,68 @@
+"""The numbers that the shipped text quotes are the ones that `make results` measured."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from mmedpo_utils.tutorial import results_table
+from tests.conftest import REPOSITORY
+
+RESULTS = json.loads((REPOSITORY / "figures" / "reference" / "phantom_results.json").read_text())
+README = (REPOSITORY / "README.md").read_text()
+WEIGHTS = REPOSITORY / "mmedpo_utils" / "phantom" / "weights"
+MODELS = ("base", "sft", "dpo", "stage1", "stage2", "mmedpo", "mmedpo_shuffled")
+METRICS = ("closed_accuracy", "open_recall", "bleu", "rouge_l", "attention_in_lesion")
+
+
+def test_the_file_has_every_number_that_was_promised():
+    for model in MODELS:
+        for metric in METRICS[:4] if model == "mmedpo_shuffled" else METRICS:
+            entry = RESULTS["models"][model][metric]
+            assert 0 <= entry["low"] <= entry["mean"] <= entry["high"] <= 100 and entry["seeds"] >= 1, (model, metric)
+    assert {"pointing_game", "pointing_game_nodule", "auc"} <= RESULTS["medklip"].keys()
+    assert {"closed_accuracy", "open_recall"} <= RESULTS["ceiling"].keys()
+    assert {"seconds", "cached_seconds", "peak_gib"} <= RESULTS["run"].keys()
+    assert re.fullmatch(r"[0-9a-f]{40}", RESULTS["commit"]) and re.fullmatch(r"\d{4}-\d\d-\d\d", RESULTS["date"])
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_readme_quotes_the_reference(model):
+    row = re.search(rf"^\| `{model}` \|(.*)\|$", README, flags=re.M)
+    assert row, f"README has no row for {model}"
+    for cell, metric in zip(row[1].split("|"), METRICS[:2], strict=False):
+        mean, low, high = (f"{RESULTS['models'][model][metric][key]:.1f}" for key in ("mean", "low", "high"))
+        assert cell.strip() == f"{mean} ({low} to {high})"
+
+
+def test_the_readme_quotes_the_measured_minutes():
+    for name, seconds in RESULTS["run"]["seconds_per_notebook"].items():
+        if name[0].isdigit():
+            row = re.search(rf"\(notebooks/{name}\.ipynb\).*\| ([\d.]+) \|$", README, flags=re.M)
+            assert row and float(row[1]) == round(seconds / 60, 1), name
+
+
+@pytest.mark.parametrize("card", ["medklip", "lvlm"])
+def test_model_cards_quote_their_scores(card):
+    text = (WEIGHTS / card / "README.md").read_text()
+    scores = json.loads((WEIGHTS / card / "scores.json").read_text())
+    if card == "lvlm":
+        wanted = [scores[kind][metric] for kind in ("base", "ceiling") for metric in ("closed_accuracy", "open_recall")]
+    else:
+        wanted = [scores["pointing_game"], scores["pointing_game_alone"]["nodule"], scores["auc"]]
+        wanted = [100 * value if value <= 1 else value for value in wanted]
+    assert all(f"{value:.1f}" in text for value in wanted), wanted
+
+
+def test_weights_are_small_and_safe():
+    files = list(WEIGHTS.rglob("*.safetensors"))
+    assert len(files) == 2 and sum(path.stat().st_size for path in files) < 10 * 2**20
+    assert not [path for path in WEIGHTS.rglob("*") if path.suffix in (".bin", ".pt", ".pth", ".pkl")]
+
+
+def test_results_table_has_a_row_a_model():
+    lines = results_table(RESULTS["models"]).splitlines()
+    assert len(lines) == len(RESULTS["models"]) + 1
+    assert f"{RESULTS['models']['mmedpo']['closed_accuracy']['mean']:.1f}" in lines[1 + list(RESULTS["models"]).index("mmedpo")]
