@@ -6,6 +6,7 @@ LLaVA-Med 1.5: CLIP vision tower, two-layer projector, Mistral). "phantom" is th
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass

@@ -121,6 +121,12 @@ def test_shipped_model_is_misaligned(lvlm, asked):
     assert card["ceiling"]["closed_accuracy"] >= 88 and card["ceiling"]["open_recall"] >= 75
 
 
+def test_model_card_quotes_the_scores():
+    scores, text = json.loads((PHANTOM_WEIGHTS / "scores.json").read_text()), (PHANTOM_WEIGHTS / "README.md").read_text()
+    for name, label in (("closed_accuracy", "closed accuracy"), ("open_recall", "open recall"), ("bleu", "report BLEU")):
+        assert f"| {label} | {scores['base'][name]:.1f} | {scores['ceiling'][name]:.1f} |" in text
+
+
 def test_adapter_is_loaded_and_in_force(lvlm, asked, tmp_path):
     from peft import LoraConfig, get_peft_model
 

@@ -18,7 +18,7 @@ from mmedpo_utils.errors import InputError
 from mmedpo_utils.medklip import (
     PHANTOM_CHECKPOINT, MedKLIP, MedKLIPConfig, confidence, heat_map, load_medklip, peak, pointing_hit, score_medklip,
 )
-from mmedpo_utils.phantom.build_medklip import read_report, training_films
+from mmedpo_utils.phantom.build_medklip import TILES, read_report, restore_tiles, shuffle_tiles, training_films
 from mmedpo_utils.phantom.texts import report
 from mmedpo_utils.phantom.world import FINDINGS, films
 
@@ -136,6 +136,15 @@ def test_reports_give_back_the_facts():
     rng = np.random.default_rng(0)
     for film in training_films(40):
         assert read_report(report(film, rng)) == film.zones
+
+
+def test_tiles_move_whole_cells_and_come_back():
+    order, roll = torch.randperm(TILES**2, generator=torch.Generator().manual_seed(0)), [1, 0]
+    cells = torch.arange(196.0).reshape(1, 1, 14, 14)
+    pixels = cells.repeat_interleave(16, 2).repeat_interleave(16, 3)
+    moved = shuffle_tiles(pixels, roll, order)
+    assert not torch.equal(moved, pixels) and torch.equal(restore_tiles(moved, roll, order), pixels)
+    assert torch.equal(moved[:, :, ::16, ::16], shuffle_tiles(cells, roll, order))
 
 
 def test_a_wrong_checkpoint_names_its_tensors(tmp_path: Path):

@@ -28,7 +28,8 @@ from .texts import report
 from .world import FINDINGS, ZONES, Film, draw_film, films
 
 TRAINING_SEED, EVALUATION_SEED = 1000, 0
-BEST_PATCHES, TILES, PATCH_STEPS, STEPS = 3, 7, 600, 1500
+PATIENTS, BEST_PATCHES, TILES = 6000, 3, 7
+WHOLE_STEPS, PATCH_STEPS, STEPS = 300, 600, 1400
 QUERIES = (*FINDINGS, "disease")
 DESCRIPTIONS = {
     "opacity": "a hazy white cloud in a lung",
@@ -173,10 +174,13 @@ class Learner(nn.Module):
         self.model = MedKLIP(CONFIG).to(memory_format=torch.channels_last)
         self.text, self.patch_head = TextEncoder(CONFIG.text_width), nn.Linear(CONFIG.width, len(FINDINGS))
 
-    def forward(self, batch: Batch, decode: bool) -> Tensor:
-        """The loss of a batch: of the patches alone, or with the decoder's three terms."""
+    def forward(self, batch: Batch, shuffle: bool, decode: bool) -> Tensor:
+        """The loss of a batch. The second view is turned by 180 degrees, and before that cut into tiles on ``shuffle``;
+        ``decode`` adds the decoder's three terms to that of the patches.
+        """
         films = batch.pixel_values
-        roll, order = torch.randint(0, 2, (2,)).tolist(), torch.randperm(TILES**2)
+        roll = torch.randint(0, 2, (2,)).tolist() if shuffle else [0, 0]
+        order = torch.randperm(TILES**2) if shuffle else torch.arange(TILES**2)
         second = shuffle_tiles(films, roll, order).flip(2, 3)
         both = torch.cat([films, second]).contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16):
@@ -195,28 +199,28 @@ class Learner(nn.Module):
         return loss + consistency_loss(output.attentions, patch_logits, batch.presence)
 
 
-def train(patients: int, patch_steps: int, steps: int, batch_size: int = 16, learning_rate: float = 2e-3) -> MedKLIP:
-    """Train from scratch: ``patch_steps`` of the patches alone, then all terms up to ``steps`` on a cosine."""
+def train(patients: int, batch_size: int = 16, learning_rate: float = 2e-3) -> MedKLIP:
+    """Train from scratch: patches alone on whole views, then on tiles, then all terms on a cosine."""
     torch.manual_seed(0)
     learner, rng = Learner().train(), torch.Generator().manual_seed(0)
     optimizer = torch.optim.AdamW(learner.parameters(), learning_rate, weight_decay=1e-2)
 
     def rate(step: int) -> float:
-        if step < patch_steps:
+        if step < PATCH_STEPS:
             return min(1.0, (step + 1) / 50)
-        step = step - patch_steps
-        return min(1.0, (step + 1) / 50) * (1 + np.cos(np.pi * step / (steps - patch_steps))) / 2
+        step = step - PATCH_STEPS
+        return min(1.0, (step + 1) / 50) * (1 + np.cos(np.pi * step / (STEPS - PATCH_STEPS))) / 2
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-    for step, batch in enumerate(batches(training_set(patients), steps, batch_size, rng)):
-        loss = learner(batch, decode=step >= patch_steps)
+    for step, batch in enumerate(batches(training_set(patients), STEPS, batch_size, rng)):
+        loss = learner(batch, shuffle=step >= WHOLE_STEPS, decode=step >= PATCH_STEPS)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         if step % 100 == 99:
-            print(f"step {step + 1} of {steps}: loss {loss.item():.3f}", flush=True)
+            print(f"step {step + 1} of {STEPS}: loss {loss.item():.3f}", flush=True)
     with torch.no_grad():
         learner.model.disease_book, learner.model.location_book = learner.text()
     return learner.model.eval()
@@ -263,12 +267,9 @@ def save(model: MedKLIP, folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True, help="gets weights, configuration and scores")
-    parser.add_argument("--patients", type=int, default=6000)
-    parser.add_argument("--patch-steps", type=int, default=PATCH_STEPS)
-    parser.add_argument("--steps", type=int, default=STEPS)
     arguments = parser.parse_args()
     started = time.perf_counter()
-    model = train(arguments.patients, arguments.patch_steps, arguments.steps)
+    model = train(PATIENTS)
     minutes = (time.perf_counter() - started) / 60
     save(model, arguments.output)
     scores = {"minutes": round(minutes, 1)} | measure(load_medklip(arguments.output))
