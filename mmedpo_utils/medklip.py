@@ -1,8 +1,8 @@
 """The visual tool: MedKLIP's network, its heat map and its confidence (arXiv 2412.06141, stage 2 of the curation).
 
 The architecture is the official one by configuration: a ResNet trunk up to its third stage, a two-layer projection of
-the 14x14 patches, and a pre-norm decoder in which one query per finding attends to the patches. ``MedKLIPConfig`` has the
-official sizes; the phantom checkpoint has smaller ones. State-dict keys are the official ones, but for the trunk's.
+the 14x14 patches, and a pre-norm decoder in which one query per finding attends to the patches. ``MedKLIPConfig`` has
+the official sizes; the phantom checkpoint has smaller ones. State-dict keys are the official ones, but for the trunk's.
 """
 
 from __future__ import annotations

@@ -23,13 +23,12 @@ from torch.nn import functional
 from transformers import BertConfig, BertModel
 
 from ..files import atomic_write, write_json
-from ..medklip import CHANNEL_MEAN, CHANNEL_STD, GRID, MedKLIP, MedKLIPConfig, load_medklip, score_medklip
+from ..medklip import CHANNEL_MEAN, CHANNEL_STD, MedKLIP, MedKLIPConfig, load_medklip, score_medklip
 from .texts import report
 from .world import FINDINGS, ZONES, Film, draw_film, films
 
 TRAINING_SEED, EVALUATION_SEED = 1000, 0
-PATIENTS, BEST_PATCHES, TILES = 6000, 3, 7
-WHOLE_STEPS, PATCH_STEPS, STEPS = 300, 600, 1400
+PATIENTS, BEST_PATCHES, PATCH_STEPS, STEPS = 6000, 3, 600, 1200
 QUERIES = (*FINDINGS, "disease")
 DESCRIPTIONS = {
     "opacity": "a hazy white cloud in a lung",
@@ -119,24 +118,6 @@ def batches(data: tuple[Tensor, Tensor, Tensor], steps: int, size: int, rng: tor
         yield Batch((grey[:, None] - mean) / std, presence[rows], zones[rows])
 
 
-def shuffle_tiles(grids: Tensor, roll: list[int], order: Tensor) -> Tensor:
-    """Roll by whole cells, then put the 7x7 tiles of 2x2 cells in another order. Shape: [B, C, H, W], H = W."""
-    cell = grids.shape[-1] // GRID
-    return _reorder(torch.roll(grids, (roll[0] * cell, roll[1] * cell), (2, 3)), order)
-
-
-def restore_tiles(grids: Tensor, roll: list[int], order: Tensor) -> Tensor:
-    """Undo ``shuffle_tiles``. Shape: [B, C, H, W]."""
-    cell = grids.shape[-1] // GRID
-    return torch.roll(_reorder(grids, order.argsort()), (-roll[0] * cell, -roll[1] * cell), (2, 3))
-
-
-def _reorder(grids: Tensor, order: Tensor) -> Tensor:
-    tile = grids.shape[-1] // TILES
-    parts = grids.unflatten(3, (TILES, tile)).unflatten(2, (TILES, tile)).transpose(3, 4).flatten(2, 3)[:, :, order]
-    return parts.unflatten(2, (TILES, TILES)).transpose(3, 4).flatten(4, 5).flatten(2, 3)
-
-
 def patch_loss(patch_logits: Tensor, presence: Tensor) -> Tensor:
     """Multiple-instance presence loss: a film shows a finding when its best patches do. patch_logits: [B, 196, F]."""
     best = patch_logits.topk(BEST_PATCHES, dim=1).values.mean(1)
@@ -174,21 +155,18 @@ class Learner(nn.Module):
         self.model = MedKLIP(CONFIG).to(memory_format=torch.channels_last)
         self.text, self.patch_head = TextEncoder(CONFIG.text_width), nn.Linear(CONFIG.width, len(FINDINGS))
 
-    def forward(self, batch: Batch, shuffle: bool, decode: bool) -> Tensor:
-        """The loss of a batch. The second view is turned by 180 degrees, and before that cut into tiles on ``shuffle``;
-        ``decode`` adds the decoder's three terms to that of the patches.
+    def forward(self, batch: Batch, decode: bool) -> Tensor:
+        """The loss of a batch: of the patches alone, or with the decoder's three terms.
+
+        Patch logits are the mean over a film and its copy turned by 180 degrees, so that the patches are centred.
         """
         films = batch.pixel_values
-        roll = torch.randint(0, 2, (2,)).tolist() if shuffle else [0, 0]
-        order = torch.randperm(TILES**2) if shuffle else torch.arange(TILES**2)
-        second = shuffle_tiles(films, roll, order).flip(2, 3)
-        both = torch.cat([films, second]).contiguous(memory_format=torch.channels_last)
+        both = torch.cat([films, films.flip(2, 3)]).contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16):
             patches = self.model.encode(both)
         patches = patches.float()
-        upright, turned = self.patch_head(patches).transpose(1, 2).unflatten(2, (GRID, GRID)).chunk(2)
-        turned = restore_tiles(turned.flip(2, 3), roll, order)
-        patch_logits = ((upright + turned) / 2).flatten(2).transpose(1, 2)
+        upright, turned = self.patch_head(patches).chunk(2)
+        patch_logits = (upright + turned.flip(1)) / 2
         loss = patch_loss(patch_logits, batch.presence)
         if not decode:
             return loss
@@ -200,7 +178,7 @@ class Learner(nn.Module):
 
 
 def train(patients: int, batch_size: int = 16, learning_rate: float = 2e-3) -> MedKLIP:
-    """Train from scratch: patches alone on whole views, then on tiles, then all terms on a cosine."""
+    """Train from scratch: the patches alone, then all terms on a cosine."""
     torch.manual_seed(0)
     learner, rng = Learner().train(), torch.Generator().manual_seed(0)
     optimizer = torch.optim.AdamW(learner.parameters(), learning_rate, weight_decay=1e-2)
@@ -213,7 +191,7 @@ def train(patients: int, batch_size: int = 16, learning_rate: float = 2e-3) -> M
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     for step, batch in enumerate(batches(training_set(patients), STEPS, batch_size, rng)):
-        loss = learner(batch, shuffle=step >= WHOLE_STEPS, decode=step >= PATCH_STEPS)
+        loss = learner(batch, decode=step >= PATCH_STEPS)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
