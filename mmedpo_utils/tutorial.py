@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 import threading
 import time
@@ -86,7 +87,10 @@ def run(profile: Profile, profile_name: str, in_place: bool = False) -> dict[str
     for number, path in enumerate(notebooks, 1):
         print(f"[{number}/{len(notebooks)}] {path.stem} ...", end=" ", flush=True)
         started = time.perf_counter()
-        run_notebook(path, path if in_place else profile.output / "notebooks" / path.name, profile_name)
+        executed = profile.output / "notebooks" / path.name
+        run_notebook(path, executed, profile_name)
+        if in_place:
+            shutil.copyfile(executed, path)
         seconds[path.stem] = round(time.perf_counter() - started, 1)
         print(f"{seconds[path.stem]:.0f} s", flush=True)
     seconds["total"] = round(sum(seconds.values()), 1)
