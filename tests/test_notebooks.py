@@ -100,10 +100,10 @@ def test_clean_drops_the_executors_marks_only():
     cell = nbformat.v4.new_code_cell("1")
     cell.metadata.update(papermill={"duration": 1}, tags=["solution"])
     injected = nbformat.v4.new_code_cell("profile_name = 'x'", metadata={"tags": ["injected-parameters"]})
-    notebook = nbformat.v4.new_notebook(cells=[cell, injected], metadata={"papermill": {}, "kernelspec": {"name": "python3"}})
+    notebook = nbformat.v4.new_notebook(cells=[cell, injected], metadata={"papermill": {}, "language_info": {"name": "python"}})
     cleaned = tutorial.clean(notebook)
     assert [dict(c.metadata) for c in cleaned.cells] == [{"tags": ["solution"]}]
-    assert "papermill" not in cleaned.metadata and "kernelspec" in cleaned.metadata
+    assert "papermill" not in cleaned.metadata and "language_info" in cleaned.metadata
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
