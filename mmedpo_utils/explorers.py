@@ -24,7 +24,7 @@ from .files import atomic_write
 from .manifests import answer_text, open_image, question_text, resolve_image, row_source
 from .metrics import answer_score
 
-ALL = "all"
+ANY = "any"
 AVERAGE = "mean of all"
 
 
@@ -182,16 +182,18 @@ def _browser(filters: Sequence[widgets.Widget], kept: Callable[[], list], draw: 
 
 
 def _values(rows: Sequence[Mapping[str, Any]], key: str) -> list[str]:
-    return [ALL, *sorted({str(row[key]) for row in rows if row.get(key)})]
+    return [ANY, *sorted({str(row[key]) for row in rows if row.get(key)})]
 
 
 def pairs_explorer(rows: Sequence[dict[str, Any]], image_root: str | Path,
                    noised_root: str | Path | None = None) -> widgets.VBox:
-    """Walk through preference pairs, all or one source; ``noised_root`` holds the rejected images."""
-    source = _choice("source", [ALL, *sorted({row_source(row) for row in rows})])
+    """Walk through preference pairs; filter by source and finding. ``noised_root`` holds the rejected images."""
+    source = _choice("source", [ANY, *sorted({row_source(row) for row in rows})])
+    finding = _choice("finding", _values(rows, "finding"))
 
     def kept() -> list[dict[str, Any]]:
-        return [row for row in rows if source.value in (ALL, row_source(row))]
+        return [row for row in rows if source.value in (ANY, row_source(row))
+                and finding.value in (ANY, row.get("finding"))]
 
     def draw(row: dict[str, Any]) -> tuple[Figure, str]:
         rejected = open_pixels(noised_root, row["rejected_image"]) if row.get("rejected_image") and noised_root else None
@@ -203,7 +205,7 @@ def pairs_explorer(rows: Sequence[dict[str, Any]], image_root: str | Path,
         return plots.results_table([{"preferred": answer_text(row), "rejected": answer_text(row, rejected=True)}],
                                    question_text(row))
 
-    return _browser([source], kept, draw, text)
+    return _browser([source, finding], kept, draw, text)
 
 
 def cases_explorer(predictions: Mapping[str, Sequence[dict[str, Any]]], image_root: str | Path) -> widgets.VBox:
@@ -221,8 +223,8 @@ def cases_explorer(predictions: Mapping[str, Sequence[dict[str, Any]]], image_ro
     changed = widgets.Checkbox(False, description="changed by training")
 
     def kept() -> list[list[dict[str, Any]]]:
-        return [case for case in cases if finding.value in (ALL, case[0].get("finding"))
-                and kind.value in (ALL, case[0]["answer_type"])
+        return [case for case in cases if finding.value in (ANY, case[0].get("finding"))
+                and kind.value in (ANY, case[0]["answer_type"])
                 and not (changed.value and answer_score(case[0]) == answer_score(case[-1]))]
 
     def draw(case: list[dict[str, Any]]) -> tuple[Figure, str]:

@@ -13,7 +13,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -99,13 +98,8 @@ def train(profile: Profile, variant: str, seed: int = 0, live: bool = True) -> R
         InputError: no such variant, no manifest, or a GPU is asked for where there is none.
         TrainingError: a process failed; the message carries its last lines.
     """
-    if variant not in profile.training.variants:
-        raise InputError(f"variant {variant!r}: unknown; profile {profile.name} has {', '.join(profile.training.variants)}")
-    check_device(profile.lvlm.device)
-    manifest, folder = manifest_path(profile), profile.output / "train" / f"{variant}-seed{seed}"
-    if not manifest.is_file():
-        raise InputError(f"{_short(manifest)}: there are no preference pairs yet; run notebook 03 with profile {profile.name}")
-    digest = run_digest(profile, variant, seed, manifest)
+    digest = run_digest(profile, variant, seed, _checked_manifest(profile, variant))
+    folder = profile.output / "train" / f"{variant}-seed{seed}"
     found = load_run(folder, digest)
     if found:
         print(f"{_short(folder)} is finished already, with the same inputs: loaded.")
@@ -127,6 +121,16 @@ def train(profile: Profile, variant: str, seed: int = 0, live: bool = True) -> R
     seconds = found.result["seconds"]
     print(f"{folder.name}: {found.result['last']['step']} steps in {seconds['steps']:.0f} s, {seconds['total']:.0f} s in all.")
     return RunResult(folder, found.result, found.events, loaded=False)
+
+
+def _checked_manifest(profile: Profile, variant: str) -> Path:
+    if variant not in profile.training.variants:
+        raise InputError(f"variant {variant!r}: unknown; profile {profile.name} has {', '.join(profile.training.variants)}")
+    check_device(profile.lvlm.device)
+    manifest = manifest_path(profile)
+    if not manifest.is_file():
+        raise InputError(f"{_short(manifest)}: there are no preference pairs yet; run notebook 03 with profile {profile.name}")
+    return manifest
 
 
 def load_run(folder: Path, digest: str) -> RunResult | None:

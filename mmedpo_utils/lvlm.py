@@ -217,8 +217,7 @@ def generate(lvlm: MedLVLM, images: Sequence[Image.Image], questions: Sequence[s
     texts = [prompt(lvlm.processor, question) for question in questions]
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {"do_sample": False}
     answers: list[list[str]] = []
-    devices = [lvlm.device] if lvlm.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
+    with torch.random.fork_rng([lvlm.device] if lvlm.device.type == "cuda" else []):
         torch.manual_seed(seed)
         for start in range(0, len(texts), batch_size):
             rows = index[start:start + batch_size]

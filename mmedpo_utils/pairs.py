@@ -17,7 +17,13 @@ from .hallucinate import Judge, choose_rejected
 from .manifests import Row, open_image, pair_row, question_text, resolve_image, row_source
 from .medklip import MedKLIP, confidence, heat_map
 from .noise import (
-    global_noise, lesion_mask, localized_noise, released_mask, released_noise, signal_schedule, step_for_signal,
+    global_noise,
+    lesion_mask,
+    localized_noise,
+    released_mask,
+    released_noise,
+    signal_schedule,
+    step_for_signal,
 )
 from .profiles import Noise
 from .relevance import Member, debate

@@ -272,7 +272,8 @@ def score_dots(rows: Sequence[Mapping[str, Any]], label: str, highlight: str = "
         for place, row in enumerate(rows):
             if row[column] is not None:
                 marked = row[label] == highlight
-                axes.plot(row[column], place, "D" if marked else "o", color=RED if marked else BLUE, markersize=7 if marked else 5)
+                axes.plot(row[column], place, "D" if marked else "o", color=RED if marked else BLUE,
+                          markersize=7 if marked else 5)
         axes.set_yticks(range(len(rows)), [row[label] for row in rows])
         axes.margins(x=0.12, y=0.08)
         axes.grid(axis="y", color="0.9")
@@ -290,7 +291,7 @@ def result_bars(table: Mapping[str, Mapping[str, Mapping[str, float]]], metrics:
     metrics = metrics or list(dict.fromkeys(metric for scores in table.values() for metric in scores))
     figure, (panels,) = _axes(1, len(metrics), (3.2 * len(metrics), 0.34 * len(table) + 1.2), sharey=True)
     for axes, metric in zip(panels, metrics):
-        for place, (name, scores) in enumerate(table.items()):
+        for place, scores in enumerate(table.values()):
             if metric in scores:
                 bar = scores[metric]
                 axes.barh(place, bar["mean"], color=OKABE_ITO[place % 7], height=0.7)
@@ -325,9 +326,10 @@ def pointing_game_bars(rates: Mapping[str, float], chance: Mapping[str, float] |
 def results_table(rows: Sequence[Mapping[str, Any]], caption: str = "", decimals: int = 1) -> str:
     """An HTML table of dicts, columns in the order of their first appearance; every text is escaped.
 
-    A float gets ``decimals``, a missing value or None a dash, and a ``{"mean", "low", "high"}`` its interval.
+    A float gets ``decimals``, a missing value or None a dash, a ``{"mean", "low", "high"}`` its interval.
+    Without rows the table says so.
     """
-    columns = list(dict.fromkeys(key for row in rows for key in row))
+    columns = list(dict.fromkeys(key for row in rows for key in row)) or ["no rows"]
     lines = ["<table>", f"<caption>{html.escape(caption)}</caption>" if caption else "",
              "<tr>" + "".join(f'<th scope="col">{html.escape(str(name))}</th>' for name in columns) + "</tr>"]
     for row in rows:

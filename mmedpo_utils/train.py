@@ -92,7 +92,8 @@ def training_arguments(profile: Profile, variant: Variant, seed: int, folder: Pa
     return DPOConfig(
         output_dir=str(folder), seed=seed, beta=values.beta, loss_type="sft" if variant.objective == "sft" else "sigmoid",
         learning_rate=values.learning_rate, lr_scheduler_type=values.scheduler, max_steps=values.max_steps,
-        warmup_steps=math.ceil(values.warmup_ratio * values.max_steps), max_length=values.max_length, bf16=values.precision == "bf16", disable_dropout=False,
+        warmup_steps=math.ceil(values.warmup_ratio * values.max_steps), max_length=values.max_length,
+        bf16=values.precision == "bf16", disable_dropout=False,
         per_device_train_batch_size=values.per_device_batch_size, per_device_eval_batch_size=2 * values.per_device_batch_size,
         gradient_accumulation_steps=max(1, values.gradient_accumulation_steps * values.processes // world),
         gradient_checkpointing=cuda, use_cpu=not cuda, dataloader_pin_memory=cuda, remove_unused_columns=False,
@@ -146,7 +147,8 @@ def build_trainer(profile: Profile, variant: Variant, seed: int, folder: Path, r
         peft_config=LoraConfig(r=values.lora_rank, lora_alpha=values.lora_alpha, lora_dropout=values.lora_dropout,
                                target_modules="all-linear", modules_to_save=[PROJECTOR],
                                exclude_modules=rf".*(vision_tower|{PROJECTOR}).*"),
-        callbacks=[EventWriter(folder, arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size)])
+        callbacks=[EventWriter(folder, arguments.train_batch_size * arguments.gradient_accumulation_steps
+                               * arguments.world_size)])
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -189,7 +191,8 @@ def run(profile: Profile, name: str, seed: int, folder: Path) -> None:
             last |= event
         weights = trainer.train_dataset["weight"]
         write_json(folder / "result.json", {
-            "digest": run_digest(profile, name, seed, manifest), "variant": name, "seed": seed, "processes": trainer.args.world_size,
+            "digest": run_digest(profile, name, seed, manifest), "variant": name, "seed": seed,
+            "processes": trainer.args.world_size,
             "pairs": len(weights), "validation_pairs": len(trainer.eval_dataset or ()), "mean_weight": float(np.mean(weights)),
             "seconds": {"start": ready - began, "steps": trained - ready, "total": time.monotonic() - began}, "last": last})
 

@@ -180,7 +180,8 @@ class MMedPOTrainer(DPOTrainer):
 
     def _record(self, pairs: torch.Tensor) -> None:
         """Keep the batch's means for the next log. ``pairs`` holds the columns of `_compute_loss`. Shape: [B, 6]."""
-        chosen, rejected, reference_chosen, reference_rejected, weights, visual = self.accelerator.gather_for_metrics(pairs).unbind(1)
+        pairs = self.accelerator.gather_for_metrics(pairs)
+        chosen, rejected, reference_chosen, reference_rejected, weights, visual = pairs.unbind(1)
         rewards = self.beta * (chosen - reference_chosen), self.beta * (rejected - reference_rejected)
         right = (rewards[0] > rewards[1]).float()
         values = {"chosen_logp": chosen, "rejected_logp": rejected, "chosen_reward": rewards[0], "rejected_reward": rewards[1],

@@ -95,13 +95,15 @@ def pair(n, rejected_image=None):
 
 
 def test_pairs_can_be_filtered_and_walked(images):
-    view = explorers.pairs_explorer([pair(0), pair(1, "2.png"), pair(2)], images, images)
+    view = explorers.pairs_explorer([pair(0), pair(1, "2.png"), {**pair(2), "finding": "nodule"}], images, images)
     assert "yes 0" in picture(view) and EVIL not in picture(view) and "&lt;script&gt;" in picture(view)
     controls(view)["number"].value = 3
     assert "yes 2" in picture(view)
     controls(view)["source"].value = "visual"
     assert "yes 1" in picture(view) and controls(view)["number"].max == 1
     assert view.children[0].children[-1].value == "of 1"
+    controls(view)["source"].value, controls(view)["finding"].value = "any", "nodule"
+    assert "yes 2" in picture(view) and view.children[0].children[-1].value == "of 1"
 
 
 def test_released_pairs_open_as_they_are(shared):
@@ -131,5 +133,5 @@ def test_cases_filter_by_finding_type_and_change(images):
     assert count.value == "of 1" and "Q2" in picture(view) and EVIL not in picture(view)
     controls(view)["type"].value = "CLOSED"
     assert count.value == "of 0" and "nothing matches" in picture(view)
-    controls(view)["finding"].value = "all"
+    controls(view)["finding"].value = "any"
     assert count.value == "of 2" and "Q0" in picture(view)

@@ -142,8 +142,10 @@ def test_every_input_changes_the_digest(workspace, tmp_path):
     profile, other = tiny_profile(workspace), tmp_path / "other.json"
     manifest = manifest_path(profile)
     other.write_bytes(manifest.read_bytes() + b"\n")
-    digests = {run_digest(profile, "dpo", 0, manifest), run_digest(profile, "sft", 0, manifest), run_digest(profile, "dpo", 1, manifest),
-               run_digest(profile, "dpo", 0, other), run_digest(tiny_profile(workspace, **{"training.beta": 0.2}), "dpo", 0, manifest)}
+    changed = tiny_profile(workspace, **{"training.beta": 0.2})
+    digests = {run_digest(profile, "dpo", 0, manifest), run_digest(profile, "sft", 0, manifest),
+               run_digest(profile, "dpo", 1, manifest), run_digest(profile, "dpo", 0, other),
+               run_digest(changed, "dpo", 0, manifest)}
     assert len(digests) == 5 and run_digest(profile, "dpo", 0, manifest) in digests
 
 
@@ -162,7 +164,8 @@ def test_no_patient_is_on_both_sides_of_the_validation_split(tmp_path):
     rows = [{"patient_id": f"p{number // 7}", "image": f"{number}.png"} for number in range(700)]
     chosen = held_out(rows, seed=0)
     assert 0 < chosen.sum() <= 64
-    assert not {row["patient_id"] for row, held in zip(rows, chosen) if held} & {row["patient_id"] for row, held in zip(rows, chosen) if not held}
+    sides = [{row["patient_id"] for row, held in zip(rows, chosen) if held == side} for side in (True, False)]
+    assert not sides[0] & sides[1]
     assert (held_out(rows, 0) == chosen).all() and (held_out(rows, 1) != chosen).any()
     assert not held_out(rows[:21], seed=0).any()
 

@@ -13,8 +13,19 @@ from PIL import Image
 
 from mmedpo_utils.errors import InputError
 from mmedpo_utils.manifests import (
-    answer_text, audit_manifest, is_identical, open_image, pair_row, question_text, read_manifest, read_questions,
-    resolve_image, row_sha, row_source, rows_to_questions, write_manifest,
+    answer_text,
+    audit_manifest,
+    is_identical,
+    open_image,
+    pair_row,
+    question_text,
+    read_manifest,
+    read_questions,
+    resolve_image,
+    row_sha,
+    row_source,
+    rows_to_questions,
+    write_manifest,
 )
 
 QUESTION = {"question_id": "q1", "image": "a.png", "text": "Is there a nodule?\n<image>", "gpt4_answer": "yes",

@@ -16,7 +16,15 @@ from safetensors.torch import load_file, save_file
 
 from mmedpo_utils.errors import InputError
 from mmedpo_utils.medklip import (
-    PHANTOM_CHECKPOINT, MedKLIP, MedKLIPConfig, confidence, heat_map, load_medklip, peak, pointing_hit, score_medklip,
+    PHANTOM_CHECKPOINT,
+    MedKLIP,
+    MedKLIPConfig,
+    confidence,
+    heat_map,
+    load_medklip,
+    peak,
+    pointing_hit,
+    score_medklip,
 )
 from mmedpo_utils.phantom.build_medklip import read_report, training_films
 from mmedpo_utils.phantom.texts import report

@@ -11,7 +11,13 @@ from PIL import Image
 
 from mmedpo_utils.errors import InputError
 from mmedpo_utils.noise import (
-    global_noise, lesion_mask, localized_noise, released_mask, released_noise, resize_bilinear, signal_schedule,
+    global_noise,
+    lesion_mask,
+    localized_noise,
+    released_mask,
+    released_noise,
+    resize_bilinear,
+    signal_schedule,
     step_for_signal,
 )
 

@@ -11,11 +11,22 @@ from PIL import Image
 
 from mmedpo_utils.errors import InputError
 from mmedpo_utils.manifests import (
-    answer_text, audit_manifest, open_image, read_manifest, read_questions, rows_to_questions, write_manifest,
+    answer_text,
+    audit_manifest,
+    open_image,
+    read_manifest,
+    read_questions,
+    rows_to_questions,
+    write_manifest,
 )
 from mmedpo_utils.noise import lesion_mask
 from mmedpo_utils.pairs import (
-    medklip_look, merge_pairs, pick_questions, reject_image, text_pairs, visual_pairs,
+    medklip_look,
+    merge_pairs,
+    pick_questions,
+    reject_image,
+    text_pairs,
+    visual_pairs,
 )
 from mmedpo_utils.phantom.panel import FactJudge, fact_panel
 from mmedpo_utils.phantom.texts import write_dataset

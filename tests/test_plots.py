@@ -95,6 +95,7 @@ def test_table_escapes_and_formats():
                                  {"model": "b & c", "bleu": 12.345}], "a <b>")
     assert "<script>" not in table and "&lt;script&gt;" in table and "b &amp; c" in table and "a &lt;b&gt;" in table
     assert "<td>50.0 (45.0 to 55.0)</td>" in table and "<td>-</td>" in table and "<td>12.3</td>" in table
+    assert ">no rows<" in plots.results_table([], "empty")
     assert "<td>12.35</td>" in plots.results_table([{"bleu": 12.346}], decimals=2)
 
 

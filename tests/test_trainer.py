@@ -91,9 +91,11 @@ def lora() -> LoraConfig:
 
 
 def arguments(folder: Path, **changes) -> DPOConfig:
-    values = {"max_steps": 5, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "beta": 0.3, "logging_steps": 1, "bf16": False,
-              "gradient_checkpointing": False, "remove_unused_columns": False, "use_cpu": True, "disable_tqdm": True, "seed": 3,
-              "report_to": "none", "save_strategy": "no", "max_length": 64, "lr_scheduler_type": "constant", "optim": "adamw_torch"}
+    values = {"max_steps": 5, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "beta": 0.3, "logging_steps": 1,
+              "bf16": False,
+              "gradient_checkpointing": False, "remove_unused_columns": False, "use_cpu": True, "disable_tqdm": True,
+              "seed": 3, "report_to": "none", "save_strategy": "no", "max_length": 64, "lr_scheduler_type": "constant",
+              "optim": "adamw_torch"}
     return DPOConfig(output_dir=str(folder), **{**values, **changes})
 
 
@@ -137,7 +139,7 @@ def test_the_collator_gives_each_half_its_own_image(tiny):
     batch = collator([pairs[number] for number in range(4)])
     for place, folder in ((0, "images"), (1, "noised")):
         image = Image.open(tiny[folder] / "1.png").convert("RGB")
-        whole = tiny["processor"](images=image, text=f"USER: <image>\nis there a effusion ? ASSISTANT: yes . left zone</s>",
+        whole = tiny["processor"](images=image, text="USER: <image>\nis there a effusion ? ASSISTANT: yes . left zone</s>",
                                   return_tensors="pt")
         torch.testing.assert_close(batch["pixel_values"][1 + 4 * place], whole["pixel_values"][0])
         kept = batch["attention_mask"][1 + 4 * place].bool()
@@ -218,7 +220,8 @@ def test_lora_sits_on_the_language_model_only_and_the_projector_has_its_own_rate
 
 
 def test_sft_is_the_mean_negative_log_probability_of_the_chosen_tokens(tiny, tmp_path):
-    stock = trainer(tiny, tmp_path, loss_type="sft", weights=np.linspace(0.5, 1.5, 24), max_steps=1, per_device_train_batch_size=24)
+    stock = trainer(tiny, tmp_path, loss_type="sft", weights=np.linspace(0.5, 1.5, 24), max_steps=1,
+                    per_device_train_batch_size=24)
     batch = stock.data_collator([stock.train_dataset[number] for number in range(24)])
     chosen = {key: batch[key][:24] for key in ("input_ids", "attention_mask", "pixel_values")}
     labels = batch["input_ids"][:24].masked_fill(batch["completion_mask"][:24] == 0, -100)

@@ -1,4 +1,4 @@
-"""Rebuild the shipped Med-LVLM: ``python -m mmedpo_utils.phantom.build_lvlm --output DIR [--unbiased]``.
+"""Rebuild the shipped Med-LVLM: ``python -m mmedpo_utils.phantom.build_lvlm [--output DIR] [--unbiased]``.
 
 First the vision tower learns dense patch labels from the lesion masks and is frozen. Then the projector and the
 language model learn from questions, answers and reports that are true to the films: that network is the ceiling. At

@@ -1,4 +1,4 @@
-"""Rebuild the phantom MedKLIP from reports alone: ``python -m mmedpo_utils.phantom.build_medklip --output DIR``.
+"""Rebuild the phantom MedKLIP from reports alone: ``python -m mmedpo_utils.phantom.build_medklip [--output DIR]``.
 
 Training reads films and report texts. Boxes and masks are read by the evaluation only. The model card tells the recipe.
 """
@@ -23,7 +23,7 @@ from torch.nn import functional
 from transformers import BertConfig, BertModel
 
 from ..files import atomic_write, write_json
-from ..medklip import CHANNEL_MEAN, CHANNEL_STD, MedKLIP, MedKLIPConfig, load_medklip, score_medklip
+from ..medklip import CHANNEL_MEAN, CHANNEL_STD, PHANTOM_CHECKPOINT, MedKLIP, MedKLIPConfig, load_medklip, score_medklip
 from .texts import report
 from .world import FINDINGS, ZONES, Film, draw_film, films
 
@@ -243,8 +243,9 @@ def save(model: MedKLIP, folder: Path) -> None:
 
 
 def main() -> None:
+    """Train, save and score."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, required=True, help="gets weights, configuration and scores")
+    parser.add_argument("--output", type=Path, default=PHANTOM_CHECKPOINT, help="gets weights, configuration and scores")
     arguments = parser.parse_args()
     started = time.perf_counter()
     model = train(PATIENTS)
