@@ -17,7 +17,7 @@ from PIL import Image
 from .datasets import Dataset
 from .errors import InputError
 from .files import atomic_write, write_json, write_json_lines
-from .lvlm import MedLVLM, generate, image_attention, load_lvlm
+from .lvlm import MedLVLM, generate, image_attention, load_lvlm, model_digest
 from .manifests import open_image, question_text, resolve_image, row_sha
 from .metrics import bootstrap_interval, paired_difference, patient_of, row_statistics
 from .phantom.texts import read_masks
@@ -25,15 +25,6 @@ from .profiles import Profile
 
 COMPARED = ("closed_accuracy", "open_recall", "bleu", "rouge_l")
 ROW_KEYS = ("question_id", "image", "patient_id", "finding", "question_type", "answer_type")
-
-
-def model_digest(lvlm: MedLVLM) -> str:
-    """SHA-256 over up to 1,024 evenly spaced values of every tensor of the model, with its name and shape."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(lvlm.model.state_dict().items()):
-        values = tensor.detach().flatten()[:: max(1, tensor.numel() // 1024)].float().cpu().numpy()
-        digest.update(f"{name} {tuple(tensor.shape)}".encode() + values.tobytes())
-    return digest.hexdigest()
 
 
 def shuffled_images(questions: Sequence[dict[str, Any]], seed: int) -> list[str]:

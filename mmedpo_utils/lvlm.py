@@ -6,6 +6,7 @@ LLaVA-Med 1.5: CLIP vision tower, two-layer projector, Mistral). "phantom" is th
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -137,6 +138,15 @@ def _quiet_loading() -> Iterator[None]:
         transformers_logging.set_verbosity(level)
         if bars:
             transformers_logging.enable_progress_bar()
+
+
+def model_digest(lvlm: MedLVLM) -> str:
+    """SHA-256 over up to 1,024 evenly spaced values of every tensor of the model, with its name and shape."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(lvlm.model.state_dict().items()):
+        values = tensor.detach().flatten()[:: max(1, tensor.numel() // 1024)].float().cpu().numpy()
+        digest.update(f"{name} {tuple(tensor.shape)}".encode() + values.tobytes())
+    return digest.hexdigest()
 
 
 def prompt(processor: Any, question: str) -> str:

@@ -29,7 +29,7 @@ from trl import DPOConfig
 from .environment import versions
 from .errors import InputError
 from .files import write_json
-from .lvlm import load_lvlm
+from .lvlm import load_lvlm, model_digest
 from .manifests import read_manifest, row_source
 from .profiles import Profile, Variant, check_device, load_profile
 from .relevance import normalise
@@ -141,6 +141,7 @@ def build_trainer(profile: Profile, variant: Variant, seed: int, folder: Path, r
 
     trainer = MMedPOTrainer(
         lvlm.model, projector_learning_rate=values.projector_learning_rate, args=arguments,
+        reference_cache=profile.output / "reference" / f"{model_digest(lvlm)[:16]}.json",
         train_dataset=dataset(~validation), eval_dataset=dataset(validation) if validation.any() else None,
         data_collator=PreferenceCollator(lvlm.processor.tokenizer.pad_token_id, values.max_length, processor=lvlm.processor),
         processing_class=lvlm.processor,

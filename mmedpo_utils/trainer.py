@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,6 +21,7 @@ from trl.data_utils import apply_chat_template
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from .errors import InputError
+from .files import write_json
 from .manifests import answer_text, open_image, question_text, resolve_image, row_source
 
 PROJECTOR = "multi_modal_projector"
@@ -86,6 +89,14 @@ def preference_dataset(rows: Sequence[dict[str, Any]], weights: Sequence[float],
     return Dataset.from_list(pairs)
 
 
+def pair_keys(pairs: Dataset, max_length: int) -> list[str]:
+    """What decides the reference log-probabilities of each pair besides the model: tokens and images, as SHA-256."""
+    digest = lru_cache(maxsize=None)(lambda path: hashlib.sha256(Path(path).read_bytes()).hexdigest())
+    return [hashlib.sha256(json.dumps([max_length, *(pair[f"{part}_ids"] for part in ("prompt", "chosen", "rejected")),
+                                       digest(pair["image"]), digest(pair["rejected_image"])]).encode()).hexdigest()
+            for pair in pairs]
+
+
 @dataclass
 class PreferenceCollator(DataCollatorForPreference):
     """TRL's preference collator, plus images and weights: the first half of the batch is chosen, the second rejected.
@@ -119,11 +130,13 @@ class MMedPOTrainer(DPOTrainer):
 
     The reference is the model before training: with the adapter off, PEFT restores both the language model (LoRA) and
     the projector (``modules_to_save``). ``loss_type="sft"`` trains on the chosen half alone and ignores the weights.
-    Rows come from `preference_dataset`, batches from `PreferenceCollator`.
+    Rows come from `preference_dataset`, batches from `PreferenceCollator`. ``reference_cache`` is a JSON file of reference
+    log-probabilities that `precompute_reference` reads and extends; one file belongs to one model.
     """
 
-    def __init__(self, model: PreTrainedModel, *, projector_learning_rate: float, **arguments: Any) -> None:
-        self.projector_learning_rate = projector_learning_rate
+    def __init__(self, model: PreTrainedModel, *, projector_learning_rate: float, reference_cache: Path | None = None,
+                 **arguments: Any) -> None:
+        self.projector_learning_rate, self.reference_cache = projector_learning_rate, reference_cache
         super().__init__(model, **arguments)
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
@@ -141,25 +154,44 @@ class MMedPOTrainer(DPOTrainer):
         return self.optimizer
 
     def precompute_reference(self) -> None:
-        """Compute the reference log-probabilities of every pair once, before training, shared between the processes.
+        """Give every pair the columns ``ref_chosen_logps`` and ``ref_rejected_logps``, once, shared between the processes.
 
-        Adds the columns ``ref_chosen_logps`` and ``ref_rejected_logps``. The reference never changes, so each later epoch
-        saves a forward pass. Not for ZeRO stage 3, where no process holds the whole model.
+        The reference never changes, so each later epoch saves a forward pass, and each later run all of them: what is
+        computed goes to ``reference_cache``. What is read from there is checked on a few pairs first; where it does not
+        hold, everything is computed anew. Not for ZeRO stage 3, where no process holds the whole model.
         """
         self.model.to(self.args.device).eval()
-        rank, world, size = self.args.process_index, self.args.world_size, self.args.per_device_eval_batch_size
-        for name in ("train_dataset", "eval_dataset"):
-            dataset, found = getattr(self, name), []
-            if dataset is None:
-                continue
-            for start in range(rank * size, len(dataset), world * size):
-                numbers = range(start, min(start + size, len(dataset)))
-                batch = self._prepare_inputs(self.data_collator([dataset[number] for number in numbers]))
-                chosen, rejected = self.compute_ref_log_probs(self.model, {k: batch[k] for k in batch if k not in EXTRA})
-                found += zip(numbers, chosen.tolist(), rejected.tolist())
-            _, chosen_logps, rejected_logps = zip(*sorted(gather_object(found)))
-            setattr(self, name, dataset.add_column("ref_chosen_logps", list(chosen_logps))
-                    .add_column("ref_rejected_logps", list(rejected_logps)))
+        datasets = {name: data for name in ("train_dataset", "eval_dataset") if (data := getattr(self, name)) is not None}
+        pairs = {key: pair for data in datasets.values() for key, pair in zip(pair_keys(data, self.args.max_length), data)}
+        known = self._read_reference(pairs)
+        missing, found = [key for key in pairs if key not in known], {}
+        size, rank, world = self.args.per_device_eval_batch_size, self.args.process_index, self.args.world_size
+        for start in range(rank * size, len(missing), world * size):
+            batch = missing[start : start + size]
+            found |= zip(batch, self._reference_logps([pairs[key] for key in batch]), strict=True)
+        known |= dict(gather_object(list(found.items())))
+        if missing and self.reference_cache and self.is_world_process_zero():
+            write_json(self.reference_cache, known)
+        for name, data in datasets.items():
+            chosen, rejected = zip(*(known[key] for key in pair_keys(data, self.args.max_length)), strict=True)
+            setattr(self, name, data.add_column("ref_chosen_logps", list(chosen)).add_column("ref_rejected_logps", list(rejected)))
+
+    def _read_reference(self, pairs: dict[str, dict[str, Any]]) -> dict[str, list[float]]:
+        """The cache's values, or none where they are not what the model says of up to four of ``pairs``."""
+        if not (self.reference_cache and self.reference_cache.is_file()):
+            return {}
+        known = json.loads(self.reference_cache.read_text(encoding="utf-8"))
+        probe = [key for key in pairs if key in known][:4]
+        if not probe:
+            return known
+        again = torch.tensor(self._reference_logps([pairs[key] for key in probe]))
+        return known if torch.allclose(again, torch.tensor([known[key] for key in probe]), atol=1e-3) else {}
+
+    def _reference_logps(self, pairs: list[dict[str, Any]]) -> list[list[float]]:
+        """Reference log-probabilities [chosen, rejected] of a batch of pairs."""
+        batch = self._prepare_inputs(self.data_collator(pairs))
+        logps = self.compute_ref_log_probs(self.model, {key: batch[key] for key in batch if key not in EXTRA})
+        return torch.stack(logps, dim=1).tolist()
 
     def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
         weights, visual = inputs["weights"], inputs["visual"].bool()

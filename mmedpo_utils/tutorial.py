@@ -64,7 +64,7 @@ def run_notebook(path: Path, target: Path, profile_name: str) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     default = {"profile_name": profile_name} if profile_name != "phantom" else {}
     papermill.execute_notebook(str(path), str(target), parameters=default, cwd=str(path.parent), kernel_name="python3",
-                               progress_bar=False)
+                               progress_bar=False, extra_arguments=["--log-level=ERROR"])
     notebook = clean(nbformat.read(target, as_version=4))
     with atomic_write(target) as temporary:
         nbformat.write(notebook, temporary)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from mmedpo_utils.trainer import (
     MMedPOTrainer,
     PreferenceCollator,
     image_token_count,
+    pair_keys,
     preference_dataset,
     preference_loss,
 )
@@ -237,3 +239,27 @@ def test_validation_pairs_are_scored_in_the_same_terms(tiny, tmp_path):
     events = [event for event in run.state.log_history if "eval_loss" in event]
     assert [event["step"] for event in events] == [2, 4, 5]  # transformers looks once more at the end
     assert all(event["eval_chosen_logp"] < 0 and 0 <= event["eval_accuracy"] <= 1 for event in events)
+
+
+def test_the_reference_cache_is_read_checked_and_extended(tiny, tmp_path, monkeypatch):
+    def run(rows):
+        made = trainer(tiny, tmp_path, rows)
+        made.reference_cache, scored = tmp_path / "reference.json", []
+        compute = made._reference_logps
+        monkeypatch.setattr(made, "_reference_logps", lambda pairs: scored.append(len(pairs)) or compute(pairs))
+        made.precompute_reference()
+        return made, sum(scored)
+
+    first, scored = run(tiny["rows"][:16])
+    assert scored == 16
+    second, scored = run(tiny["rows"])
+    assert scored == 4 + 8, "four known pairs are checked, eight new ones computed"
+    for column in ("ref_chosen_logps", "ref_rejected_logps"):
+        assert second.train_dataset[column][:16] == first.train_dataset[column][:]
+    wrong = {key: [value + 1 for value in pair] for key, pair in json.loads((tmp_path / "reference.json").read_text()).items()}
+    (tmp_path / "reference.json").write_text(json.dumps(wrong))
+    third, scored = run(tiny["rows"])
+    assert scored == 4 + 24, "values of another model are not used"
+    assert third.train_dataset["ref_chosen_logps"][:] == pytest.approx(second.train_dataset["ref_chosen_logps"][:], abs=1e-4)
+    keys = pair_keys(first.train_dataset, 64)
+    assert len(set(keys)) == 16 and keys == pair_keys(first.train_dataset, 64) != pair_keys(first.train_dataset, 63)
