@@ -25,7 +25,7 @@ from .manifests import answer_text, open_image, question_text, resolve_image, ro
 from .metrics import answer_score
 
 ANY = "any"
-AVERAGE = "mean of all"
+AVERAGE, ALL = "mean of all", -1  # a Dropdown shows the value None as nothing chosen
 
 
 def figure_png(figure: Figure) -> bytes:
@@ -88,7 +88,7 @@ def _choice(label: str, options: Sequence) -> widgets.Dropdown:
 
 
 def _numbered(label: str, count: int) -> widgets.Dropdown:
-    return _choice(label, [(AVERAGE, None), *((str(n + 1), n) for n in range(count))])
+    return _choice(label, [(AVERAGE, ALL), *((str(n + 1), n) for n in range(count))])
 
 
 def attention_explorer(films: Sequence[np.ndarray], maps: np.ndarray | Callable[[int], np.ndarray],
@@ -109,12 +109,13 @@ def attention_explorer(films: Sequence[np.ndarray], maps: np.ndarray | Callable[
     layers, heads = np.shape(of_film(0))[:2]
     film = _choice("film", list(zip(names, range(len(films)))))
     finding, layer, head = _choice("finding", list(queries)), _numbered("layer", layers), _numbered("head", heads)
+    finding.value = "disease" if "disease" in queries else queries[0]
     threshold, opacity = _slider("threshold", 0.0), _slider("opacity", 0.5)
 
     def draw() -> tuple[Figure, str]:
         chosen = np.asarray(of_film(film.value))[:, :, list(queries).index(finding.value)]
-        chosen = chosen.mean(0) if layer.value is None else chosen[layer.value]
-        chosen = chosen.mean(0) if head.value is None else chosen[head.value]
+        chosen = chosen.mean(0) if layer.value == ALL else chosen[layer.value]
+        chosen = chosen.mean(0) if head.value == ALL else chosen[head.value]
         known = masks[film.value] if masks else {}
         union = np.any(list(known.values()), axis=0) if known else None
         outline = union if finding.value == "disease" else known.get(finding.value)
