@@ -13,12 +13,14 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from IPython import get_ipython
 from IPython.display import Image, Pretty, display
@@ -173,18 +175,32 @@ def _started(arguments: list[str], log: Path) -> Iterator[subprocess.Popen]:
 
 
 def _stop(process: subprocess.Popen) -> None:
-    """Ask the whole group to end, then end it."""
+    """Ask the whole group to end, then end it; return when none of it runs."""
     if os.name == "nt":
         process.kill()
         return
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, number)
-            process.wait(PATIENCE_SECONDS)
         except (ProcessLookupError, PermissionError):  # nobody is left in the group
             return
-        except subprocess.TimeoutExpired:
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while time.monotonic() < deadline:
+            process.poll()
+            if not _runs(process.pid):
+                return
+            time.sleep(0.05)
+
+
+def _runs(group: int) -> bool:
+    """Whether a process of the group still runs; one that has ended and waits to be collected does not."""
+    for process in psutil.process_iter(["status"]):
+        try:
+            if os.getpgid(process.pid) == group and process.info["status"] != psutil.STATUS_ZOMBIE:
+                return True
+        except ProcessLookupError:
             continue
+    return False
 
 
 def _follow(process: subprocess.Popen, folder: Path, live: bool) -> None:

@@ -16,6 +16,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin
+from transformers.utils import ModelOutput
 from trl import DPOTrainer
 from trl.data_utils import apply_chat_template
 from trl.trainer.dpo_trainer import DataCollatorForPreference
@@ -125,6 +126,25 @@ class PreferenceCollator(DataCollatorForPreference):
         return batch
 
 
+def share_images(vision_tower: torch.nn.Module) -> None:
+    """Make a frozen tower encode an image once where the rejected half of a batch [2B, 3, H, W] repeats the chosen half."""
+    rows: list[torch.Tensor] = []
+
+    def before(_: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
+        chosen, rejected = arguments[0].chunk(2)
+        own = (chosen != rejected).flatten(1).any(1)
+        first = torch.arange(len(chosen), device=own.device)
+        rows.append(torch.cat([first, torch.where(own, len(chosen) - 1 + own.cumsum(0), first)]))
+        return (torch.cat([chosen, rejected[own]]),)
+
+    def after(_: torch.nn.Module, arguments: tuple[torch.Tensor, ...], output: ModelOutput) -> None:
+        place = rows.pop()
+        output.hidden_states = tuple(None if states is None else states[place] for states in output.hidden_states)
+
+    vision_tower.register_forward_pre_hook(before)
+    vision_tower.register_forward_hook(after)
+
+
 class MMedPOTrainer(DPOTrainer):
     """TRL's DPO trainer with a weight per pair, rejected images, and a learning rate for the projector.
 
@@ -138,6 +158,7 @@ class MMedPOTrainer(DPOTrainer):
                  **arguments: Any) -> None:
         self.projector_learning_rate, self.reference_cache = projector_learning_rate, reference_cache
         super().__init__(model, **arguments)
+        share_images(self.model.get_base_model().model.vision_tower)
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW with two groups: the LoRA weights at ``learning_rate``, the projector at its own rate."""

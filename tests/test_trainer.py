@@ -33,6 +33,7 @@ from mmedpo_utils.trainer import (
     pair_keys,
     preference_dataset,
     preference_loss,
+    share_images,
 )
 
 TEMPLATE = ("{% for message in messages %}{{ 'USER: ' if message['role'] == 'user' else 'ASSISTANT: ' }}"
@@ -151,6 +152,22 @@ def test_the_collator_gives_each_half_its_own_image(tiny):
     assert tiny["processor"].tokenizer.decode(answer).replace(" ", "") == "no.</s>"
     assert batch["weights"].tolist() == pytest.approx([0.8, 0.9, 1.0, 1.1]) and batch["visual"].tolist() == [0, 1, 0, 1]
     assert image_token_count(tiny["processor"]) == 4
+
+
+def test_an_image_that_both_halves_share_is_encoded_once(tiny):
+    tower = LlavaForConditionalGeneration.from_pretrained(tiny["model"]).model.vision_tower.eval()
+    chosen = torch.randn(4, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+    rejected = chosen.clone()
+    rejected[1], rejected[3] = rejected[1].flip(-1), rejected[3] + 1e-3
+    batch, encoded = torch.cat([chosen, rejected]), []
+    with torch.no_grad():
+        expected = tower(batch, output_hidden_states=True).hidden_states
+        tower.embeddings.register_forward_pre_hook(lambda module, arguments: encoded.append(len(arguments[0])))
+        share_images(tower)
+        found = tower(batch, output_hidden_states=True).hidden_states
+    assert encoded == [6] and len(found) == len(expected)
+    for one, other in zip(found, expected):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
 
 
 def test_a_prompt_that_leaves_no_room_for_an_answer_is_refused(tiny):
