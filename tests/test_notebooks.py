@@ -37,6 +37,7 @@ def test_all_seven_notebooks_run_in_the_smoke_profile(smoke):
     for path in executed:
         cells = [cell for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"]
         assert all(out.output_type != "error" for cell in cells for out in cell.outputs)
+        assert ">no rows<" not in path.read_text(), f"{path.name}: an empty table"
 
 
 def test_a_run_leaves_manifests_adapters_predictions_and_figures(smoke):
