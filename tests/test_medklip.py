@@ -123,10 +123,10 @@ def test_the_shipped_weights_find_the_lesions(model, population, images):
     scores = score_medklip(model, images, [film.masks for film in population])
     card = json.loads((PHANTOM_CHECKPOINT / "scores.json").read_text())
     assert card["pointing_game"] >= 0.80 and card["pointing_game_nodule"] >= 0.60
-    assert card["auc"] >= 0.95 and min(card["auc_per_query"].values()) >= 0.90
+    assert min(card["auc_per_query"].values()) >= 0.95
     assert scores["pointing_game"] >= card["pointing_game"] - 0.10
     assert set(scores["pointing_game_own"]) == set(FINDINGS)
-    assert min(scores["auc_per_query"].values()) >= 0.85 and scores["auc"] >= 0.95
+    assert min(scores["auc_per_query"].values()) >= 0.95
 
 
 def test_the_card_states_the_measured_scores():

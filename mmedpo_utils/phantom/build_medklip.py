@@ -28,7 +28,8 @@ from .texts import report
 from .world import FINDINGS, ZONES, Film, draw_film, films
 
 TRAINING_SEED, EVALUATION_SEED = 1000, 0
-PATIENTS, BEST_PATCHES, PATCH_STEPS, STEPS = 6000, 3, 600, 1200
+PATIENTS, BEST_PATCHES, PATCH_STEPS, JOINT_STEPS, FINAL_STEPS = 6000, 3, 600, 1800, 600
+SMALL = ("nodule", "atelectasis")
 QUERIES = (*FINDINGS, "disease")
 DESCRIPTIONS = {
     "opacity": "a hazy white cloud in a lung",
@@ -177,28 +178,44 @@ class Learner(nn.Module):
         return loss + consistency_loss(output.attentions, patch_logits, batch.presence)
 
 
-def train(patients: int, batch_size: int = 16, learning_rate: float = 2e-3) -> MedKLIP:
-    """Train from scratch: the patches alone, then all terms on a cosine."""
-    torch.manual_seed(0)
-    learner, rng = Learner().train(), torch.Generator().manual_seed(0)
-    optimizer = torch.optim.AdamW(learner.parameters(), learning_rate, weight_decay=1e-2)
+def twice(data: tuple[Tensor, ...], findings: tuple[str, ...]) -> tuple[Tensor, ...]:
+    """The training set with every film twice whose report names one of ``findings``."""
+    named = data[1][:, [QUERIES.index(finding) for finding in findings]].any(1).nonzero()[:, 0]
+    rows = torch.cat([torch.arange(len(data[1])), named])
+    return tuple(values[rows] for values in data)
+
+
+def optimise(learner: Learner, stream: Iterator[Batch], steps: int, learning_rate: float, patch_steps: int = 0) -> None:
+    """AdamW with a warm-up: ``patch_steps`` on the patches alone at a constant rate, the rest on all terms on a cosine."""
+    parameters = [parameter for parameter in learner.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, learning_rate, weight_decay=1e-2)
 
     def rate(step: int) -> float:
-        if step < PATCH_STEPS:
+        if step < patch_steps:
             return min(1.0, (step + 1) / 50)
-        step = step - PATCH_STEPS
-        return min(1.0, (step + 1) / 50) * (1 + np.cos(np.pi * step / (STEPS - PATCH_STEPS))) / 2
+        step = step - patch_steps
+        return min(1.0, (step + 1) / 50) * (1 + np.cos(np.pi * step / (steps - patch_steps))) / 2
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-    for step, batch in enumerate(batches(training_set(patients), STEPS, batch_size, rng)):
-        loss = learner(batch, decode=step >= PATCH_STEPS)
+    for step, batch in enumerate(stream):
+        loss = learner(batch, decode=step >= patch_steps)
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
         if step % 100 == 99:
-            print(f"step {step + 1} of {STEPS}: loss {loss.item():.3f}", flush=True)
+            print(f"step {step + 1} of {steps}: loss {loss.item():.3f}", flush=True)
+
+
+def train(patients: int, batch_size: int = 16) -> MedKLIP:
+    """Train from scratch: the patches alone, all terms, then more of the films with the small findings."""
+    torch.manual_seed(0)
+    learner, data, rng = Learner().train(), training_set(patients), torch.Generator().manual_seed(0)
+    steps = PATCH_STEPS + JOINT_STEPS
+    optimise(learner, batches(data, steps, batch_size, rng), steps, 2e-3, PATCH_STEPS)
+    learner.text.requires_grad_(False)
+    optimise(learner, batches(twice(data, SMALL), FINAL_STEPS, batch_size, rng), FINAL_STEPS, 7e-4)
     with torch.no_grad():
         learner.model.disease_book, learner.model.location_book = learner.text()
     return learner.model.eval()
