@@ -33,10 +33,10 @@ def write(path: Path, value: object) -> None:
 def vqa_rad(root: Path) -> Path:
     """OSF's list has padded types, numbers among the answers, and four phrase types."""
     def row(number: int, image: str, question: str, answer: object, kind: str, phrase: str) -> dict:
-        return {"qid": number, "phrase_type": phrase, "qid_linked_id": f"03f451ca-{number}", "image_case_url": "", "image_name": image,
-                "image_organ": "CHEST", "evaluation": "evaluated", "question": question, "question_rephrase": "NULL",
-                "question_relation": "NULL", "question_frame": "NULL", "question_type": "PRES ", "answer": answer,
-                "answer_type": kind}
+        return {"qid": number, "phrase_type": phrase, "qid_linked_id": f"03f451ca-{number}", "image_case_url": "",
+                "image_name": image, "image_organ": "CHEST", "evaluation": "evaluated", "question": question,
+                "question_rephrase": "NULL", "question_relation": "NULL", "question_frame": "NULL",
+                "question_type": "PRES ", "answer": answer, "answer_type": kind}
     write(root / "VQA_RAD Dataset Public.json", [
         row(0, "synpic1.jpg", "Is there a nodule? ", " Yes", "CLOSED ", "freeform"),
         row(1, "synpic1.jpg", "How many nodules?", 2, "OPEN", "para"),
@@ -49,9 +49,9 @@ def vqa_rad(root: Path) -> Path:
 
 def slake(root: Path) -> Path:
     for file, first in (("train", 0), ("validate", 100), ("test", 200)):
-        rows = [{"img_id": first, "img_name": f"xmlab{first}/source.jpg", "question": question, "answer": answer, "q_lang": language,
-                 "location": "Abdomen", "modality": "MRI", "answer_type": kind, "base_type": "vqa", "content_type": "Modality",
-                 "triple": ["vhead", "_", "_"], "qid": first + number}
+        rows = [{"img_id": first, "img_name": f"xmlab{first}/source.jpg", "question": question, "answer": answer,
+                 "q_lang": language, "location": "Abdomen", "modality": "MRI", "answer_type": kind, "base_type": "vqa",
+                 "content_type": "Modality", "triple": ["vhead", "_", "_"], "qid": first + number}
                 for number, (question, answer, kind, language) in enumerate([
                     ("What modality is used?", "MRI", "OPEN", "en"), ("用什么方式?", "核磁", "OPEN", "zh"),
                     ("CT or MRI?", "MRI", "CLOSED", "en")])]
@@ -94,7 +94,8 @@ def mimic_split(root: Path, compressed: bool = True) -> Path:
     rows = mimic_images(root)
     for study, subject in {(study, subject) for _, study, subject, _ in rows}:
         text = "IMPRESSION: none" if study == "50000002" else (
-            f"                 FINAL REPORT\n EXAMINATION:  CHEST\n\n FINDINGS: \n \n Lungs are clear\n in study {study}.\n \n IMPRESSION: \n Normal.\n")
+            "                 FINAL REPORT\n EXAMINATION:  CHEST\n\n FINDINGS: \n \n Lungs are clear\n"
+            f" in study {study}.\n \n IMPRESSION: \n Normal.\n")
         (root / "files" / f"p{subject[:2]}" / f"p{subject}" / f"s{study}.txt").write_text(text, encoding="utf-8")
     table = "dicom_id,study_id,subject_id,split\n" + "".join(",".join(row) + "\n" for row in rows)
     if compressed:
@@ -208,7 +209,8 @@ def test_reports_outside_the_files_folder_are_refused(tmp_path: Path) -> None:
 def hugging_face(folder: Path) -> datasets.DatasetDict:
     """As the common copies look: JPEG bytes in the image column, two questions about one image."""
     first, second = (picture(folder / f"{number}.jpg", number).read_bytes() for number in (1, 2))
-    columns = datasets.Features({"image": datasets.Image(), "question": datasets.Value("string"), "answer": datasets.Value("string")})
+    text = datasets.Value("string")
+    columns = datasets.Features({"image": datasets.Image(), "question": text, "answer": text})
     return datasets.DatasetDict({
         split: datasets.Dataset.from_dict({"image": [{"bytes": content, "path": None} for content in images],
                                            "question": ["Is there a nodule?", "Where is it?"][:len(images)],
@@ -229,7 +231,8 @@ def test_hugging_face_copy_becomes_the_layout(tmp_path: Path, form: str, monkeyp
     root = tmp_path / "root"
     questions = import_hugging_face(source if form == "object" else tmp_path / "source", root, "vqa-rad")
     assert read_layout("vqa-rad", root) == questions and sizes(questions) == {"train": 2, "test": 1}
-    assert [(row["question_id"], row["answer_type"]) for row in questions["train"]] == [("train-0", "CLOSED"), ("train-1", "OPEN")]
+    assert [row["question_id"] for row in questions["train"]] == ["train-0", "train-1"]
+    assert [row["answer_type"] for row in questions["train"]] == ["CLOSED", "OPEN"]
     files = sorted((root / "VQA_RAD Image Folder").iterdir())
     assert len(files) == 2 and questions["train"][0]["image"] == questions["train"][1]["image"]
     stored = root / "VQA_RAD Image Folder" / questions["test"][0]["image"]
@@ -252,8 +255,9 @@ def test_nothing_is_left_of_a_bad_hugging_face_copy(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="split train: row 2: `image`"):
         import_hugging_face(broken, tmp_path / "root", "vqa-rad")
     assert not list((tmp_path / "root").glob("*.jsonl"))
+    other = datasets.Dataset.from_dict({"img_name": ["a"], "question": ["b"], "answer": ["c"]})
     with pytest.raises(InputError, match="no column image .*img_name"):
-        import_hugging_face(datasets.Dataset.from_dict({"img_name": ["a"], "question": ["b"], "answer": ["c"]}), tmp_path, "slake")
+        import_hugging_face(other, tmp_path, "slake")
     with pytest.raises(InputError, match="no such folder"):
         import_hugging_face(tmp_path / "absent", tmp_path, "slake")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -21,12 +22,15 @@ from mmedpo_utils.manifests import (
     question_text,
     read_manifest,
     read_questions,
+    repair_manifest,
     resolve_image,
     row_sha,
     row_source,
     rows_to_questions,
     write_manifest,
 )
+from mmedpo_utils.plots import weight_histograms
+from mmedpo_utils.relevance import normalise
 
 QUESTION = {"question_id": "q1", "image": "a.png", "text": "Is there a nodule?\n<image>", "gpt4_answer": "yes",
             "answer_type": "CLOSED", "patient_id": "p1", "finding": "nodule", "question_type": "presence"}
@@ -155,6 +159,59 @@ def test_identical_pairs_are_warned_of_and_counted(tmp_path: Path, images: Path)
     audit = audit_manifest(rows)
     assert (audit["identical_pairs"], audit["zero_weights"], audit["duplicate_ids"]) == (1, 1, 2)
     assert audit["sources"] == {"text": 2, "visual": 2} and audit["score_mean"] == pytest.approx(0.375)
+
+
+def test_audit_counts_leaks_and_repair_drops_by_choice() -> None:
+    def pair(question: str, chosen: str, rejected: str, score: float = 0.5, **optional: str) -> dict:
+        return pair_row(QUESTION | {"text": f"{question}\n<image>", "gpt4_answer": chosen}, rejected, score, **optional)
+
+    rows = [
+        pair("Is there a nodule?", "Yes", "No, the lungs are clear."), pair("is there a  NODULE?", "yes", "No"),
+        pair("Is there a mass?", "no", "  There is one."), pair("Where?", "No lesion is seen", "None, nowhere"),
+        pair("Which lobe?", "upper", "upper", 0.0), pair("Which side?", "the left lung", "right", 0.0),
+        pair("Is there a nodule?", "Yes", "Yes", rejected_image="b.png"),
+    ]
+    audit = audit_manifest(rows)
+    assert audit["duplicate_prompts"] == 1, "the visual row is of another source"
+    assert (audit["rejected_longer"], audit["rejected_shorter"]) == (2, 2), "words; the identical and the visual row aside"
+    assert (audit["opposite_openers"], audit["one_sided_openers"]) == (2, 2), "`None` does not begin with the word no"
+    everything = ("drop_zero_weight", "drop_identical", "drop_duplicates")
+    assert repair_manifest(rows, everything) == ([rows[0], *rows[2:4], rows[6]],
+                                                 {"drop_zero_weight": 2, "drop_identical": 0, "drop_duplicates": 1})
+    assert repair_manifest(rows, everything[1:2]) == (rows[:4] + rows[5:], {"drop_identical": 1})
+    assert repair_manifest(rows, ()) == (rows, {}) and len(rows) == 7
+    with pytest.raises(InputError, match="'drop_all': unknown; choose among drop_zero_weight"):
+        repair_manifest(rows, ["drop_all"])
+
+
+@pytest.mark.parametrize(("file", "zero", "pairs"), [("vqa-rad", 12, 1797), ("iuxray", 34, 2069)])
+def test_released_files_are_audited_repaired_and_weighed(shared: Path, file: str, zero: int, pairs: int) -> None:
+    """The counts are made a second time here, from the JSON alone."""
+    path = shared / f"data/released/{file}_dpo_weighted.json"
+    raw = json.loads(path.read_text(encoding="utf-8"))
+    texts = [[turns[-1]["value"] for turns in (row["conversations"], row["rejected_conversations"])] for row in raw]
+    sides = [[text.split() for text in pair] for pair in texts]
+    first = [[re.findall("[a-z]+|$", text.lower())[0] for text in pair] for pair in texts]
+    prompts = {(row["image"], row["conversations"][0]["value"].lower()) for row in raw}
+    audit = audit_manifest(rows := read_manifest(path))
+    assert (audit["rows"], audit["zero_weights"]) == (pairs, zero) == (len(raw), sum(not row["weighted_score"] for row in raw))
+    assert audit["duplicate_prompts"] == len(raw) - len(prompts)
+    assert audit["rejected_longer"] == sum(len(chosen) < len(rejected) for chosen, rejected in sides)
+    assert audit["rejected_shorter"] == sum(len(chosen) > len(rejected) for chosen, rejected in sides)
+    assert audit["opposite_openers"] == sum(sorted(pair) == ["no", "yes"] for pair in first)
+    assert audit["one_sided_openers"] == sum((pair[0] in ("yes", "no")) != (pair[1] in ("yes", "no")) for pair in first)
+    left, counts = repair_manifest(rows, ("drop_zero_weight", "drop_duplicates"))
+    assert counts["drop_zero_weight"] == zero and len(left) == pairs - sum(counts.values())
+    again = audit_manifest(left)
+    assert again["zero_weights"] == again["duplicate_prompts"] == 0 and again["score_range"][0] > 0
+    weights = {method: normalise([row["weighted_score"] for row in rows], method) for method in ("none", "literal", "rescaled")}
+    assert (weights["literal"] == 0.75).all(), "every score of at most 1 falls to the lower bound"
+    assert weights["none"].min() == 0 and (weights["none"] == [row["weighted_score"] for row in raw]).all()
+    assert 0.75 <= weights["rescaled"].min() < 1 < weights["rescaled"].max() <= 1.25
+    figure = weight_histograms(weights)
+    for panel, (name, values) in zip(figure.axes, weights.items(), strict=True):
+        assert sum(bar.get_height() for bar in panel.patches) == pairs
+        assert panel.get_title().startswith(f"{name}: mean {values.mean():.2f}")
 
 
 def test_texts_without_the_mark() -> None:
