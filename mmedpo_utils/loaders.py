@@ -13,6 +13,7 @@ import io
 import os
 import re
 import warnings
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,7 @@ def import_hugging_face(source: Any, root: str | os.PathLike, name: str) -> Ques
     """
     root, folder, questions = Path(root), Path(root) / IMAGE_FOLDERS[name], {}
     for split, table in _hugging_face_splits(source).items():
-        rows, written = [], set()
+        known, rows, written = _split_name(split, name), [], set()
         for number, item in enumerate(table):
             where = f"{name}, split {split}: row {number}"
             if item.get("q_lang") not in (None, "en"):
@@ -102,7 +103,7 @@ def import_hugging_face(source: Any, root: str | os.PathLike, name: str) -> Ques
                        item["question"], item["answer"], item.get("answer_type"), item.get("content_type"))
             rows.append(row)
         if rows:
-            questions[OTHER_NAMES.get(split, split)] = rows
+            questions[known] = rows
     if not questions:
         raise InputError(f"{name}: the Hugging Face data set has no row to import; expected image, question and answer")
     for split, rows in questions.items():
@@ -169,6 +170,14 @@ def _row(where: str, number: Any, image: Any, question: Any, answer: Any, answer
     return row
 
 
+def _split_name(split: str, where: str) -> str:
+    """train, validation or test. Raises InputError: another name."""
+    known = OTHER_NAMES.get(split, split)
+    if known not in SPLITS:
+        raise InputError(f"{where}: split {split!r}: unknown{nearest(split, SPLITS)}")
+    return known
+
+
 def _find_images(folder: Path, split: str, rows: list[Row]) -> None:
     for name in dict.fromkeys(row["image"] for row in rows):
         try:
@@ -221,7 +230,7 @@ def _read_annotation(root: Path, patient: Callable[[dict[str, Any]], str], keys:
     if not isinstance(splits, dict) or not splits:
         raise InputError(f"{path}: expected an object with train, val and test, found {type(splits).__name__}")
     for split, entries in splits.items():
-        rows = questions.setdefault(OTHER_NAMES.get(split, split), [])
+        rows = questions.setdefault(_split_name(split, str(path)), [])
         for where, row in _entries(path, entries, ("id", "report", "image_path", *keys)):
             where = f"{where}, split {split}"
             names = row["image_path"]
@@ -262,10 +271,10 @@ def _read_mimic_split(root: Path) -> Questions:
                 if not reports[study]:
                     without += 1
                     continue
-                questions.setdefault(OTHER_NAMES.get(row["split"], row["split"]), []).append(
+                questions.setdefault(_split_name(row["split"], where), []).append(
                     _row(where, row["dicom_id"], f"{study}/{row['dicom_id']}.jpg", REPORT_QUESTION, reports[study], "REPORT",
                          "report", patient_id=row["subject_id"]))
-    except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
+    except (OSError, EOFError, UnicodeDecodeError, csv.Error, zlib.error) as error:
         raise InputError(f"{path}: cannot be read as a CSV table ({error}); fetch the file again") from error
     if without:
         warnings.warn(f"{path.name}: {without} of {number + 1} images left out: no report file with a FINDINGS section",

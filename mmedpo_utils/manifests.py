@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import re
 import warnings
@@ -80,7 +79,7 @@ def read_questions(path: str | os.PathLike, image_root: str | os.PathLike | None
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{path}: row {number}: is not JSON ({error}); expected one question per line") from error
         where = place(path, number, row, "question_id")
         check_question(row, where)
@@ -216,7 +215,8 @@ def resolve_image(root: str | os.PathLike, name: str) -> Path:
         inside = not PurePath(name).is_absolute() and path.is_relative_to(root)
         found = inside and path.is_file()
     except (OSError, RuntimeError, ValueError) as error:
-        raise InputError(f"image {name!r}: is not a usable file name ({error})") from error
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"image {name!r:.80}: is not a usable file name ({reason}); correct the name") from error
     if not inside:
         raise InputError(f"image {name!r}: lies outside the image folder {root}; give a path relative to that folder")
     if not found:
@@ -272,7 +272,7 @@ def load_json(path: str | os.PathLike, expected: str) -> Any:
     """The value of a JSON file. Raises InputError: cannot be read, or is not JSON (it says what was ``expected``)."""
     try:
         return json.loads(read_text(path))
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: is not JSON ({error}); expected {expected}") from error
 
 
@@ -307,8 +307,13 @@ def check_fields(row: Any, where: str, keys: Sequence[str]) -> None:
 
 
 def _check_text(value: Any, where: str) -> None:
-    if not isinstance(value, str) or not value.strip():
-        raise InputError(f"{where}: expected a non-empty text, found {value!r}")
+    if not _is_text(value):
+        raise InputError(f"{where}: expected a non-empty text, found {value!r:.80}")
+
+
+def _is_text(value: Any) -> bool:
+    """Whether ``value`` is a text with something in it that UTF-8 can hold (half a surrogate pair cannot be written)."""
+    return isinstance(value, str) and bool(value.strip()) and not re.search("[\ud800-\udfff]", value)
 
 
 def _check_pair(row: Any, where: str) -> None:
@@ -321,8 +326,8 @@ def _check_pair(row: Any, where: str) -> None:
     if question_text(row) != question_text(row["rejected_conversations"][0]["value"]):
         raise InputError(f"{where}: `rejected_conversations`: asks another question than `conversations`")
     score = row["weighted_score"]
-    if type(score) not in (int, float) or not math.isfinite(score) or not 0 <= score <= 1:
-        raise InputError(f"{where}: `weighted_score`: expected a number from 0 to 1, found {score!r}")
+    if type(score) not in (int, float) or not 0 <= score <= 1:
+        raise InputError(f"{where}: `weighted_score`: expected a number from 0 to 1, found {score!r:.80}")
 
 
 def _check_conversation(turns: Any, where: str) -> None:
@@ -331,7 +336,7 @@ def _check_conversation(turns: Any, where: str) -> None:
                          f"{len(turns) if isinstance(turns, list) else type(turns).__name__}")
     for number, turn in enumerate(turns):
         speaker = ("human", "gpt")[number % 2]
-        if not isinstance(turn, dict) or turn.get("from") != speaker or not isinstance(turn.get("value"), str):
+        if not isinstance(turn, dict) or turn.get("from") != speaker or not _is_text(turn.get("value")):
             raise InputError(f"{where}: turn {number}: expected {{from: {speaker}, value: text}}, found {turn!r:.80}")
     marks = [turn["value"].count(IMAGE_MARK) for turn in turns]
     if marks[0] != 1 or sum(marks) != 1:

@@ -250,8 +250,8 @@ def read_yaml(path: Path, expected: str) -> dict[str, Any]:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); give {expected}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: is not a YAML file of keys and values ({error})") from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise InputError(f"{path}: is not a YAML file of keys and values ({' '.join(str(error).split())})") from error
     if not isinstance(values, dict):
         raise InputError(f"{path}: expected keys and values at the top, found {type(values).__name__}")
     return values
@@ -313,12 +313,12 @@ def _convert(hint: Any, value: Any, rule: Any, file: str, key: str) -> Any:
 
 
 def _check_value(hint: type, value: Any, rule: Any, where: str) -> Any:
-    if hint is float and type(value) is int:
+    if hint is float and type(value) is int and abs(value) < 10**300:
         value = float(value)
     if hint is Path and value and isinstance(value, str | Path):
         return Path(os.path.normpath(repository_root() / Path(value).expanduser()))
     if type(value) is not hint or value == "" or (hint is float and not math.isfinite(value)):
-        raise InputError(f"{where}: expected {KINDS[hint]}, found {value!r}")
+        raise InputError(f"{where}: expected {KINDS[hint]}, found {value!r:.80}")
     choices = rule.get("choices")
     if choices and value not in choices:
         raise InputError(f"{where}: {value!r} is not among the choices{nearest(value, choices)}")

@@ -1,11 +1,10 @@
-"""Manifests: the released files read without a complaint, each kind of bad input gets one clear error."""
+"""Manifests: the released files read without a complaint, audited and repaired; rows and images survive the way."""
 
 from __future__ import annotations
 
 import json
 import re
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -42,109 +41,21 @@ def good_row() -> dict:
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
-    """A folder with one good image, and some that are not."""
+    """A folder with two good images."""
     folder = tmp_path / "images"
     folder.mkdir()
     noise = np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)
     Image.fromarray(noise).save(folder / "a.png")
     Image.fromarray(noise).save(folder / "b.jpg")
-    (folder / "short.png").write_bytes((folder / "a.png").read_bytes()[:900])
-    (folder / "short.jpg").write_bytes((folder / "b.jpg").read_bytes()[:900])
-    (folder / "text.png").write_text("not an image", encoding="utf-8")
-    (folder / "empty.png").write_bytes(b"")
-    Image.fromarray(noise).save(tmp_path / "outside.png")
-    (folder / "link.png").symlink_to(tmp_path / "outside.png")
     return folder
-
-
-def put(*path: str | int, value: object) -> Callable[[dict], None]:
-    """A change to one place of a row."""
-    def change(row: dict) -> None:
-        for key in path[:-1]:
-            row = row[key]
-        row[path[-1]] = value
-    return change
-
-
-def drop(key: str) -> Callable[[dict], None]:
-    return lambda row: row.pop(key)
-
-
-HUMAN = {"from": "human", "value": "<image>\nIs there a nodule?"}
-BAD_ROWS = [
-    *[(drop(key), f"`{key}` is missing") for key in
-      ("id", "image", "conversations", "rejected_conversations", "weighted_score")],
-    (put("image", value=None), "`image` is missing"),
-    (put("image", value="  "), "`image`: expected a non-empty text"),
-    (put("image", value=["a.png"]), "`image`: expected a non-empty text"),
-    (put("id", value=True), "`id`: expected"),
-    (put("rejected_image", value=""), "`rejected_image`: expected"),
-    (put("conversations", value=[HUMAN]), "even number of turns"),
-    (put("conversations", value=[]), "even number of turns"),
-    (put("conversations", value="yes"), "even number of turns"),
-    (put("rejected_conversations", value=[HUMAN, HUMAN]), "turn 1: expected {from: gpt"),
-    (put("conversations", 1, "value", value=None), "turn 1"),
-    (put("conversations", 0, "value", value="Is there a nodule?"), "one <image> mark"),
-    (put("conversations", 0, "value", value="<image>\n<image>\nIs there?"), "one <image> mark"),
-    (put("conversations", 1, "value", value="yes <image>"), "one <image> mark"),
-    (put("rejected_conversations", 0, "value", value="<image>\nIs there an effusion?"), "another question"),
-    *[(put("weighted_score", value=value), "`weighted_score`: expected a number from 0 to 1") for value in
-      ("0.5", True, -0.1, 1.01, float("nan"), float("inf"), [0.5])],
-]
-
-
-@pytest.mark.parametrize(("change", "words"), BAD_ROWS, ids=[f"{words}-{i}" for i, (_, words) in enumerate(BAD_ROWS)])
-def test_bad_row_names_file_row_id_and_field(tmp_path: Path, change: Callable, words: str) -> None:
-    bad = good_row()
-    change(bad)
-    path = tmp_path / "pairs.json"
-    path.write_text(json.dumps([good_row(), bad]), encoding="utf-8")
-    with pytest.raises(InputError) as caught:
-        read_manifest(path)
-    for word in ("pairs.json", "row 1", f"(id {bad.get('id')!r})", words):
-        assert word in str(caught.value)
-    with pytest.raises(InputError):
-        write_manifest(tmp_path / "out.json", [bad])
-    assert not list(tmp_path.glob("*out.json*"))
-
-
-@pytest.mark.parametrize(("content", "words"), [
-    (b"{", "is not JSON"), (b"", "is not JSON"), (b"[" * 100_000, "is not JSON"), (b"\xff\xfe\x00", "cannot be read"),
-    (b"[]", "an empty list"), (b"{}", "non-empty list"), (b"null", "non-empty list"), (b"[1]", "row 0: expected"),
-])
-def test_bad_file(tmp_path: Path, content: bytes, words: str) -> None:
-    (tmp_path / "pairs.json").write_bytes(content)
-    with pytest.raises(InputError, match=words):
-        read_manifest(tmp_path / "pairs.json")
-    with pytest.raises(InputError, match="no preference pairs"):
-        write_manifest(tmp_path / "out.json", [])
-
-
-def test_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="cannot be read"):
-        read_manifest(tmp_path / "nothing.json")
-
-
-@pytest.mark.parametrize(("name", "words"), [
-    ("none.png", "is missing"), (".", "is missing"), ("short.png", "truncated"), ("short.jpg", "truncated"),
-    ("text.png", "not an image"), ("empty.png", "not an image"), ("../outside.png", "outside"),
-    ("/etc/hostname", "outside"), ("link.png", "outside"), ("a\0.png", "not a usable"), ("x" * 5000, "not a usable"),
-])
-@pytest.mark.parametrize("key", ["image", "rejected_image"])
-def test_bad_image(tmp_path: Path, images: Path, name: str, words: str, key: str) -> None:
-    row = good_row() | {key: name}
-    path = tmp_path / "pairs.json"
-    path.write_text(json.dumps([good_row(), row]), encoding="utf-8")
-    with pytest.raises(InputError, match=words) as caught:
-        read_manifest(path, images, images)
-    assert "row 1 (id 'q1')" in str(caught.value) and f"`{key}`" in str(caught.value)
-    assert len(read_manifest(path)) == 2, "without roots no image is looked at"
 
 
 def test_written_rows_read_back(tmp_path: Path, images: Path) -> None:
     rows = [good_row(), good_row() | {"rejected_image": "b.jpg", "source": "visual"}, good_row()]
     write_manifest(tmp_path / "pairs.json", rows)
     assert read_manifest(tmp_path / "pairs.json", images, images) == rows
+    (images / "a.png").unlink()
+    assert read_manifest(tmp_path / "pairs.json") == rows, "without roots no image is looked at"
     assert [row_source(row) for row in rows] == ["text", "visual", "text"]
     assert row_sha(rows) == row_sha([dict(reversed(row.items())) for row in rows]) != row_sha(rows[:1])
 
@@ -222,26 +133,6 @@ def test_texts_without_the_mark() -> None:
 def test_rows_and_questions_are_inverse() -> None:
     assert rows_to_questions([good_row()]) == [QUESTION]
     assert rows_to_questions([pair_row(QUESTION | {"gpt4_answer": "Free air"}, "no", 1)])[0]["answer_type"] == "OPEN"
-
-
-@pytest.mark.parametrize(("change", "words"), [
-    ({"text": "Is there?"}, "one <image> mark"), ({"answer_type": "MAYBE"}, "CLOSED, OPEN, REPORT"),
-    ({"gpt4_answer": None}, "`gpt4_answer` is missing"), ({"image": ""}, "`image`"),
-    ({"image": "none.png"}, "is missing"),
-])
-def test_bad_question(tmp_path: Path, images: Path, change: dict, words: str) -> None:
-    path = tmp_path / "questions.jsonl"
-    path.write_text(f"{json.dumps(QUESTION)}\n\n{json.dumps(QUESTION | change)}\n", encoding="utf-8")
-    with pytest.raises(InputError, match=words) as caught:
-        read_questions(path, images)
-    assert "row 2 (question_id 'q1')" in str(caught.value)
-
-
-@pytest.mark.parametrize("text", ["", "{", "[]"])
-def test_bad_question_file(tmp_path: Path, text: str) -> None:
-    (tmp_path / "questions.jsonl").write_text(text, encoding="utf-8")
-    with pytest.raises(InputError, match="questions.jsonl"):
-        read_questions(tmp_path / "questions.jsonl")
 
 
 def test_open_image_makes_every_mode_grey_or_rgb(tmp_path: Path) -> None:
