@@ -31,7 +31,7 @@ def lesion_mask(
         InputError: the map is not a finite 2-D array, or the method is unknown.
     """
     heat_map = np.asarray(heat_map, dtype=np.float64)
-    if heat_map.ndim != 2 or not np.isfinite(heat_map).all():
+    if heat_map.ndim != 2 or not heat_map.size or not np.isfinite(heat_map).all():
         raise InputError(f"heat map: expected finite values of shape [h, w], found shape {list(heat_map.shape)}")
     scaled = resize_bilinear(heat_map, size)
     scaled = (scaled - scaled.min()) / max(np.ptp(scaled), np.finfo(float).tiny)
