@@ -69,7 +69,7 @@ def curate_text(profile: Profile, dataset: Dataset, lvlm: MedLVLM, judge: Judge,
         write_json(folder / "debates.json", debates)
         write_manifest(folder / "text.json", rows)
 
-    _once(folder / "text.json", _digest(profile, questions, "seed", "lvlm", "curation"), compute)
+    _once(folder / "text.json", _digest(profile, questions, "seed", "lvlm", "curation", "judge"), compute)
     return read_manifest(folder / "text.json", dataset.image_root), json.loads((folder / "debates.json").read_text())
 
 

@@ -86,6 +86,35 @@ class Curation:
 
 
 @dataclass(frozen=True)
+class LanguageModel:
+    """One language model: where it answers, and what it costs per million tokens (in the unit of ``max_cost``)."""
+
+    backend: str = _one_of("openai", "transformers")
+    model: str
+    base_url: str | None
+    api_key_env: str | None
+    quantization: str = _one_of("none", "nf4")
+    input_price: float = _between(0)
+    output_price: float = _between(0)
+
+
+@dataclass(frozen=True)
+class Judges:
+    """Who judges and debates: the phantom's rules, or language models within limits of time, rate and money."""
+
+    backend: str = _one_of("phantom", "models")
+    judge: LanguageModel | None
+    panel: dict[str, LanguageModel] | None
+    temperature: float = _between(0, 2)
+    max_tokens: int = _between(16)
+    timeout: float = _between(0.01)
+    requests_per_minute: int = _between(1)
+    max_requests: int = _between(0)
+    max_cost: float = _between(0)
+    agreement: str | None
+
+
+@dataclass(frozen=True)
 class Relevance:
     """How raw scores become weights."""
 
@@ -151,6 +180,7 @@ class Profile:
     noise: Noise
     lvlm: LVLM
     curation: Curation
+    judge: Judges
     relevance: Relevance
     training: Training
     evaluation: Evaluation
@@ -336,11 +366,27 @@ def _check_together(profile: Profile, file: str) -> None:
         "data.train_patients: expected 1 or more, for the source phantom": phantom and not data.train_patients,
         "data.test_patients: expected 1 or more, for the source phantom": phantom and not data.test_patients,
         "relevance.low: expected at most relevance.high": relevance.low > relevance.high,
-    }
+    } | _judge_problems(profile.judge)
     for problem, holds in problems.items():
         if holds:
             key, expected = problem.split(": ", 1)
             raise InputError(f"{file}: key `{key}`: {expected}")
+
+
+def _judge_problems(judge: Judges) -> dict[str, bool]:
+    """The rules between the keys of ``judge``, and whether each is broken."""
+    judged, panel = judge.backend == "models", judge.panel or {}
+    models = {"judge.judge": judge.judge, **{f"judge.panel.{name}": model for name, model in panel.items()}}
+    problems = {"judge.judge: expected a language model, for the backend models": judged and judge.judge is None,
+                "judge.panel: expected one language model or more, by name, for the backend models": judged and not panel}
+    for key, model in models.items():
+        if model is not None:
+            endpoint, variable = model.backend == "openai", model.api_key_env or "UNUSED"
+            problems[f"{key}.base_url: expected the endpoint's address, for the backend openai"] = (
+                endpoint and model.base_url is None)
+            problems[f"{key}.api_key_env: expected the NAME (A-Z, 0-9, _) of the environment variable that holds the "
+                     "key, never the key itself"] = re.fullmatch(r"[A-Z][A-Z0-9_]*", variable) is None
+    return problems
 
 
 def _shorten(path: Path) -> str:
