@@ -144,8 +144,12 @@ class MedKLIP(nn.Module):
         self.register_buffer("location_book", torch.zeros(len(config.locations), config.text_width))
 
     def preprocess(self, images: Sequence[Image.Image]) -> Tensor:
-        """RGB, 224x224 bilinear whatever the shape, [0, 1], ImageNet mean and deviation. Shape: [B, 3, 224, 224]."""
-        small = [image.convert("RGB").resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BILINEAR) for image in images]
+        """RGB, 224x224 bilinear whatever the shape, [0, 1], ImageNet mean and deviation. Shape: [B, 3, 224, 224].
+
+        A grey image is resized before its channel is repeated, which gives the same values.
+        """
+        small = [(image if image.mode == "L" else image.convert("RGB"))
+                 .resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BILINEAR).convert("RGB") for image in images]
         pixels = torch.from_numpy(np.stack([np.asarray(image) for image in small])).permute(0, 3, 1, 2) / 255
         pixels = (pixels - torch.tensor(CHANNEL_MEAN).view(3, 1, 1)) / torch.tensor(CHANNEL_STD).view(3, 1, 1)
         return pixels.to(self.classifier.weight.device)

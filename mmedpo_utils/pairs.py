@@ -31,8 +31,8 @@ from .noise import (
 from .profiles import Noise
 from .relevance import Member, debate
 
-THREADS, COMPRESSION = 2, 1
-SMALLEST_BATCH = 8
+THREADS, SMALLEST_BATCH = 2, 8
+PNG = {"format": "PNG", "compress_level": 1, "compress_type": 3}
 Look = Callable[[Sequence[Image.Image]], tuple[np.ndarray, np.ndarray]]
 
 
@@ -217,7 +217,7 @@ def _write(name: str, path: str, image: Image.Image, looked: tuple[np.ndarray, f
     mask = _noise_mask(looked[0], (image.height, image.width), noise)
     noised = _noised(image, mask, noise, _generator(seed, path))
     with atomic_write(noised_root / _target(path)) as temporary, open(temporary, "wb") as stream:
-        noised.save(stream, format="PNG", compress_level=COMPRESSION)
+        noised.save(stream, **PNG)
         stream.flush()
         os.fsync(stream.fileno())
     return {"image": name, "rejected_image": _target(path), "confidence": round(float(looked[1]), 6),
