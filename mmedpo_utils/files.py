@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -39,6 +40,14 @@ def atomic_write(path: str | os.PathLike, mode: int = 0o644) -> Iterator[Path]:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def remove_temporaries(folder: str | os.PathLike) -> None:
+    """Remove what ``atomic_write`` left anywhere under ``folder`` when its process was killed."""
+    for path in Path(folder).rglob(".*"):
+        left = re.fullmatch(r"\.(?P<name>.+)\.[a-z0-9_]{8}(?P<suffix>\.\w+)?", path.name)
+        if left and Path(left["name"]).suffix == (left["suffix"] or "") and path.is_file():
+            path.unlink(missing_ok=True)
 
 
 def write_json(path: str | os.PathLike, value: Any, mode: int = 0o644) -> None:

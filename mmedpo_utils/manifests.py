@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
+from .dicom import is_dicom, open_dicom
 from .errors import InputError
 from .files import write_json
 
@@ -227,11 +228,14 @@ def resolve_image(root: str | os.PathLike, name: str) -> Path:
 def open_image(path: str | os.PathLike) -> Image.Image:
     """Open an image upright, as mode L (grey) or RGB, 8 bits.
 
-    Deep grey images (16 or 32 bits) are scaled from their own minimum and maximum; alpha is laid over black.
+    Deep grey images (16 or 32 bits) are scaled from their own minimum and maximum; alpha is laid over black; DICOM needs
+    the extra ``dicom``.
 
     Raises:
         InputError: missing, truncated, or not an image.
     """
+    if is_dicom(path):
+        return open_dicom(path)
     try:
         with Image.open(path) as opened:
             opened.load()
