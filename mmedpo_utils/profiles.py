@@ -38,6 +38,7 @@ class Data:
     """Where films, questions and text pairs come from."""
 
     source: str = _one_of("phantom", *IMAGE_FOLDERS)
+    card: str
     root: Path | None
     train_patients: int = _between(0, 100_000)
     validation_patients: int = _between(0, 100_000)
@@ -361,6 +362,7 @@ def _check_together(profile: Profile, file: str) -> None:
     """Rules between keys."""
     data, relevance, phantom = profile.data, profile.relevance, profile.data.source == "phantom"
     problems = {
+        "data.card: expected the source's own name, for every source but folder": data.source not in ("folder", data.card),
         "data.root: expected the data set's folder, for every source but phantom": not phantom and not data.root,
         "data.root: expected null, for the source phantom": phantom and data.root,
         "data.train_patients: expected 1 or more, for the source phantom": phantom and not data.train_patients,
