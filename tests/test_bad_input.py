@@ -243,7 +243,7 @@ BAD_PROFILES = [
     profile("seed twice", "evaluation.seeds", [0, 0], "expected a list of different values"),
     call("profile: no data folder", lambda: load_profile("phantom-smoke", {"data.source": "slake", "data.card": "slake"}),
          "phantom-smoke.yaml", "`data.root`: expected the data set's folder"),
-    profile("another data set's card", "data.source", "mimic-cxr", "`data.card`: expected the source's own name"),
+    profile("another data set's card", "data.card", "vqa-rad", "expected the source's own name"),
     profile("unknown data set", "data.source", "vqarad", "the nearest valid one is `vqa-rad`"),
     profile("data set a list", "data.source", ["slake"], "expected a non-empty text"),
     profile("no patient", "data.train_patients", 0, "expected 1 or more"),

@@ -169,7 +169,7 @@ def test_rows_are_questions_and_become_pairs(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("name", MAKERS)
 def test_profile_names_the_data_set(tmp_path: Path, name: str) -> None:
     root = MAKERS[name](tmp_path)
-    profile = load_profile("vqa-rad-mini", {"data.source": name, "data.root": str(root)})
+    profile = load_profile("vqa-rad-mini", {"data.source": name, "data.card": name, "data.root": str(root)})
     dataset = prepare_dataset(profile)
     assert dataset.questions == read_layout(name, root) and dataset.image_root == profile.image_root
     assert dataset.released_pairs is None and dataset.image(dataset.image_names("test")[0]).size == (16, 16)
