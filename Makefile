@@ -29,5 +29,5 @@ base-models: .venv/installed
 .venv/installed: pyproject.toml constraints.txt
 	test -d .venv || $(PYTHON) -m venv .venv
 	$(INSTALL) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
-	$(INSTALL) --editable '.[dicom,gpu,notebooks,test]'
+	$(INSTALL) --editable '.[croissant,dicom,gpu,notebooks,test]'
 	touch $@

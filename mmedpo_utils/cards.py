@@ -115,7 +115,7 @@ def check_dataset(card: DatasetCard, root: str | os.PathLike) -> list[dict[str, 
         rows.append(_line(path, content, present[0] if present else "missing", "" if present else fetch))
     for path, digest in card.files.items():
         if digest is not None and (root / path).is_file():
-            found = _sha256(root / path)
+            found = file_sha256(root / path)
             rows.append(_line(f"{path}: SHA-256", f"{digest[:12]}...", f"{found[:12]}...",
                               "" if found == digest else "fetch it again, or note which version you have"))
     try:
@@ -125,6 +125,12 @@ def check_dataset(card: DatasetCard, root: str | os.PathLike) -> list[dict[str, 
     for split, size in card.splits.items():
         rows += _check_split(split, size, questions.get(split, []), folder)
     return rows
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 (hexadecimal) of a file, read in pieces."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _check_split(split: str, size: Split, questions: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
@@ -155,8 +161,3 @@ def _is_there(folder: Path, name: str) -> bool:
         return resolve_image(folder, name).is_file()
     except InputError:
         return False
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -58,8 +58,7 @@ def read_layout(name: str, root: str | os.PathLike, images: bool = True) -> Ques
     Raises:
         InputError: names the file, the row and the field, or says that nothing of the layout is there.
     """
-    if name not in LAYOUTS:
-        raise InputError(f"data set {name!r}: unknown layout{nearest(name, LAYOUTS)}")
+    _check_name(name)
     root, files = Path(root), [file for file in LAYOUTS[name] if (Path(root) / file).is_file()]
     if files:
         questions = LAYOUTS[name][files[0]](root)
@@ -89,8 +88,9 @@ def import_hugging_face(source: Any, root: str | os.PathLike, name: str) -> Ques
     Without an answer_type, yes and no count as CLOSED, every other answer as OPEN.
 
     Raises:
-        InputError: a column is missing, a row cannot be used, or there is no place to write.
+        InputError: an unknown name, a column is missing, a row cannot be used, or there is no place to write.
     """
+    _check_name(name)
     root, folder, questions = Path(root), Path(root) / IMAGE_FOLDERS[name], {}
     for split, table in _hugging_face_splits(source).items():
         known, rows, written = _split_name(split, name), [], set()
@@ -168,6 +168,11 @@ def _row(where: str, number: Any, image: Any, question: Any, answer: Any, answer
         row["question_type"] = str(question_type).strip()
     check_question(row, where)
     return row
+
+
+def _check_name(name: str) -> None:
+    if name not in LAYOUTS:
+        raise InputError(f"data set {name!r}: unknown layout{nearest(name, LAYOUTS)}")
 
 
 def _split_name(split: str, where: str) -> str:

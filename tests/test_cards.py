@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import yaml
 
 from mmedpo_utils import cards
 from mmedpo_utils.cards import DatasetCard, card_names, check_dataset, load_card
+from mmedpo_utils.croissant import export_croissant
 from mmedpo_utils.datasets import prepare_dataset
 from mmedpo_utils.errors import InputError
 from mmedpo_utils.loaders import import_hugging_face
@@ -116,3 +119,27 @@ def test_the_phantom_card_fits_what_is_drawn(tmp_path: Path) -> None:
     table = check_dataset(load_card("phantom"), tmp_path)
     assert {row["what to do"] for row in table} == {"nothing"}
     assert [row["found"] for row in table if row["what"].endswith(": images")] == [2, 2, 2]
+
+
+@pytest.mark.parametrize("name", card_names())
+def test_croissant_metadata_is_valid(tmp_path: Path, name: str) -> None:
+    mlcroissant = pytest.importorskip("mlcroissant", reason="the extra `croissant` is not installed")
+    card = load_card(name)
+    root = MAKERS[name](tmp_path / name) if name in MAKERS else None
+    export_croissant(card, tmp_path / "croissant.json", root)
+    metadata = mlcroissant.Dataset(jsonld=tmp_path / "croissant.json").metadata
+    assert not metadata.ctx.issues.errors
+    assert (metadata.name, metadata.url, metadata.license) == (name, card.homepage, [card.licence])
+    assert all(text.rstrip(".") in metadata.description for text in (card.access, *card.oddities))
+    listed = {file.name: file.sha256 for file in metadata.distribution}
+    assert listed == {file: digest or hashlib.sha256((root / file).read_bytes()).hexdigest()
+                      for file, digest in card.files.items() if digest or root and (root / file).is_file()}
+    text = (tmp_path / "croissant.json").read_text(encoding="utf-8")
+    assert str(tmp_path) not in text and "10000032" not in text and "No effusion" not in text, "no path, patient or report"
+
+
+def test_croissant_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mlcroissant", None)
+    with pytest.raises(InputError, match="extra `croissant`"):
+        export_croissant(load_card("slake"), tmp_path / "croissant.json")
+    assert not list(tmp_path.iterdir())
