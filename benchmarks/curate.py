@@ -86,10 +86,10 @@ def bare_forward(model: MedKLIP, pixels: torch.Tensor) -> None:
         model(batch)
 
 
-def seconds(work: Callable[[], object]) -> float:
-    """How long ``work`` takes."""
+def seconds(work: Callable[..., object], *arguments: object) -> float:
+    """How long ``work`` takes on its arguments."""
     start = time.perf_counter()
-    work()
+    work(*arguments)
     return time.perf_counter() - start
 
 
@@ -101,10 +101,10 @@ def measure_time(count: int, size: int, rounds: int, folder: Path) -> dict[str, 
     bare_forward(model, pixels[:BATCH_SIZE])
     for number in range(rounds):
         target = folder / f"round-{number}"
-        taken["forward"].append(seconds(lambda: bare_forward(model, pixels)))
-        taken["curation"].append(seconds(lambda: curate_folder(questions, folder / "images", target, look, NOISE, 0,
-                                                               BATCH_SIZE, "benchmark")))
-        taken["released"].append(seconds(lambda: one_at_a_time(model, questions, folder / "images", target / "alone")))
+        taken["forward"].append(seconds(bare_forward, model, pixels))
+        taken["curation"].append(seconds(curate_folder, questions, folder / "images", target, look, NOISE, 0, BATCH_SIZE,
+                                         "benchmark"))
+        taken["released"].append(seconds(one_at_a_time, model, questions, folder / "images", target / "alone"))
     return taken
 
 
