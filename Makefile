@@ -8,7 +8,7 @@ TORCH_INDEX ?=
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: run test lab results base-models
+.PHONY: run test lab results base-models bench
 
 run: .venv/installed
 	$(BIN)/python -m mmedpo_utils.tutorial --profile $(PROFILE)
@@ -26,8 +26,11 @@ base-models: .venv/installed
 	$(BIN)/python -m mmedpo_utils.phantom.build_medklip
 	$(BIN)/python -m mmedpo_utils.phantom.build_lvlm
 
+bench: .venv/installed
+	$(BIN)/python benchmarks/curate.py
+
 .venv/installed: pyproject.toml constraints.txt
 	test -d .venv || $(PYTHON) -m venv .venv
 	$(INSTALL) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
-	$(INSTALL) --editable '.[gpu,notebooks,test]'
+	$(INSTALL) --editable '.[croissant,dicom,gpu,notebooks,test]'
 	touch $@

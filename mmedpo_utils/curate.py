@@ -8,20 +8,38 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from .datasets import Dataset
-from .files import atomic_write, write_json
+from .errors import InputError
+from .files import atomic_write, remove_temporaries, write_json
 from .hallucinate import Judge, sample_candidates
+from .journal import Journal
 from .lvlm import MedLVLM, generate
 from .manifests import Row, read_manifest, row_sha, rows_to_questions, write_manifest
 from .medklip import MedKLIP
-from .pairs import medklip_look, merge_pairs, pick_questions, text_pairs, visual_pairs
-from .profiles import Profile
+from .pairs import (
+    Look,
+    image_batches,
+    medklip_look,
+    merge_pairs,
+    noised_copies,
+    pick_questions,
+    text_pairs,
+    visual_rows,
+)
+from .profiles import Noise, Profile
 from .relevance import Member
+
+PROGRESS_SECONDS = 30
 
 
 def training_questions(profile: Profile, dataset: Dataset) -> list[Row]:
@@ -32,18 +50,91 @@ def training_questions(profile: Profile, dataset: Dataset) -> list[Row]:
 
 
 def curate_visual(profile: Profile, dataset: Dataset, model: MedKLIP) -> list[Row]:
-    """Visual pairs of the training questions; the noised images go to ``pairs/noised``, the rows to ``pairs/visual.json``."""
+    """Visual pairs of the training questions; the noised images go to ``pairs/noised``, the rows to ``pairs/visual.json``.
+
+    A run that was killed goes on where it was; ``pairs/audit.json`` says what was skipped.
+    """
     questions, folder = training_questions(profile, dataset), profile.output / "pairs"
     digest = _digest(profile, questions, "seed", "visual_tool", "noise")
 
     def compute() -> None:
         look = medklip_look(model, profile.visual_tool.query)
-        rows = visual_pairs(questions, dataset.image_root, folder / "noised", look, profile.noise, profile.seed,
-                            profile.visual_tool.batch_size)
-        write_manifest(folder / "visual.json", rows)
+        curate_folder(questions, dataset.image_root, folder, look, profile.noise, profile.seed,
+                      profile.visual_tool.batch_size, digest)
 
     _once(folder / "visual.json", digest, compute)
     return read_manifest(folder / "visual.json", dataset.image_root, folder / "noised")
+
+
+def curate_folder(questions: Sequence[Row], image_root: str | Path, folder: str | Path, look: Look, noise: Noise,
+                  seed: int, batch_size: int, tool: str) -> Row:
+    """Visual pairs of any number of images, restartable: killed at any point, the same call goes on where it was.
+
+    Under ``folder``: ``noised/``, one PNG per image; ``visual.jsonl``, the journal, one line per batch; in the end
+    ``visual.json``, the rows, and ``audit.json``. All are the same, byte for byte, however often the run was killed.
+
+    Args:
+        look, noise, seed, batch_size: as for ``visual_pairs``.
+        tool: identifies the visual tool (and whatever else decides the result); the journal of another one is not used.
+
+    Returns:
+        the audit of ``audit_visual``. An image that cannot be used is skipped, with its rows.
+
+    Raises:
+        InputError: something cannot be written, or no image can be used.
+    """
+    folder, batches = Path(folder), image_batches(questions, batch_size)
+    remove_temporaries(folder)
+    digest = row_sha([{"batches": batches, "noise": asdict(noise), "seed": seed, "tool": tool}])
+    journal = Journal(folder / "visual.jsonl", digest, partial(_is_written, folder / "noised"))
+    total, done = sum(map(len, batches)), sum(map(len, journal.entries))
+    if done:
+        print(f"visual pairs: going on after {done:,} of {total:,} images")
+    left, said = batches[len(journal.entries) :], time.monotonic()
+    for records in noised_copies(left, image_root, folder / "noised", look, noise, seed):
+        journal.append(records)
+        done += len(records)
+        if time.monotonic() - said >= PROGRESS_SECONDS:
+            print(f"visual pairs: {done:,} of {total:,} images", flush=True)
+            said = time.monotonic()
+    records = [record for entry in journal.entries for record in entry]
+    if all("skipped" in record for record in records):
+        raise InputError(f"{image_root}: none of {total:,} images can be used; the first: {records[0]['skipped']}")
+    write_manifest(folder / "visual.json", visual_rows(questions, records))
+    audit = audit_visual(questions, records)
+    write_json(folder / "audit.json", audit)
+    print(f"visual pairs: {audit['rows']:,} rows of {audit['images']:,} images, {audit['rows_skipped']:,} rows skipped; "
+          f"mask over {audit['coverage']['mean']:.1%} of an image; mean confidence {audit['confidence']['mean']:.2f}")
+    return audit
+
+
+def audit_visual(questions: Sequence[Row], records: Sequence[Row]) -> Row:
+    """What a curation did, from the records of ``noised_copies``, at least one of them with a copy.
+
+    Returns:
+        ``images`` with a copy, ``unchanged`` ones among them, ``rows``, ``rows_skipped``; ``coverage`` (share of an image
+        under the mask) and ``confidence``, each with mean, least, most and counts in ten equal bins from 0 to 1;
+        ``skipped``: per image why, and how many rows.
+    """
+    asked = Counter(question["image"] for question in questions)
+    made = [record for record in records if "skipped" not in record]
+    skipped = [{"image": record["image"], "why": record["skipped"], "rows": asked[record["image"]]}
+               for record in records if "skipped" in record]
+    lost = sum(entry["rows"] for entry in skipped)
+    return {"images": len(made), "unchanged": sum(not record["changed"] for record in made),
+            "rows": len(questions) - lost, "rows_skipped": lost,
+            **{key: _spread([record[key] for record in made]) for key in ("coverage", "confidence")}, "skipped": skipped}
+
+
+def _spread(values: Sequence[float]) -> dict[str, Any]:
+    counts, _ = np.histogram(values, bins=10, range=(0, 1))
+    return {"mean": round(float(np.mean(values)), 6), "least": min(values), "most": max(values), "bins": counts.tolist()}
+
+
+def _is_written(noised_root: Path, records: Any) -> bool:
+    """Whether a journal's entry is a list of records whose images are there."""
+    return isinstance(records, list) and all(
+        "skipped" in record or (noised_root / record["rejected_image"]).is_file() for record in records)
 
 
 def curate_text(profile: Profile, dataset: Dataset, lvlm: MedLVLM, judge: Judge,
@@ -69,7 +160,7 @@ def curate_text(profile: Profile, dataset: Dataset, lvlm: MedLVLM, judge: Judge,
         write_json(folder / "debates.json", debates)
         write_manifest(folder / "text.json", rows)
 
-    _once(folder / "text.json", _digest(profile, questions, "seed", "lvlm", "curation"), compute)
+    _once(folder / "text.json", _digest(profile, questions, "seed", "lvlm", "curation", "judge"), compute)
     return read_manifest(folder / "text.json", dataset.image_root), json.loads((folder / "debates.json").read_text())
 
 

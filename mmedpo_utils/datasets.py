@@ -1,4 +1,4 @@
-"""The data set that a profile names: the phantom world, drawn on demand, or a folder in the released layout."""
+"""The data set that a profile names: the phantom world, drawn on demand, a folder in the released layout, or a data set's own."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from PIL import Image
 
 from .errors import InputError
 from .files import write_json
+from .loaders import read_layout
 from .manifests import open_image, read_questions, resolve_image
 from .phantom.texts import SPLITS, read_masks, write_dataset
 from .profiles import Profile
@@ -22,7 +23,7 @@ class Dataset:
     """Where a data set lies, and its questions.
 
     Attributes:
-        questions: rows in LLaVA-Med's question format per split; a folder has only "test".
+        questions: rows in LLaVA-Med's question format per split; a folder has only "test", VQA-RAD no "validation".
         masks_root: one packed lesion mask per film; None where no masks are known.
         released_pairs: a released MMedPO preference file; None where the kit makes its own text pairs.
     """
@@ -56,11 +57,14 @@ def prepare_dataset(profile: Profile) -> Dataset:
     """Return the profile's data set. Films of the phantom world are drawn once, then read back.
 
     Raises:
-        InputError: the folder of a real data set is not there.
+        InputError: the folder of a real data set is not there, or not in its layout.
     """
     if profile.data.source == "phantom":
         return _phantom(profile)
     root = Path(profile.data.root)
+    if profile.data.source != "folder":
+        released = root / "train_preferences.json"
+        return Dataset(profile.image_root, read_layout(profile.data.source, root), None, released if released.is_file() else None)
     if not (root / "test_questions.jsonl").is_file():
         raise InputError(f"{root}: no test_questions.jsonl; set data.root in the profile, or the environment variable "
                          "MMEDPO_DATA_ROOT, to the folder that holds images/, train_preferences.json and "

@@ -18,7 +18,7 @@ from .datasets import Dataset
 from .errors import InputError
 from .files import atomic_write, write_json, write_json_lines
 from .lvlm import MedLVLM, generate, image_attention, load_lvlm, model_digest
-from .manifests import open_image, question_text, resolve_image, row_sha
+from .manifests import ANSWER_TYPES, open_image, question_text, read_text, resolve_image, row_sha
 from .metrics import bootstrap_interval, paired_difference, patient_of, row_statistics
 from .phantom.texts import read_masks
 from .profiles import Profile
@@ -72,19 +72,31 @@ def read_predictions(path: str | Path) -> list[dict[str, Any]]:
     """Rows of a predictions file.
 
     Raises:
-        InputError: a line is not a JSON object with the keys of a prediction.
+        InputError: the file cannot be read, or a line of it is not a JSON object with the keys of a prediction.
     """
     rows = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_text(path).removesuffix("\n").split("\n"), 1):
         try:
             row = json.loads(line)
-            missing = [key for key in ("question_id", "image", "answer_type", "answer", "prediction") if key not in row]
-        except (ValueError, TypeError) as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{path}, line {number}: not a JSON object ({error}); predict again") from error
-        if missing:
-            raise InputError(f"{path}, line {number}: a prediction needs {', '.join(missing)}; predict again")
+        _check_prediction(row, f"{path}, line {number}")
         rows.append(row)
     return rows
+
+
+def _check_prediction(row: Any, where: str) -> None:
+    if not isinstance(row, dict):
+        raise InputError(f"{where}: not a JSON object but {type(row).__name__}; predict again")
+    missing = [key for key in ("question_id", "image", "answer_type", "answer", "prediction") if key not in row]
+    if missing:
+        raise InputError(f"{where}: a prediction needs {', '.join(missing)}; predict again")
+    for key in ("image", "answer", "prediction"):
+        if not isinstance(row[key], str):
+            raise InputError(f"{where}: `{key}`: expected a text, found {row[key]!r:.80}; predict again")
+    if row["answer_type"] not in ANSWER_TYPES:
+        raise InputError(f"{where}: `answer_type`: expected one of {', '.join(ANSWER_TYPES)}, found "
+                         f"{row['answer_type']!r:.80}; predict again")
 
 
 def _answers(lvlm: MedLVLM, questions: Sequence[dict], images: Sequence[Path], batch_size: int,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -14,8 +15,11 @@ from .errors import InputError
 
 
 @contextmanager
-def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
+def atomic_write(path: str | os.PathLike, mode: int = 0o644) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; move it there when the block ends, remove it when the block fails.
+
+    Args:
+        mode: permissions of the finished file; the temporary one is the owner's alone.
 
     Raises:
         InputError: the folder cannot be written to, or the disk is full.
@@ -28,7 +32,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
         os.close(handle)
         temporary = Path(name)
         yield temporary
-        os.chmod(temporary, 0o644)
+        os.chmod(temporary, mode)
         os.replace(temporary, path)
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror or error}); free some disk space, or choose "
@@ -38,9 +42,17 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def write_json(path: str | os.PathLike, value: Any) -> None:
+def remove_temporaries(folder: str | os.PathLike) -> None:
+    """Remove what ``atomic_write`` left anywhere under ``folder`` when its process was killed."""
+    for path in Path(folder).rglob(".*"):
+        left = re.fullmatch(r"\.(?P<name>.+)\.[a-z0-9_]{8}(?P<suffix>\.\w+)?", path.name)
+        if left and Path(left["name"]).suffix == (left["suffix"] or "") and path.is_file():
+            path.unlink(missing_ok=True)
+
+
+def write_json(path: str | os.PathLike, value: Any, mode: int = 0o644) -> None:
     """Write ``value`` as JSON (UTF-8, one-space indent), atomically. NaN and infinity are refused."""
-    with atomic_write(path) as temporary:
+    with atomic_write(path, mode) as temporary:
         temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
 
 

@@ -68,11 +68,11 @@ def load_lvlm(name_or_path: str | Path, device: str = "auto", adapter: str | Pat
     source = PHANTOM_WEIGHTS if str(name_or_path) == "phantom" else name_or_path
     _check_architecture(source)
     precision = torch.float32 if target.type == "cpu" else torch.bfloat16
-    with _quiet_loading():
+    with quiet_loading():
         try:
             model, info = LlavaForConditionalGeneration.from_pretrained(
                 source, dtype=precision, device_map={"": target} if quantization == "nf4" else None,
-                quantization_config=_nf4() if quantization == "nf4" else None, output_loading_info=True)
+                quantization_config=nf4_config() if quantization == "nf4" else None, output_loading_info=True)
             processor = AutoProcessor.from_pretrained(source)
         except (OSError, RuntimeError, ValueError, SafetensorError) as error:
             raise InputError(f"{source}: cannot be loaded as a LLaVA model ({_first_line(error)}); the folder needs "
@@ -104,7 +104,8 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
-def _nf4() -> Any:
+def nf4_config() -> Any:
+    """The `BitsAndBytesConfig` of 4-bit loading."""
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
@@ -126,7 +127,7 @@ def _with_adapter(model: LlavaForConditionalGeneration, adapter: str | Path) -> 
 
 
 @contextmanager
-def _quiet_loading() -> Iterator[None]:
+def quiet_loading() -> Iterator[None]:
     """Turn off the library's progress bars and reports while a model loads."""
     level = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()

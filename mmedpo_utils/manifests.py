@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
+import re
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
+from .dicom import is_dicom, open_dicom
 from .errors import InputError
 from .files import write_json
 
@@ -40,13 +41,13 @@ def read_manifest(
     Raises:
         InputError: names the file, the row, its id and the field, and says what was expected.
     """
-    rows = _load_json(Path(path))
+    rows = load_json(path, "a list of preference pairs")
     if not isinstance(rows, list) or not rows:
         raise InputError(f"{path}: expected a non-empty list of preference pairs, found "
                          f"{'an empty list' if rows == [] else type(rows).__name__}")
     verified: set[Path] = set()
     for number, row in enumerate(rows):
-        where = _where(path, number, row, "id")
+        where = place(path, number, row, "id")
         _check_pair(row, where)
         for root, key in ((image_root, "image"), (rejected_root, "rejected_image")):
             if root is not None and row.get(key) is not None:
@@ -63,7 +64,7 @@ def write_manifest(path: str | os.PathLike, rows: Sequence[Row]) -> None:
     if not rows:
         raise InputError(f"{path}: no preference pairs to write")
     for number, row in enumerate(rows):
-        _check_pair(row, _where(path, number, row, "id"))
+        _check_pair(row, place(path, number, row, "id"))
     write_json(path, list(rows))
 
 
@@ -74,15 +75,15 @@ def read_questions(path: str | os.PathLike, image_root: str | os.PathLike | None
         InputError: names the file, the line, the question and the field.
     """
     rows, verified = [], set()
-    for number, line in enumerate(_read_text(Path(path)).split("\n")):
+    for number, line in enumerate(read_text(path).split("\n")):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{path}: row {number}: is not JSON ({error}); expected one question per line") from error
-        where = _where(path, number, row, "question_id")
-        _check_question(row, where)
+        where = place(path, number, row, "question_id")
+        check_question(row, where)
         if image_root is not None:
             _verify_image(image_root, row["image"], f"{where}: `image`", verified)
         rows.append(row)
@@ -92,8 +93,17 @@ def read_questions(path: str | os.PathLike, image_root: str | os.PathLike | None
 
 
 def audit_manifest(rows: Sequence[Row]) -> Row:
-    """Count rows by source and origin, images, zero weights, identical pairs, ids doubled within a source."""
+    """Count what deserves a look: rows by source and origin, images, scores, repeats, and what leaks the label.
+
+    A text pair leaks its label where something other than its content tells the sides apart: ``rejected_longer`` and
+    ``rejected_shorter`` (in words), ``opposite_openers`` (one side begins with yes, the other with no) and
+    ``one_sided_openers`` (only one side begins with yes or no). ``duplicate_prompts`` are rows after the first that ask
+    the same question about the same image within a source; ``duplicate_ids`` repeat an id within a source.
+    """
     scores = [float(row["weighted_score"]) for row in rows]
+    text = [row for row in rows if row_source(row) == "text" and not is_identical(row)]
+    lengths = [[len(answer_text(row, rejected).split()) for rejected in (False, True)] for row in text]
+    openers = [[_opener(answer_text(row, rejected)) for rejected in (False, True)] for row in text]
     return {
         "rows": len(rows),
         "sources": dict(Counter(row_source(row) for row in rows)),
@@ -102,9 +112,39 @@ def audit_manifest(rows: Sequence[Row]) -> Row:
         "zero_weights": sum(score == 0 for score in scores),
         "identical_pairs": sum(is_identical(row) for row in rows),
         "duplicate_ids": len(rows) - len({(row_source(row), str(row["id"])) for row in rows}),
+        "duplicate_prompts": len(rows) - len({_prompt(row) for row in rows}),
+        "rejected_longer": sum(chosen < rejected for chosen, rejected in lengths),
+        "rejected_shorter": sum(chosen > rejected for chosen, rejected in lengths),
+        "opposite_openers": sum({*pair} == {"yes", "no"} for pair in openers),
+        "one_sided_openers": sum(pair.count("") == 1 for pair in openers),
         "score_mean": float(np.mean(scores)),
         "score_range": [min(scores), max(scores)],
     }
+
+
+def repair_manifest(rows: Sequence[Row], choices: Sequence[str]) -> tuple[list[Row], dict[str, int]]:
+    """Drop what the audit found, by choice.
+
+    Args:
+        choices: any of ``drop_zero_weight`` (a weight of 0 teaches nothing under the released code's raw weights),
+            ``drop_identical`` (both sides the same) and ``drop_duplicates`` (keeps the first row of each prompt),
+            applied in the order given.
+
+    Returns:
+        the rows that are left, in their order, and how many each choice dropped.
+
+    Raises:
+        InputError: an unknown choice.
+    """
+    left, counts, seen = list(rows), {}, set()
+    wrong = {"drop_zero_weight": lambda row: row["weighted_score"] == 0, "drop_identical": is_identical,
+             "drop_duplicates": lambda row: _prompt(row) in seen or seen.add(_prompt(row))}
+    for choice in choices:
+        if choice not in wrong:
+            raise InputError(f"repair {choice!r}: unknown; choose among {', '.join(wrong)}")
+        kept = [row for row in left if not wrong[choice](row)]
+        counts[choice], left = len(left) - len(kept), kept
+    return left, counts
 
 
 def is_identical(
@@ -176,7 +216,8 @@ def resolve_image(root: str | os.PathLike, name: str) -> Path:
         inside = not PurePath(name).is_absolute() and path.is_relative_to(root)
         found = inside and path.is_file()
     except (OSError, RuntimeError, ValueError) as error:
-        raise InputError(f"image {name!r}: is not a usable file name ({error})") from error
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"image {name!r:.80}: is not a usable file name ({reason}); correct the name") from error
     if not inside:
         raise InputError(f"image {name!r}: lies outside the image folder {root}; give a path relative to that folder")
     if not found:
@@ -187,11 +228,14 @@ def resolve_image(root: str | os.PathLike, name: str) -> Path:
 def open_image(path: str | os.PathLike) -> Image.Image:
     """Open an image upright, as mode L (grey) or RGB, 8 bits.
 
-    Deep grey images (16 or 32 bits) are scaled from their own minimum and maximum; alpha is laid over black.
+    Deep grey images (16 or 32 bits) are scaled from their own minimum and maximum; alpha is laid over black; DICOM needs
+    the extra ``dicom``.
 
     Raises:
         InputError: missing, truncated, or not an image.
     """
+    if is_dicom(path):
+        return open_dicom(path)
     try:
         with Image.open(path) as opened:
             opened.load()
@@ -209,21 +253,34 @@ def open_image(path: str | os.PathLike) -> Image.Image:
     return image.convert("L" if image.mode in ("1", "L") else "RGB")
 
 
-def _read_text(path: Path) -> str:
+def _prompt(row: Row) -> tuple[str, str, str]:
+    """What makes two rows ask the same: source, image, and the question whatever its case and spacing."""
+    return row_source(row), row["image"], " ".join(question_text(row).casefold().split())
+
+
+def _opener(answer: str) -> str:
+    """``yes`` or ``no`` where an answer begins with that word, else an empty text."""
+    first = re.match(r"\W*(yes|no)\b", answer, re.IGNORECASE)
+    return first[1].lower() if first else ""
+
+
+def read_text(path: str | os.PathLike) -> str:
+    """The text of a UTF-8 file. Raises InputError: missing, or in another encoding."""
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as UTF-8 text ({error})") from error
+        raise InputError(f"{path}: cannot be read as UTF-8 text ({error}); check the path, or save the file as UTF-8") from error
 
 
-def _load_json(path: Path) -> Any:
+def load_json(path: str | os.PathLike, expected: str) -> Any:
+    """The value of a JSON file. Raises InputError: cannot be read, or is not JSON (it says what was ``expected``)."""
     try:
-        return json.loads(_read_text(path))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise InputError(f"{path}: is not JSON ({error}); expected a list of preference pairs") from error
+        return json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: is not JSON ({error}); expected {expected}") from error
 
 
-def _where(path: str | os.PathLike, number: int, row: Any, key: str) -> str:
+def place(path: str | os.PathLike, number: int, row: Any, key: str) -> str:
     """File, row number from 0, and id: the start of every message about a row."""
     return f"{path}: row {number} ({key} {row.get(key)!r})" if isinstance(row, dict) else f"{path}: row {number}"
 
@@ -238,8 +295,12 @@ def _verify_image(root: str | os.PathLike, name: str, where: str, verified: set[
         raise InputError(f"{where}: {error}") from error
 
 
-def _check_fields(row: Any, where: str, keys: Sequence[str]) -> None:
-    """``row`` is an object with all ``keys``; the first one, the id, is a text or a whole number."""
+def check_fields(row: Any, where: str, keys: Sequence[str]) -> None:
+    """Check that ``row`` is an object with all ``keys``, the first of which, the id, is a text or a whole number.
+
+    Raises:
+        InputError: begins with ``where``, names the key.
+    """
     if not isinstance(row, dict):
         raise InputError(f"{where}: expected an object with {', '.join(keys)}, found {type(row).__name__}")
     for key in keys:
@@ -250,12 +311,17 @@ def _check_fields(row: Any, where: str, keys: Sequence[str]) -> None:
 
 
 def _check_text(value: Any, where: str) -> None:
-    if not isinstance(value, str) or not value.strip():
-        raise InputError(f"{where}: expected a non-empty text, found {value!r}")
+    if not _is_text(value):
+        raise InputError(f"{where}: expected a non-empty text, found {value!r:.80}")
+
+
+def _is_text(value: Any) -> bool:
+    """Whether ``value`` is a text with something in it that UTF-8 can hold (half a surrogate pair cannot be written)."""
+    return isinstance(value, str) and bool(value.strip()) and not re.search("[\ud800-\udfff]", value)
 
 
 def _check_pair(row: Any, where: str) -> None:
-    _check_fields(row, where, ("id", "image", "conversations", "rejected_conversations", "weighted_score"))
+    check_fields(row, where, ("id", "image", "conversations", "rejected_conversations", "weighted_score"))
     _check_text(row["image"], f"{where}: `image`")
     if row.get("rejected_image") is not None:
         _check_text(row["rejected_image"], f"{where}: `rejected_image`")
@@ -264,8 +330,8 @@ def _check_pair(row: Any, where: str) -> None:
     if question_text(row) != question_text(row["rejected_conversations"][0]["value"]):
         raise InputError(f"{where}: `rejected_conversations`: asks another question than `conversations`")
     score = row["weighted_score"]
-    if type(score) not in (int, float) or not math.isfinite(score) or not 0 <= score <= 1:
-        raise InputError(f"{where}: `weighted_score`: expected a number from 0 to 1, found {score!r}")
+    if type(score) not in (int, float) or not 0 <= score <= 1:
+        raise InputError(f"{where}: `weighted_score`: expected a number from 0 to 1, found {score!r:.80}")
 
 
 def _check_conversation(turns: Any, where: str) -> None:
@@ -274,15 +340,16 @@ def _check_conversation(turns: Any, where: str) -> None:
                          f"{len(turns) if isinstance(turns, list) else type(turns).__name__}")
     for number, turn in enumerate(turns):
         speaker = ("human", "gpt")[number % 2]
-        if not isinstance(turn, dict) or turn.get("from") != speaker or not isinstance(turn.get("value"), str):
+        if not isinstance(turn, dict) or turn.get("from") != speaker or not _is_text(turn.get("value")):
             raise InputError(f"{where}: turn {number}: expected {{from: {speaker}, value: text}}, found {turn!r:.80}")
     marks = [turn["value"].count(IMAGE_MARK) for turn in turns]
     if marks[0] != 1 or sum(marks) != 1:
         raise InputError(f"{where}: expected one {IMAGE_MARK} mark, in the first turn, found {sum(marks)}")
 
 
-def _check_question(row: Any, where: str) -> None:
-    _check_fields(row, where, ("question_id", "image", "text", "gpt4_answer", "answer_type"))
+def check_question(row: Any, where: str) -> None:
+    """Check one question in the format of ``read_questions``. Raises InputError: begins with ``where``, names the key."""
+    check_fields(row, where, ("question_id", "image", "text", "gpt4_answer", "answer_type"))
     for key in ("image", "text", "gpt4_answer"):
         _check_text(row[key], f"{where}: `{key}`")
     if row["text"].count(IMAGE_MARK) != 1:

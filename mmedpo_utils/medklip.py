@@ -2,7 +2,8 @@
 
 The architecture is the official one by configuration: a ResNet trunk up to its third stage, a two-layer projection of
 the 14x14 patches, and a pre-norm decoder in which one query per finding attends to the patches. ``MedKLIPConfig`` has
-the official sizes; the phantom checkpoint has smaller ones. State-dict keys are the official ones, but for the trunk's.
+the official sizes; the phantom checkpoint has smaller ones. State-dict keys are the official ones, but for the trunk's;
+``medklip_checkpoint`` reads both.
 """
 
 from __future__ import annotations
@@ -17,13 +18,19 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import ResNetConfig, ResNetModel
 
 from .errors import InputError
+from .medklip_checkpoint import (
+    DESCRIPTIONS,
+    OFFICIAL_QUERIES,
+    TEXT_ENCODER,
+    check_state,
+    query_embeddings,
+    read_state,
+)
 
 PHANTOM_CHECKPOINT = Path(__file__).parent / "phantom" / "weights" / "medklip"
 IMAGE_SIZE, GRID = 224, 14
@@ -137,8 +144,12 @@ class MedKLIP(nn.Module):
         self.register_buffer("location_book", torch.zeros(len(config.locations), config.text_width))
 
     def preprocess(self, images: Sequence[Image.Image]) -> Tensor:
-        """RGB, 224x224 bilinear whatever the shape, [0, 1], ImageNet mean and deviation. Shape: [B, 3, 224, 224]."""
-        small = [image.convert("RGB").resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BILINEAR) for image in images]
+        """RGB, 224x224 bilinear whatever the shape, [0, 1], ImageNet mean and deviation. Shape: [B, 3, 224, 224].
+
+        A grey image is resized before its channel is repeated, which gives the same values.
+        """
+        small = [(image if image.mode == "L" else image.convert("RGB"))
+                 .resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BILINEAR).convert("RGB") for image in images]
         pixels = torch.from_numpy(np.stack([np.asarray(image) for image in small])).permute(0, 3, 1, 2) / 255
         pixels = (pixels - torch.tensor(CHANNEL_MEAN).view(3, 1, 1)) / torch.tensor(CHANNEL_STD).view(3, 1, 1)
         return pixels.to(self.classifier.weight.device)
@@ -168,23 +179,35 @@ class MedKLIP(nn.Module):
         return self.cl_fc(output.features) @ self.location_book.T / self.config.text_width**0.5
 
 
-def load_medklip(checkpoint: str | os.PathLike = "phantom", device: str | torch.device = "cpu") -> MedKLIP:
+def load_medklip(
+    checkpoint: str | os.PathLike = "phantom", device: str | torch.device = "cpu",
+    descriptions: str | os.PathLike | None = None, text_encoder: str | os.PathLike = TEXT_ENCODER,
+) -> MedKLIP:
     """Load a checkpoint for inference.
 
     Args:
-        checkpoint: ``"phantom"`` (shipped), or a folder that holds ``config.json`` and ``model.safetensors``.
+        checkpoint: ``"phantom"`` (shipped); a folder that holds ``config.json`` and ``model.safetensors``; or a file of
+            the official sizes: the official torch pickle, or safetensors with official keys or ours.
+        descriptions: JSON {query: description} behind the official text embeddings; None: the file of the MedKLIP
+            repository, "observation explanation.json", beside the checkpoint. Unused where the file has embeddings.
+        text_encoder: hub name or folder of the BERT that embeds the descriptions.
 
     Raises:
         InputError: a file is missing or unreadable, or its tensors are not those of the configured architecture.
     """
     folder = PHANTOM_CHECKPOINT if checkpoint == "phantom" else Path(checkpoint)
-    model = MedKLIP(_read_config(folder / "config.json"))
-    path = folder / "model.safetensors"
-    try:
-        state = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: cannot be read as safetensors ({error}); expected MedKLIP weights") from error
-    _check_state(path, state, model.state_dict())
+    if folder.is_file():
+        path, state = folder, read_state(folder)
+        if "disease_book" not in state:
+            beside = path.parent / DESCRIPTIONS
+            state["disease_book"] = query_embeddings(Path(descriptions or beside), os.fspath(text_encoder))
+        state.setdefault("location_book", torch.zeros(0, MedKLIPConfig.text_width))
+        config = MedKLIPConfig(OFFICIAL_QUERIES, tuple(map(str, range(len(torch.atleast_1d(state["location_book"]))))))
+    else:
+        config, path = _read_config(folder / "config.json"), folder / "model.safetensors"
+        state = read_state(path)
+    model = MedKLIP(config)
+    check_state(path, state, model.state_dict())
     model.load_state_dict(state)
     return model.to(device).eval().requires_grad_(False)
 
@@ -279,17 +302,4 @@ def _read_config(path: Path) -> MedKLIPConfig:
         return MedKLIPConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: not a MedKLIP configuration ({error}); expected a folder with config.json and "
-                         "model.safetensors, or \"phantom\"") from error
-
-
-def _check_state(path: Path, state: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    """InputError where the keys or shapes of ``state`` are not the wanted ones."""
-    shapes = {k: f"{k} {list(state[k].shape)} instead of {list(wanted[k].shape)}"
-              for k in wanted.keys() & state.keys() if state[k].shape != wanted[k].shape}
-    problems = {"missing": sorted(wanted.keys() - state.keys()), "unexpected": sorted(state.keys() - wanted.keys()),
-                "misshapen": [shapes[k] for k in sorted(shapes)]}
-    listed = [f"{len(keys)} {kind} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
-              for kind, keys in problems.items() if keys]
-    if listed:
-        raise InputError(f"{path}: not the architecture of its config.json: tensors {'; '.join(listed)}; "
-                         "check that weights and configuration belong together")
+                         "model.safetensors, the official checkpoint file, or \"phantom\"") from error

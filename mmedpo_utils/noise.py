@@ -31,7 +31,7 @@ def lesion_mask(
         InputError: the map is not a finite 2-D array, or the method is unknown.
     """
     heat_map = np.asarray(heat_map, dtype=np.float64)
-    if heat_map.ndim != 2 or not np.isfinite(heat_map).all():
+    if heat_map.ndim != 2 or not heat_map.size or not np.isfinite(heat_map).all():
         raise InputError(f"heat map: expected finite values of shape [h, w], found shape {list(heat_map.shape)}")
     scaled = resize_bilinear(heat_map, size)
     scaled = (scaled - scaled.min()) / max(np.ptp(scaled), np.finfo(float).tiny)
@@ -81,10 +81,11 @@ def localized_noise(
     for name, values in (("image", image), ("mask", mask), ("alpha_bar", np.asarray(alpha_bar))):
         if not (np.min(values) >= 0 and np.max(values) <= 1):
             raise InputError(f"{name}: expected values from 0 to 1, found {np.min(values):g} to {np.max(values):g}")
-    h = mask if image.ndim == 2 else mask[..., None]
-    epsilon = rng.standard_normal(image.shape).astype(np.float32)
-    noised = np.sqrt(alpha_bar) * (image * h) + np.sqrt(1 - alpha_bar) * (epsilon * h) + image * (1 - h)
-    return np.clip(noised, 0, 1).astype(np.float32)
+    inside, noised = mask > 0, image.copy()
+    epsilon = rng.standard_normal(image.shape)[inside].astype(np.float32)
+    x, h = image[inside], mask[inside] if image.ndim == 2 else mask[inside, None]
+    noised[inside] = np.clip(np.sqrt(alpha_bar) * (x * h) + np.sqrt(1 - alpha_bar) * (epsilon * h) + x * (1 - h), 0, 1)
+    return noised
 
 
 def global_noise(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import posixpath
 import warnings
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +15,12 @@ import numpy as np
 import torch
 from PIL import Image
 
+from .errors import InputError
 from .files import atomic_write
 from .hallucinate import Judge, choose_rejected
 from .manifests import Row, open_image, pair_row, question_text, resolve_image, row_source
 from .medklip import MedKLIP, confidence, heat_map
 from .noise import (
-    global_noise,
     lesion_mask,
     localized_noise,
     released_mask,
@@ -28,15 +31,23 @@ from .noise import (
 from .profiles import Noise
 from .relevance import Member, debate
 
+THREADS, SMALLEST_BATCH = 2, 8
+PNG = {"format": "PNG", "compress_level": 1, "compress_type": 3}
 Look = Callable[[Sequence[Image.Image]], tuple[np.ndarray, np.ndarray]]
 
 
 def medklip_look(model: MedKLIP, query: str = "disease") -> Look:
-    """Bind the visual tool: images to heat maps [B, 14, 14] and confidences [B] in [0, 1] for ``query``."""
+    """Bind the visual tool: images to heat maps [B, 14, 14] and confidences [B] in [0, 1] for ``query``.
+
+    A small batch is filled up with copies of its last image: the kernels for few images round differently, and an image
+    shall read the same in every batch.
+    """
     @torch.inference_mode()
     def look(images: Sequence[Image.Image]) -> tuple[np.ndarray, np.ndarray]:
-        output = model(model.preprocess(images))
-        return heat_map(output, query).cpu().numpy(), confidence(output, query).cpu().numpy()
+        pixels = model.preprocess(images)
+        output = model(torch.cat([pixels, pixels[-1:].expand(max(0, SMALLEST_BATCH - len(pixels)), -1, -1, -1)]))
+        heat, scores = heat_map(output, query)[: len(pixels)], confidence(output, query)[: len(pixels)]
+        return heat.cpu().numpy(), scores.cpu().numpy()
 
     return look
 
@@ -92,27 +103,74 @@ def visual_pairs(
     Raises:
         InputError: an image cannot be used, or a copy cannot be written.
     """
-    names = list(dict.fromkeys(question["image"] for question in questions))
-    made: dict[str, tuple[str, float]] = {}
-    unchanged = []
-    for start in range(0, len(names), batch_size):
-        batch = names[start : start + batch_size]
-        paths = [resolve_image(image_root, name) for name in batch]
-        images = [open_image(path) for path in paths]
-        for name, path, image, heat, score in zip(batch, paths, images, *look(images), strict=True):
-            target = path.relative_to(Path(image_root).resolve()).as_posix()
-            target += "" if target.endswith(".png") else ".png"
-            noised = reject_image(image, heat, noise, _generator(seed, name))
-            if np.array_equal(noised, image):
-                unchanged.append(name)
-            with atomic_write(Path(noised_root) / target) as temporary:
-                noised.save(temporary, format="PNG")
-            made[name] = target, round(float(score), 6)
+    records = []
+    for batch in noised_copies(image_batches(questions, batch_size), image_root, noised_root, look, noise, seed):
+        for record in batch:
+            if "skipped" in record:
+                raise InputError(record["skipped"])
+            records.append(record)
+    return visual_rows(questions, records)
+
+
+def image_batches(questions: Sequence[Row], batch_size: int) -> list[list[str]]:
+    """The images that the questions ask about, each once, by name, in batches.
+
+    Raises:
+        InputError: the noised copies of two images would have the same name.
+    """
+    names = sorted({question["image"] for question in questions})
+    owners: dict[str, str] = {}
+    for name in names:
+        other = owners.setdefault(_target(posixpath.normpath(name)), name)
+        if posixpath.normpath(other) != posixpath.normpath(name):
+            raise InputError(f"images {other!r} and {name!r}: their noised copies would have the same name; rename one")
+    return [names[start : start + batch_size] for start in range(0, len(names), batch_size)]
+
+
+def noised_copies(
+    batches: Sequence[Sequence[str]], image_root: str | Path, noised_root: str | Path, look: Look, noise: Noise, seed: int
+) -> Iterator[list[Row]]:
+    """Look at images batch by batch and write their noised copies; the next batch is decoded meanwhile.
+
+    Yields:
+        one list per batch, when its copies are on disk: ``image`` with ``rejected_image``, ``confidence``, ``coverage``
+        (share of the image under the mask) and ``changed``, or with ``skipped``, why the image cannot be used.
+
+    Raises:
+        InputError: a copy cannot be written.
+    """
+    root, batches = Path(image_root).resolve(), list(batches)
+    with ThreadPoolExecutor(THREADS) as pool:
+        ahead = [pool.submit(_open, root, name) for name in batches[0]] if batches else []
+        writing: list[Future[Row]] = []
+        for batch, following in zip(batches, [*batches[1:], []]):
+            opened = [task.result() for task in ahead]
+            ahead = [pool.submit(_open, root, name) for name in following]
+            images = [image for _, image in opened if isinstance(image, Image.Image)]
+            looks = iter(zip(*look(images), strict=True)) if images else iter(())
+            if writing:
+                yield [task.result() for task in writing]
+            writing = [pool.submit(_write, name, path, image, next(looks), Path(noised_root), noise, seed)
+                       if isinstance(image, Image.Image) else pool.submit(dict, image=name, skipped=image)
+                       for name, (path, image) in zip(batch, opened, strict=True)]
+            del opened, images
+        if writing:
+            yield [task.result() for task in writing]
+
+
+def visual_rows(questions: Sequence[Row], records: Sequence[Row]) -> list[Row]:
+    """Preference rows of the questions whose image has a noised copy, from the records of ``noised_copies``.
+
+    Warns where the noise left an image as it is.
+    """
+    made = {record["image"]: record for record in records if "skipped" not in record}
+    unchanged = [name for name, record in made.items() if not record["changed"]]
     if unchanged:
-        warnings.warn(f"{len(unchanged)} of {len(names)} images are left unchanged by the noise and teach nothing "
-                      f"({', '.join(unchanged[:5])}); check the profile's noise section", stacklevel=2)
-    return [pair_row(question, question["gpt4_answer"], made[question["image"]][1], source="visual",
-                     rejected_image=made[question["image"]][0]) for question in questions]
+        warnings.warn(f"{len(unchanged)} of {len(made)} images are left unchanged by the noise and teach nothing "
+                      f"({', '.join(unchanged[:5])}); check the profile's noise section", stacklevel=3)
+    return [pair_row(question, question["gpt4_answer"], made[question["image"]]["confidence"], source="visual",
+                     rejected_image=made[question["image"]]["rejected_image"])
+            for question in questions if question["image"] in made]
 
 
 def reject_image(image: Image.Image, heat: np.ndarray, noise: Noise, rng: np.random.Generator) -> Image.Image:
@@ -121,19 +179,53 @@ def reject_image(image: Image.Image, heat: np.ndarray, noise: Noise, rng: np.ran
     Args:
         heat: heat map of the image. Shape: [h, w].
     """
-    pixels = np.asarray(image)
-    size = pixels.shape[:2]
+    return _noised(image, _noise_mask(heat, (image.height, image.width), noise), noise, rng)
+
+
+def _noise_mask(heat: np.ndarray, size: tuple[int, int], noise: Noise) -> np.ndarray:
+    """Where the noise goes, and how much of it: bool for the released kind, else float32 in [0, 1]. Shape: [H, W]."""
     if noise.kind == "released":
         cell = 224 // len(heat)
-        return Image.fromarray(released_noise(pixels, released_mask(np.kron(heat, np.ones((cell, cell))), size), rng))
+        return released_mask(np.kron(heat, np.ones((cell, cell))), size)
+    if noise.kind == "global":
+        return np.ones(size, np.float32)
+    return lesion_mask(heat, size, noise.mask, noise.quantile)
+
+
+def _noised(image: Image.Image, mask: np.ndarray, noise: Noise, rng: np.random.Generator) -> Image.Image:
+    pixels = np.asarray(image)
+    if noise.kind == "released":
+        return Image.fromarray(released_noise(pixels, mask, rng))
     schedule = signal_schedule()
     alpha_bar = float(schedule[step_for_signal(schedule, noise.signal)])
-    values = pixels.astype(np.float32) / 255
-    if noise.kind == "global":
-        noised = global_noise(values, alpha_bar, rng)
-    else:
-        noised = localized_noise(values, lesion_mask(heat, size, noise.mask, noise.quantile), alpha_bar, rng)
+    noised = localized_noise(pixels.astype(np.float32) / 255, mask, alpha_bar, rng)
     return Image.fromarray(np.round(noised * 255).astype(np.uint8))
+
+
+def _open(root: Path, name: str) -> tuple[str, Image.Image | str]:
+    """The path of an image inside ``root``, and the image or why it cannot be used."""
+    try:
+        path = resolve_image(root, name)
+        return path.relative_to(root).as_posix(), open_image(path)
+    except InputError as error:
+        return name, str(error)
+
+
+def _write(name: str, path: str, image: Image.Image, looked: tuple[np.ndarray, float], noised_root: Path, noise: Noise,
+           seed: int) -> Row:
+    """Write the noised copy of one image and return its record. The image's path in its root decides the noise."""
+    mask = _noise_mask(looked[0], (image.height, image.width), noise)
+    noised = _noised(image, mask, noise, _generator(seed, path))
+    with atomic_write(noised_root / _target(path)) as temporary, open(temporary, "wb") as stream:
+        noised.save(stream, **PNG)
+        stream.flush()
+        os.fsync(stream.fileno())
+    return {"image": name, "rejected_image": _target(path), "confidence": round(float(looked[1]), 6),
+            "coverage": round(float((mask > 0).mean()), 6), "changed": not np.array_equal(noised, image)}
+
+
+def _target(path: str) -> str:
+    return path if path.endswith(".png") else f"{path}.png"
 
 
 def merge_pairs(text_rows: Sequence[Row], visual_rows: Sequence[Row]) -> list[Row]:

@@ -20,7 +20,9 @@ from .errors import InputError
 from .files import atomic_write
 
 PROFILE_FOLDER = Path(__file__).with_suffix("")
-KINDS = {int: "a whole number", float: "a finite number", str: "a non-empty text", Path: "a path"}
+KINDS = {bool: "true or false", int: "a whole number", float: "a finite number", str: "a non-empty text", Path: "a path"}
+IMAGE_FOLDERS = {"folder": "images", "vqa-rad": "VQA_RAD Image Folder", "slake": "imgs", "iu-xray": "images",
+                 "mimic-cxr": "files"}
 
 
 def _between(low: float = -math.inf, high: float = math.inf) -> Any:
@@ -35,7 +37,8 @@ def _one_of(*choices: str) -> Any:
 class Data:
     """Where films, questions and text pairs come from."""
 
-    source: str = _one_of("phantom", "folder")
+    source: str = _one_of("phantom", *IMAGE_FOLDERS)
+    card: str
     root: Path | None
     train_patients: int = _between(0, 100_000)
     validation_patients: int = _between(0, 100_000)
@@ -81,6 +84,35 @@ class Curation:
     temperature: float = _between(0, 10)
     conflict_threshold: float = _between(0, 1)
     rounds: int = _between(1)
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """One language model: where it answers, and what it costs per million tokens (in the unit of ``max_cost``)."""
+
+    backend: str = _one_of("openai", "transformers")
+    model: str
+    base_url: str | None
+    api_key_env: str | None
+    quantization: str = _one_of("none", "nf4")
+    input_price: float = _between(0)
+    output_price: float = _between(0)
+
+
+@dataclass(frozen=True)
+class Judges:
+    """Who judges and debates: the phantom's rules, or language models within limits of time, rate and money."""
+
+    backend: str = _one_of("phantom", "models")
+    judge: LanguageModel | None
+    panel: dict[str, LanguageModel] | None
+    temperature: float = _between(0, 2)
+    max_tokens: int = _between(16)
+    timeout: float = _between(0.01)
+    requests_per_minute: int = _between(1)
+    max_requests: int = _between(0)
+    max_cost: float = _between(0)
+    agreement: str | None
 
 
 @dataclass(frozen=True)
@@ -149,6 +181,7 @@ class Profile:
     noise: Noise
     lvlm: LVLM
     curation: Curation
+    judge: Judges
     relevance: Relevance
     training: Training
     evaluation: Evaluation
@@ -156,7 +189,7 @@ class Profile:
     @property
     def image_root(self) -> Path:
         """The folder that the ``image`` of questions and pairs is relative to."""
-        return (self.data.root if self.data.root else self.output / "data") / "images"
+        return self.data.root / IMAGE_FOLDERS[self.data.source] if self.data.root else self.output / "data" / "images"
 
     def as_dict(self) -> dict[str, Any]:
         """The profile as plain values; paths inside the repository are relative to it."""
@@ -195,7 +228,7 @@ def load_profile(name_or_path: str | os.PathLike, overrides: dict[str, Any] | No
         name_or_path: a shipped profile's name, or the path of a YAML file.
         overrides: values that replace the file's, by dotted key (``{"training.max_steps": 4}``).
 
-    The environment variable MMEDPO_DATA_ROOT replaces ``data.root`` where ``data.source`` is ``folder``.
+    The environment variable MMEDPO_DATA_ROOT replaces ``data.root`` where ``data.source`` is not ``phantom``.
 
     Raises:
         InputError: no such profile, not YAML, a key unknown or missing, a value of the wrong type or out of range.
@@ -204,14 +237,14 @@ def load_profile(name_or_path: str | os.PathLike, overrides: dict[str, Any] | No
     if not path.suffix and not path.is_file():
         path = PROFILE_FOLDER / f"{name_or_path}.yaml"
         if not path.is_file():
-            raise InputError(f"profile {str(name_or_path)!r}: unknown{_nearest(str(name_or_path), profile_names())}")
-    values = _read(path)
+            raise InputError(f"profile {str(name_or_path)!r}: unknown{nearest(str(name_or_path), profile_names())}")
+    values = read_yaml(path, f"a YAML file or a profile's name: {', '.join(profile_names())}")
     for key, value in (overrides or {}).items():
         _override(values, key, value, path.name)
     data = values.get("data")
-    if isinstance(data, dict) and data.get("source") == "folder" and os.environ.get("MMEDPO_DATA_ROOT"):
+    if isinstance(data, dict) and str(data.get("source")) in IMAGE_FOLDERS and os.environ.get("MMEDPO_DATA_ROOT"):
         data["root"] = os.environ["MMEDPO_DATA_ROOT"]
-    profile = _build(Profile, values, path.name, "")
+    profile = build_section(Profile, values, path.name)
     _check_together(profile, path.name)
     return profile
 
@@ -242,14 +275,14 @@ SCIENTIFIC = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", SCIENTIFIC, list("-+0123456789"))
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, expected: str) -> dict[str, Any]:
+    """The keys and values of a YAML file. Raises InputError: no such file (give ``expected``), or not keys and values."""
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); give a YAML file or a profile's name: "
-                         f"{', '.join(profile_names())}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: is not a YAML profile ({error})") from error
+        raise InputError(f"{path}: cannot be read ({error.strerror}); give {expected}") from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise InputError(f"{path}: is not a YAML file of keys and values ({' '.join(str(error).split())})") from error
     if not isinstance(values, dict):
         raise InputError(f"{path}: expected keys and values at the top, found {type(values).__name__}")
     return values
@@ -264,21 +297,26 @@ def _override(values: dict[str, Any], key: str, value: Any, file: str) -> None:
     values[last] = value
 
 
-def _nearest(name: str, valid: Iterable[str]) -> str:
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """The end of a message about an unknown ``name``: the nearest valid one, and all of them."""
     valid = list(valid)
     close = difflib.get_close_matches(name, valid, 1, 0)
     return f"; the nearest valid one is `{close[0]}` (valid: {', '.join(valid)})" if close else ""
 
 
-def _build(kind: type, values: Any, file: str, prefix: str) -> Any:
-    """Make the dataclass ``kind`` from a mapping whose keys must be exactly its fields."""
-    section = f"section `{prefix[:-1]}`" if prefix else "the profile"
+def build_section(kind: type, values: Any, file: str, prefix: str = "") -> Any:
+    """Make the dataclass ``kind`` from a mapping whose keys must be exactly its fields.
+
+    Raises:
+        InputError: names the ``file``, the key (after ``prefix``) and what was expected.
+    """
+    section = f"section `{prefix[:-1]}`" if prefix else "the file"
     if not isinstance(values, dict):
         raise InputError(f"{file}: {section}: expected keys and values, found {values!r}")
     hints, known = get_type_hints(kind), {item.name: item for item in fields(kind)}
     for key in values:
         if key not in known:
-            raise InputError(f"{file}: unknown key `{prefix}{key}`{_nearest(str(key), known)}")
+            raise InputError(f"{file}: unknown key `{prefix}{key}`{nearest(str(key), known)}")
     for key in known:
         if key not in values:
             raise InputError(f"{file}: missing key `{prefix}{key}`; {section} needs every one of {', '.join(known)}")
@@ -291,10 +329,12 @@ def _convert(hint: Any, value: Any, rule: Any, file: str, key: str) -> Any:
     if NoneType in parts:
         return None if value is None else _convert(parts[0], value, rule, file, key)
     if is_dataclass(hint):
-        return _build(hint, value, file, f"{key}.")
+        return build_section(hint, value, file, f"{key}.")
     if get_origin(hint) is dict:
-        if not isinstance(value, dict) or not value or any(not re.fullmatch(r"[\w-]+", str(name)) for name in value):
-            raise InputError(f"{file}: key `{key}`: expected named sections (letters, digits, _, -), found {value!r}")
+        names = r"[\w-]+" if is_dataclass(parts[1]) else r".+"
+        if not isinstance(value, dict) or not value or any(not re.fullmatch(names, str(name)) for name in value):
+            expected = "named sections (letters, digits, _, -)" if is_dataclass(parts[1]) else "keys and values"
+            raise InputError(f"{file}: key `{key}`: expected {expected}, found {value!r}")
         return {str(name): _convert(parts[1], item, {}, file, f"{key}.{name}") for name, item in value.items()}
     if get_origin(hint) is tuple:
         if not isinstance(value, list | tuple) or not value or len(set(map(str, value))) < len(value):
@@ -304,15 +344,15 @@ def _convert(hint: Any, value: Any, rule: Any, file: str, key: str) -> Any:
 
 
 def _check_value(hint: type, value: Any, rule: Any, where: str) -> Any:
-    if hint is float and type(value) is int:
+    if hint is float and type(value) is int and abs(value) < 10**300:
         value = float(value)
     if hint is Path and value and isinstance(value, str | Path):
         return Path(os.path.normpath(repository_root() / Path(value).expanduser()))
     if type(value) is not hint or value == "" or (hint is float and not math.isfinite(value)):
-        raise InputError(f"{where}: expected {KINDS[hint]}, found {value!r}")
+        raise InputError(f"{where}: expected {KINDS[hint]}, found {value!r:.80}")
     choices = rule.get("choices")
     if choices and value not in choices:
-        raise InputError(f"{where}: {value!r} is not among the choices{_nearest(value, choices)}")
+        raise InputError(f"{where}: {value!r} is not among the choices{nearest(value, choices)}")
     if not choices and "low" in rule and not rule["low"] <= value <= rule["high"]:
         raise InputError(f"{where}: expected a value from {rule['low']:g} to {rule['high']:g}, found {value!r}")
     return value
@@ -322,16 +362,33 @@ def _check_together(profile: Profile, file: str) -> None:
     """Rules between keys."""
     data, relevance, phantom = profile.data, profile.relevance, profile.data.source == "phantom"
     problems = {
-        "data.root: expected the folder that holds images/, for the source folder": not phantom and not data.root,
+        "data.card: expected the source's own name, for every source but folder": data.source not in ("folder", data.card),
+        "data.root: expected the data set's folder, for every source but phantom": not phantom and not data.root,
         "data.root: expected null, for the source phantom": phantom and data.root,
         "data.train_patients: expected 1 or more, for the source phantom": phantom and not data.train_patients,
         "data.test_patients: expected 1 or more, for the source phantom": phantom and not data.test_patients,
         "relevance.low: expected at most relevance.high": relevance.low > relevance.high,
-    }
+    } | _judge_problems(profile.judge)
     for problem, holds in problems.items():
         if holds:
             key, expected = problem.split(": ", 1)
             raise InputError(f"{file}: key `{key}`: {expected}")
+
+
+def _judge_problems(judge: Judges) -> dict[str, bool]:
+    """The rules between the keys of ``judge``, and whether each is broken."""
+    judged, panel = judge.backend == "models", judge.panel or {}
+    models = {"judge.judge": judge.judge, **{f"judge.panel.{name}": model for name, model in panel.items()}}
+    problems = {"judge.judge: expected a language model, for the backend models": judged and judge.judge is None,
+                "judge.panel: expected one language model or more, by name, for the backend models": judged and not panel}
+    for key, model in models.items():
+        if model is not None:
+            endpoint, variable = model.backend == "openai", model.api_key_env or "UNUSED"
+            problems[f"{key}.base_url: expected the endpoint's address, for the backend openai"] = (
+                endpoint and model.base_url is None)
+            problems[f"{key}.api_key_env: expected the NAME (A-Z, 0-9, _) of the environment variable that holds the "
+                     "key, never the key itself"] = re.fullmatch(r"[A-Z][A-Z0-9_]*", variable) is None
+    return problems
 
 
 def _shorten(path: Path) -> str:

@@ -194,8 +194,10 @@ class MMedPOTrainer(DPOTrainer):
         if missing and self.reference_cache and self.is_world_process_zero():
             write_json(self.reference_cache, known)
         for name, data in datasets.items():
-            chosen, rejected = zip(*(known[key] for key in pair_keys(data, self.args.max_length)), strict=True)
-            setattr(self, name, data.add_column("ref_chosen_logps", list(chosen)).add_column("ref_rejected_logps", list(rejected)))
+            columns = zip(*(known[key] for key in pair_keys(data, self.args.max_length)), strict=True)
+            for column, values in zip(("ref_chosen_logps", "ref_rejected_logps"), columns, strict=True):
+                data = data.add_column(column, list(values))
+            setattr(self, name, data)
 
     def _read_reference(self, pairs: dict[str, dict[str, Any]]) -> dict[str, list[float]]:
         """The cache's values, or none where they are not what the model says of up to four of ``pairs``."""

@@ -1,10 +1,10 @@
-"""Manifests: the released files read without a complaint, each kind of bad input gets one clear error."""
+"""Manifests: the released files read without a complaint, audited and repaired; rows and images survive the way."""
 
 from __future__ import annotations
 
 import json
+import re
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +21,15 @@ from mmedpo_utils.manifests import (
     question_text,
     read_manifest,
     read_questions,
+    repair_manifest,
     resolve_image,
     row_sha,
     row_source,
     rows_to_questions,
     write_manifest,
 )
+from mmedpo_utils.plots import weight_histograms
+from mmedpo_utils.relevance import normalise
 
 QUESTION = {"question_id": "q1", "image": "a.png", "text": "Is there a nodule?\n<image>", "gpt4_answer": "yes",
             "answer_type": "CLOSED", "patient_id": "p1", "finding": "nodule", "question_type": "presence"}
@@ -38,109 +41,21 @@ def good_row() -> dict:
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
-    """A folder with one good image, and some that are not."""
+    """A folder with two good images."""
     folder = tmp_path / "images"
     folder.mkdir()
     noise = np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)
     Image.fromarray(noise).save(folder / "a.png")
     Image.fromarray(noise).save(folder / "b.jpg")
-    (folder / "short.png").write_bytes((folder / "a.png").read_bytes()[:900])
-    (folder / "short.jpg").write_bytes((folder / "b.jpg").read_bytes()[:900])
-    (folder / "text.png").write_text("not an image", encoding="utf-8")
-    (folder / "empty.png").write_bytes(b"")
-    Image.fromarray(noise).save(tmp_path / "outside.png")
-    (folder / "link.png").symlink_to(tmp_path / "outside.png")
     return folder
-
-
-def put(*path: str | int, value: object) -> Callable[[dict], None]:
-    """A change to one place of a row."""
-    def change(row: dict) -> None:
-        for key in path[:-1]:
-            row = row[key]
-        row[path[-1]] = value
-    return change
-
-
-def drop(key: str) -> Callable[[dict], None]:
-    return lambda row: row.pop(key)
-
-
-HUMAN = {"from": "human", "value": "<image>\nIs there a nodule?"}
-BAD_ROWS = [
-    *[(drop(key), f"`{key}` is missing") for key in
-      ("id", "image", "conversations", "rejected_conversations", "weighted_score")],
-    (put("image", value=None), "`image` is missing"),
-    (put("image", value="  "), "`image`: expected a non-empty text"),
-    (put("image", value=["a.png"]), "`image`: expected a non-empty text"),
-    (put("id", value=True), "`id`: expected"),
-    (put("rejected_image", value=""), "`rejected_image`: expected"),
-    (put("conversations", value=[HUMAN]), "even number of turns"),
-    (put("conversations", value=[]), "even number of turns"),
-    (put("conversations", value="yes"), "even number of turns"),
-    (put("rejected_conversations", value=[HUMAN, HUMAN]), "turn 1: expected {from: gpt"),
-    (put("conversations", 1, "value", value=None), "turn 1"),
-    (put("conversations", 0, "value", value="Is there a nodule?"), "one <image> mark"),
-    (put("conversations", 0, "value", value="<image>\n<image>\nIs there?"), "one <image> mark"),
-    (put("conversations", 1, "value", value="yes <image>"), "one <image> mark"),
-    (put("rejected_conversations", 0, "value", value="<image>\nIs there an effusion?"), "another question"),
-    *[(put("weighted_score", value=value), "`weighted_score`: expected a number from 0 to 1") for value in
-      ("0.5", True, -0.1, 1.01, float("nan"), float("inf"), [0.5])],
-]
-
-
-@pytest.mark.parametrize(("change", "words"), BAD_ROWS, ids=[f"{words}-{i}" for i, (_, words) in enumerate(BAD_ROWS)])
-def test_bad_row_names_file_row_id_and_field(tmp_path: Path, change: Callable, words: str) -> None:
-    bad = good_row()
-    change(bad)
-    path = tmp_path / "pairs.json"
-    path.write_text(json.dumps([good_row(), bad]), encoding="utf-8")
-    with pytest.raises(InputError) as caught:
-        read_manifest(path)
-    for word in ("pairs.json", "row 1", f"(id {bad.get('id')!r})", words):
-        assert word in str(caught.value)
-    with pytest.raises(InputError):
-        write_manifest(tmp_path / "out.json", [bad])
-    assert not list(tmp_path.glob("*out.json*"))
-
-
-@pytest.mark.parametrize(("content", "words"), [
-    (b"{", "is not JSON"), (b"", "is not JSON"), (b"[" * 100_000, "is not JSON"), (b"\xff\xfe\x00", "cannot be read"),
-    (b"[]", "an empty list"), (b"{}", "non-empty list"), (b"null", "non-empty list"), (b"[1]", "row 0: expected"),
-])
-def test_bad_file(tmp_path: Path, content: bytes, words: str) -> None:
-    (tmp_path / "pairs.json").write_bytes(content)
-    with pytest.raises(InputError, match=words):
-        read_manifest(tmp_path / "pairs.json")
-    with pytest.raises(InputError, match="no preference pairs"):
-        write_manifest(tmp_path / "out.json", [])
-
-
-def test_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="cannot be read"):
-        read_manifest(tmp_path / "nothing.json")
-
-
-@pytest.mark.parametrize(("name", "words"), [
-    ("none.png", "is missing"), (".", "is missing"), ("short.png", "truncated"), ("short.jpg", "truncated"),
-    ("text.png", "not an image"), ("empty.png", "not an image"), ("../outside.png", "outside"),
-    ("/etc/hostname", "outside"), ("link.png", "outside"), ("a\0.png", "not a usable"), ("x" * 5000, "not a usable"),
-])
-@pytest.mark.parametrize("key", ["image", "rejected_image"])
-def test_bad_image(tmp_path: Path, images: Path, name: str, words: str, key: str) -> None:
-    row = good_row() | {key: name}
-    path = tmp_path / "pairs.json"
-    path.write_text(json.dumps([good_row(), row]), encoding="utf-8")
-    with pytest.raises(InputError, match=words) as caught:
-        read_manifest(path, images, images)
-    assert "row 1 (id 'q1')" in str(caught.value) and f"`{key}`" in str(caught.value)
-    assert len(read_manifest(path)) == 2, "without roots no image is looked at"
 
 
 def test_written_rows_read_back(tmp_path: Path, images: Path) -> None:
     rows = [good_row(), good_row() | {"rejected_image": "b.jpg", "source": "visual"}, good_row()]
     write_manifest(tmp_path / "pairs.json", rows)
     assert read_manifest(tmp_path / "pairs.json", images, images) == rows
+    (images / "a.png").unlink()
+    assert read_manifest(tmp_path / "pairs.json") == rows, "without roots no image is looked at"
     assert [row_source(row) for row in rows] == ["text", "visual", "text"]
     assert row_sha(rows) == row_sha([dict(reversed(row.items())) for row in rows]) != row_sha(rows[:1])
 
@@ -157,6 +72,59 @@ def test_identical_pairs_are_warned_of_and_counted(tmp_path: Path, images: Path)
     assert audit["sources"] == {"text": 2, "visual": 2} and audit["score_mean"] == pytest.approx(0.375)
 
 
+def test_audit_counts_leaks_and_repair_drops_by_choice() -> None:
+    def pair(question: str, chosen: str, rejected: str, score: float = 0.5, **optional: str) -> dict:
+        return pair_row(QUESTION | {"text": f"{question}\n<image>", "gpt4_answer": chosen}, rejected, score, **optional)
+
+    rows = [
+        pair("Is there a nodule?", "Yes", "No, the lungs are clear."), pair("is there a  NODULE?", "yes", "No"),
+        pair("Is there a mass?", "no", "  There is one."), pair("Where?", "No lesion is seen", "None, nowhere"),
+        pair("Which lobe?", "upper", "upper", 0.0), pair("Which side?", "the left lung", "right", 0.0),
+        pair("Is there a nodule?", "Yes", "Yes", rejected_image="b.png"),
+    ]
+    audit = audit_manifest(rows)
+    assert audit["duplicate_prompts"] == 1, "the visual row is of another source"
+    assert (audit["rejected_longer"], audit["rejected_shorter"]) == (2, 2), "words; the identical and the visual row aside"
+    assert (audit["opposite_openers"], audit["one_sided_openers"]) == (2, 2), "`None` does not begin with the word no"
+    everything = ("drop_zero_weight", "drop_identical", "drop_duplicates")
+    assert repair_manifest(rows, everything) == ([rows[0], *rows[2:4], rows[6]],
+                                                 {"drop_zero_weight": 2, "drop_identical": 0, "drop_duplicates": 1})
+    assert repair_manifest(rows, everything[1:2]) == (rows[:4] + rows[5:], {"drop_identical": 1})
+    assert repair_manifest(rows, ()) == (rows, {}) and len(rows) == 7
+    with pytest.raises(InputError, match="'drop_all': unknown; choose among drop_zero_weight"):
+        repair_manifest(rows, ["drop_all"])
+
+
+@pytest.mark.parametrize(("file", "zero", "pairs"), [("vqa-rad", 12, 1797), ("iuxray", 34, 2069)])
+def test_released_files_are_audited_repaired_and_weighed(shared: Path, file: str, zero: int, pairs: int) -> None:
+    """The counts are made a second time here, from the JSON alone."""
+    path = shared / f"data/released/{file}_dpo_weighted.json"
+    raw = json.loads(path.read_text(encoding="utf-8"))
+    texts = [[turns[-1]["value"] for turns in (row["conversations"], row["rejected_conversations"])] for row in raw]
+    sides = [[text.split() for text in pair] for pair in texts]
+    first = [[re.findall("[a-z]+|$", text.lower())[0] for text in pair] for pair in texts]
+    prompts = {(row["image"], row["conversations"][0]["value"].lower()) for row in raw}
+    audit = audit_manifest(rows := read_manifest(path))
+    assert (audit["rows"], audit["zero_weights"]) == (pairs, zero) == (len(raw), sum(not row["weighted_score"] for row in raw))
+    assert audit["duplicate_prompts"] == len(raw) - len(prompts)
+    assert audit["rejected_longer"] == sum(len(chosen) < len(rejected) for chosen, rejected in sides)
+    assert audit["rejected_shorter"] == sum(len(chosen) > len(rejected) for chosen, rejected in sides)
+    assert audit["opposite_openers"] == sum(sorted(pair) == ["no", "yes"] for pair in first)
+    assert audit["one_sided_openers"] == sum((pair[0] in ("yes", "no")) != (pair[1] in ("yes", "no")) for pair in first)
+    left, counts = repair_manifest(rows, ("drop_zero_weight", "drop_duplicates"))
+    assert counts["drop_zero_weight"] == zero and len(left) == pairs - sum(counts.values())
+    again = audit_manifest(left)
+    assert again["zero_weights"] == again["duplicate_prompts"] == 0 and again["score_range"][0] > 0
+    weights = {method: normalise([row["weighted_score"] for row in rows], method) for method in ("none", "literal", "rescaled")}
+    assert (weights["literal"] == 0.75).all(), "every score of at most 1 falls to the lower bound"
+    assert weights["none"].min() == 0 and (weights["none"] == [row["weighted_score"] for row in raw]).all()
+    assert 0.75 <= weights["rescaled"].min() < 1 < weights["rescaled"].max() <= 1.25
+    figure = weight_histograms(weights)
+    for panel, (name, values) in zip(figure.axes, weights.items(), strict=True):
+        assert sum(bar.get_height() for bar in panel.patches) == pairs
+        assert panel.get_title().startswith(f"{name}: mean {values.mean():.2f}")
+
+
 def test_texts_without_the_mark() -> None:
     assert question_text(QUESTION) == question_text(good_row()) == question_text("<image> Is there a nodule?")
     assert answer_text(good_row()) == "yes" and answer_text(good_row(), rejected=True) == "no"
@@ -165,26 +133,6 @@ def test_texts_without_the_mark() -> None:
 def test_rows_and_questions_are_inverse() -> None:
     assert rows_to_questions([good_row()]) == [QUESTION]
     assert rows_to_questions([pair_row(QUESTION | {"gpt4_answer": "Free air"}, "no", 1)])[0]["answer_type"] == "OPEN"
-
-
-@pytest.mark.parametrize(("change", "words"), [
-    ({"text": "Is there?"}, "one <image> mark"), ({"answer_type": "MAYBE"}, "CLOSED, OPEN, REPORT"),
-    ({"gpt4_answer": None}, "`gpt4_answer` is missing"), ({"image": ""}, "`image`"),
-    ({"image": "none.png"}, "is missing"),
-])
-def test_bad_question(tmp_path: Path, images: Path, change: dict, words: str) -> None:
-    path = tmp_path / "questions.jsonl"
-    path.write_text(f"{json.dumps(QUESTION)}\n\n{json.dumps(QUESTION | change)}\n", encoding="utf-8")
-    with pytest.raises(InputError, match=words) as caught:
-        read_questions(path, images)
-    assert "row 2 (question_id 'q1')" in str(caught.value)
-
-
-@pytest.mark.parametrize("text", ["", "{", "[]"])
-def test_bad_question_file(tmp_path: Path, text: str) -> None:
-    (tmp_path / "questions.jsonl").write_text(text, encoding="utf-8")
-    with pytest.raises(InputError, match="questions.jsonl"):
-        read_questions(tmp_path / "questions.jsonl")
 
 
 def test_open_image_makes_every_mode_grey_or_rgb(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import re
 import shutil
 from pathlib import Path
 
@@ -13,12 +12,12 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, BertTokenizer
 
 from mmedpo_utils.errors import InputError
 from mmedpo_utils.medklip import (
     PHANTOM_CHECKPOINT,
     MedKLIP,
-    MedKLIPConfig,
     confidence,
     heat_map,
     load_medklip,
@@ -26,6 +25,7 @@ from mmedpo_utils.medklip import (
     pointing_hit,
     score_medklip,
 )
+from mmedpo_utils.medklip_checkpoint import OFFICIAL_QUERIES, query_embeddings
 from mmedpo_utils.phantom.build_medklip import read_report, training_films
 from mmedpo_utils.phantom.texts import report
 from mmedpo_utils.phantom.world import FINDINGS, films
@@ -46,43 +46,145 @@ def images(population) -> list[Image.Image]:
     return [Image.fromarray(film.image) for film in population]
 
 
-def official_key(key: str) -> str:
-    """Our state-dict key of an official one; only the trunk's differ."""
-    key = key.removeprefix("module.")
-    key = key.replace("res_features.0.", "res_features.embedder.embedder.convolution.")
-    key = key.replace("res_features.1.", "res_features.embedder.embedder.normalization.")
-    block = re.fullmatch(r"res_features\.(\d)\.(\d)\.(.*)", key)
-    if not block:
-        return key
-    rest = block[3].replace("downsample.0", "shortcut.convolution").replace("downsample.1", "shortcut.normalization")
-    rest = re.sub(r"conv(\d)", lambda found: f"layer.{int(found[1]) - 1}.convolution", rest)
-    rest = re.sub(r"bn(\d)", lambda found: f"layer.{int(found[1]) - 1}.normalization", rest)
-    return f"res_features.encoder.stages.{int(block[1]) - 4}.layers.{block[2]}.{rest}"
-
-
-def test_official_sizes_give_the_official_outputs(shared):
-    golden = shared / "golden"
-    specification = importlib.util.spec_from_file_location("recipe", golden / "recipe.py")
+def recipe_of(shared: Path):
+    """The golden folder's own rule for weights, and the official state that it gives."""
+    specification = importlib.util.spec_from_file_location("recipe", shared / "golden" / "recipe.py")
     recipe = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(recipe)
+    state = {key: torch.from_numpy(np.asarray(value))
+             for key, value in recipe.state_dict(shared / "golden" / "medklip" / "keys.json").items()}
+    return recipe, state
+
+
+def test_the_official_file_gives_the_official_outputs(shared, tmp_path, monkeypatch):
+    golden = shared / "golden"
+    recipe, state = recipe_of(shared)
     expected = np.load(golden / "medklip" / "expected.npz")
-    queries = tuple(json.loads((golden / "medklip" / "classes.json").read_text()))
-    model = MedKLIP(MedKLIPConfig(queries, tuple(str(index) for index in range(51)))).eval()
-    state = {official_key(key): torch.from_numpy(np.asarray(value))
-             for key, value in recipe.state_dict(golden / "medklip" / "keys.json").items()}
-    state |= {"disease_book": torch.from_numpy(recipe.tensor("disease_book", (75, 768))),
-              "location_book": torch.from_numpy(recipe.tensor("ana_book", (51, 768)))}
-    model.load_state_dict(state)
+    book = torch.from_numpy(recipe.tensor("disease_book", (75, 768)))
+    monkeypatch.setattr("mmedpo_utils.medklip.query_embeddings", lambda *_: book)
+    torch.save({"model": state}, tmp_path / "official.pth")
+    model = load_medklip(tmp_path / "official.pth")
+    assert model.queries == tuple(json.loads((golden / "medklip" / "classes.json").read_text()))
     names = ("00000001_000.png", "00027426_000.png", "synpic42202.jpg", "synpic32933.jpg")
-    pixels = model.preprocess([Image.open(next((shared / "data").rglob(name))) for name in names])
+    pixels = model.preprocess([Image.open(golden / "images" / name) for name in names])
     np.testing.assert_allclose(pixels[:, :, ::8, ::8], expected["pixel_grid"], atol=1e-6)
     with torch.inference_mode():
         output = model(pixels)
-    np.testing.assert_allclose(output.logits, expected["logits"], atol=2e-5)
-    np.testing.assert_allclose(heat_map(output), expected["map_disease"], atol=5e-7)
-    np.testing.assert_allclose(confidence(output), expected["confidence"], atol=1e-5)
+    np.testing.assert_allclose(output.logits, expected["logits"], rtol=0, atol=2e-5)
+    np.testing.assert_allclose(heat_map(output), expected["map_disease"], rtol=0, atol=5e-7)
+    np.testing.assert_allclose(confidence(output), expected["confidence"], rtol=0, atol=1e-5)
     for layer in range(4):
-        np.testing.assert_allclose(output.attentions[:, layer].mean(1), expected[f"attn_layer{layer}"], atol=3e-6)
+        np.testing.assert_allclose(output.attentions[:, layer].mean(1), expected[f"attn_layer{layer}"], rtol=0, atol=3e-6)
+
+
+def test_every_form_of_the_file_gives_the_same_network(shared, tmp_path, monkeypatch):
+    recipe, state = recipe_of(shared)
+    book = torch.from_numpy(recipe.tensor("disease_book", (75, 768)))
+    monkeypatch.setattr("mmedpo_utils.medklip.query_embeddings", lambda *_: book)
+    torch.save({"model": state}, tmp_path / "official.pth")
+    expected = load_medklip(tmp_path / "official.pth").state_dict()
+    assert torch.equal(expected["cl_fc.weight"], state["module.cl_fc.weight"]), "stored, though the maps don't need it"
+    torch.save({key.removeprefix("module."): value for key, value in state.items()}, tmp_path / "bare.pth")
+    save_file(state, tmp_path / "official.safetensors")
+    save_file(expected, tmp_path / "ours.safetensors")
+    for name in ("bare.pth", "official.safetensors", "ours.safetensors"):
+        if name == "ours.safetensors":
+            monkeypatch.setattr("mmedpo_utils.medklip.query_embeddings", lambda *_: pytest.fail("the file holds them"))
+        found = load_medklip(tmp_path / name).state_dict()
+        assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found), name
+
+
+def test_a_wrong_official_file_names_what_is_wrong(shared, tmp_path, monkeypatch):
+    monkeypatch.setattr("mmedpo_utils.medklip.query_embeddings", lambda *_: torch.zeros(75, 768))
+    _, state = recipe_of(shared)
+    path = tmp_path / "checkpoint.pth"
+
+    def refusal(stored: object) -> str:
+        torch.save(stored, path)
+        with pytest.raises(InputError) as raised:
+            load_medklip(path)
+        assert str(path) in str(raised.value)
+        return str(raised.value)
+
+    short = {key: value for key, value in state.items() if key != "module.res_l1.bias"}
+    said = refusal({"model": short | {"module.stray": torch.zeros(1), "module.classifier.bias": torch.zeros(3)}})
+    assert "1 missing (res_l1.bias)" in said and "1 unexpected (stray)" in said
+    assert "classifier.bias [3] instead of [2]" in said
+    assert "missing (res_features.encoder.stages.0.layers.0.layer.0.convolution.weight)" in refusal(
+        {key: value for key, value in state.items() if key != "module.res_features.4.0.conv1.weight"})
+    assert "res_l1.bias under two names" in refusal(state | {"res_l1.bias": torch.zeros(1024)})
+    assert "'epoch': expected a tensor" in refusal({"model": {"epoch": 3}})
+    assert "found list" in refusal([1, 2]) and "found dict" in refusal({"model": {}})
+    assert "cannot be read as MedKLIP weights" in refusal({"model": Planted(str(tmp_path / "ran"))})
+    assert not (tmp_path / "ran").exists(), "a pickle never runs code"
+    path.write_bytes(b"not a checkpoint")
+    with pytest.raises(InputError, match="cannot be read as MedKLIP weights"):
+        load_medklip(path)
+
+
+class Planted:
+    """Makes the file ``path`` when it is unpickled carelessly."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return (Path.touch, (Path(self.path),))
+
+
+@pytest.fixture(scope="module")
+def tiny_bert(tmp_path_factory) -> Path:
+    """A BERT of width 8 with a word vocabulary, saved like any other."""
+    folder = tmp_path_factory.mktemp("bert")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "about", *OFFICIAL_QUERIES]
+    (folder / "vocab.txt").write_text("\n".join(words), encoding="utf-8")
+    BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
+    torch.manual_seed(0)
+    BertModel(BertConfig(vocab_size=len(words), hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
+                         intermediate_size=8, max_position_embeddings=64)).save_pretrained(folder)
+    return folder
+
+
+def test_text_embeddings_are_the_first_token_and_are_computed_once(tmp_path, tiny_bert, monkeypatch):
+    texts = {("eumonia" if query == "pneumonia" else query): f"about {query}" for query in OFFICIAL_QUERIES}
+    texts["scar"] = "about scar " * 60
+    path = tmp_path / "descriptions.json"
+    path.write_text(json.dumps(dict(reversed(texts.items()))), encoding="utf-8")
+    embeddings = query_embeddings(path, str(tiny_bert))
+    tokenizer, bert = AutoTokenizer.from_pretrained(tiny_bert), AutoModel.from_pretrained(tiny_bert).eval()
+    assert embeddings.shape == (75, 8)
+    for query in ("normal", "pneumonia", "disease", "scar"):
+        alone = tokenizer(["about scar " * 31 if query == "scar" else f"about {query}"], return_tensors="pt")
+        with torch.inference_mode():
+            state = bert(**alone).last_hidden_state[0, 0]
+        torch.testing.assert_close(embeddings[OFFICIAL_QUERIES.index(query)], state, atol=1e-5, rtol=1e-4)
+    with monkeypatch.context() as patch:
+        patch.setattr("transformers.AutoModel.from_pretrained", lambda *_: pytest.fail("computed twice"))
+        assert torch.equal(query_embeddings(path, str(tiny_bert)), embeddings)
+    assert len(list(tmp_path.iterdir())) == 2, "one cache file, nothing half-written"
+    path.write_text(json.dumps(texts | {"normal": "about disease"}), encoding="utf-8")
+    changed = query_embeddings(path, str(tiny_bert))
+    assert not torch.equal(changed[0], embeddings[0]) and torch.equal(changed[1], embeddings[1])
+
+
+def test_unusable_descriptions_and_encoders_say_so(tmp_path, tiny_bert):
+    path = tmp_path / "descriptions.json"
+    with pytest.raises(InputError, match="fetch \"observation explanation.json\""):
+        query_embeddings(path, str(tiny_bert))
+    path.write_text("[]")
+    with pytest.raises(InputError, match="found list"):
+        query_embeddings(path, str(tiny_bert))
+    texts = {query: f"about {query}" for query in OFFICIAL_QUERIES}
+    path.write_text(json.dumps(texts | {"normal": "", "disease": 3}))
+    with pytest.raises(InputError, match=r"2 of 75 queries \(normal, disease\)"):
+        query_embeddings(path, str(tiny_bert))
+    path.write_text(json.dumps(texts))
+    with pytest.raises(InputError, match="text encoder .*absent.*cannot be loaded"):
+        query_embeddings(path, str(tmp_path / "absent"))
+    query_embeddings(path, str(tiny_bert))
+    next(tmp_path.glob("query_embeddings-*")).write_bytes(b"torn")
+    with pytest.raises(InputError, match="delete it"):
+        query_embeddings(path, str(tiny_bert))
 
 
 @torch.inference_mode()

@@ -132,16 +132,45 @@ def test_schedule_falls_and_the_step_halves_the_signal() -> None:
     assert step_for_signal(schedule, 1.0) == 0 and step_for_signal(schedule, 0.0) == 999
 
 
+def test_diffusion_step_matches_the_released_one(golden: dict[str, np.ndarray]) -> None:
+    class Drawn:
+        def standard_normal(self, shape: tuple[int, ...]) -> np.ndarray:
+            return golden["diffusion_randn_seed0"].transpose(1, 2, 0).reshape(shape)
+
+    image, schedule = golden["diffusion_input"].transpose(1, 2, 0), signal_schedule()
+    for step, expected in zip(golden["diffusion_steps"], golden["diffusion_output"], strict=True):
+        noised = global_noise(image, schedule[step], Drawn())
+        np.testing.assert_allclose(noised, np.clip(expected, 0, 1).transpose(1, 2, 0), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("stem", STEMS)
-def test_released_variant_matches_the_authors(shared: Path, golden: dict[str, np.ndarray], stem: str) -> None:
-    image, heat_map = pixels(shared, stem), golden["attn14"][list(STEMS).index(stem)]
+@pytest.mark.parametrize("kind", ["attn", "blob"])
+def test_released_variant_matches_the_authors(shared: Path, golden: dict[str, np.ndarray], stem: str, kind: str) -> None:
+    image = pixels(shared, stem)
+    heat_map = golden["attn14"][list(STEMS).index(stem)] if kind == "attn" else golden["blob14"]
+    wanted = {name.removeprefix(f"{kind}_{stem}_"): value for name, value in golden.items()}
     mask = released_mask(heat_map.repeat(16, 0).repeat(16, 1), image.shape[:2])
-    with Image.open(shared / f"golden/noise/mask_attn_{stem}.png") as stored:
-        expected = np.array(stored) > 0
-    assert np.array_equal(mask, expected)
-    noised = released_noise(image, expected, np.random.RandomState(0))
-    assert hashlib.sha256(noised.tobytes()).hexdigest() == str(golden[f"attn_{stem}_noised_sha256"])
-    assert np.array_equal(np.bincount(noised[expected].ravel(), minlength=256), golden[f"attn_{stem}_hist_masked"])
+    if kind == "attn":
+        with Image.open(shared / f"golden/noise/mask_attn_{stem}.png") as stored:
+            assert np.array_equal(mask, np.array(stored) > 0)
+    assert mask.mean() == wanted["coverage"] and image.shape == tuple(wanted["shape"])
+    noised = released_noise(image, mask, np.random.RandomState(0))
+    assert hashlib.sha256(noised.tobytes()).hexdigest() == str(wanted["noised_sha256"])
+    assert np.array_equal(np.bincount(noised[mask].ravel(), minlength=256), wanted["hist_masked"])
+    assert np.array_equal(np.bincount(noised.ravel(), minlength=256), wanted["hist_all"])
+    row, columns = int(wanted["first_row"]), wanted["first_row_cols"]
+    assert np.array_equal(np.nonzero(mask.any(1))[0][0], row) and np.array_equal(np.nonzero(mask[row])[0], columns)
+    assert np.array_equal(noised[row, columns], wanted["first_row_values"])
+    assert np.array_equal(noised[~mask], image[~mask])
+
+
+def test_negative_noise_wraps_modulo_256_whatever_the_processor() -> None:
+    class Drawn:
+        def normal(self, mean: float, deviation: float, shape: tuple[int, ...]) -> np.ndarray:
+            return np.array([[-3.7, -0.9, 0.9, 3.7, -255.5, 300.2]]).reshape(shape)
+
+    noised = released_noise(np.full((1, 6), 7, np.uint8), np.ones((1, 6), bool), Drawn())
+    assert noised.tolist() == [[253, 0, 0, 3, 1, 44]]
 
 
 def test_released_noise_is_speckle() -> None:

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from ..files import atomic_write, write_json, write_json_lines
+from ..manifests import open_image
 from .world import FINDINGS, LEVELS, SIDES, Film, films
 
 SPLITS = ("train", "validation", "test")
@@ -123,9 +124,8 @@ def pack_masks(masks: dict[str, np.ndarray]) -> np.ndarray:
 
 
 def read_masks(path: str | Path) -> dict[str, np.ndarray]:
-    """The bool masks of one film, for the findings that have a pixel. Shape: [H, W] each."""
-    with Image.open(path) as image:
-        packed = np.asarray(image)
+    """The bool masks of one film, for the findings that have a pixel. Shape: [H, W] each. Raises InputError: no image."""
+    packed = np.asarray(open_image(path))
     masks = {finding: (packed >> bit & 1).astype(bool) for bit, finding in enumerate(FINDINGS)}
     return {finding: mask for finding, mask in masks.items() if mask.any()}
 

@@ -1,0 +1,163 @@
+"""Dataset cards: what a data set is, how to get it, how its folder looks; and what a folder still lacks."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .errors import InputError
+from .loaders import LAYOUTS, Questions, read_layout
+from .manifests import resolve_image
+from .profiles import IMAGE_FOLDERS, build_section, nearest, read_yaml, repository_root
+
+COUNT = {"low": 0, "high": 10**9}
+FOLDERS = {"phantom": ("folder", "data"), "vqa-rad-mini": ("folder", "")}
+
+
+@dataclass(frozen=True)
+class Split:
+    """Sizes of one split; None where nobody says.
+
+    Attributes:
+        items: questions or reports that the loader reads from the published files.
+        images: images that those ask about.
+        paper_items: the paper's count: training pairs of one stage (Table 5), or test items (Table 6).
+        paper_images: the paper's count of images (Table 6).
+    """
+
+    items: int | None = field(metadata=COUNT)
+    images: int | None = field(metadata=COUNT)
+    paper_items: int | None = field(metadata=COUNT)
+    paper_images: int | None = field(metadata=COUNT)
+
+
+@dataclass(frozen=True)
+class DatasetCard:
+    """One data set.
+
+    Attributes:
+        credentialed: whether its terms forbid passing it on: nothing of it may then leave the machine.
+        access: how to get it, in words.
+        layout: what must lie under the data set's folder, by path; " or " between two paths means that one is enough.
+        oddities: what does not add up, or deserves care.
+        files: SHA-256 (hexadecimal) of a file, by path; None where none is published.
+    """
+
+    name: str
+    title: str
+    task: str
+    modality: str
+    licence: str
+    credentialed: bool
+    homepage: str
+    access: str
+    layout: dict[str, str]
+    splits: dict[str, Split]
+    oddities: tuple[str, ...]
+    files: dict[str, str | None]
+    citation: str
+
+
+def card_folder() -> Path:
+    """The folder of the cards, data_manifests/."""
+    return repository_root() / "data_manifests"
+
+
+def card_names() -> list[str]:
+    """The names of the cards."""
+    return sorted(path.stem for path in card_folder().glob("*.yaml"))
+
+
+def load_card(name_or_path: str | os.PathLike) -> DatasetCard:
+    """Read and check a dataset card.
+
+    Args:
+        name_or_path: a card's name, or the path of a YAML file.
+
+    Raises:
+        InputError: no such card, not YAML, a key unknown or missing, a value of the wrong type.
+    """
+    path = Path(name_or_path)
+    if not path.suffix and not path.is_file():
+        path = card_folder() / f"{name_or_path}.yaml"
+        if not path.is_file():
+            raise InputError(f"dataset card {str(name_or_path)!r}: unknown{nearest(str(name_or_path), card_names())}")
+    card = build_section(DatasetCard, read_yaml(path, f"a YAML file or a card's name: {', '.join(card_names())}"), path.name)
+    if card.name != path.stem:
+        raise InputError(f"{path.name}: key `name`: expected the file's own name, {path.stem}, found {card.name!r}")
+    for file, digest in card.files.items():
+        if digest is not None and not re.fullmatch(r"[0-9a-f]{64}", digest):
+            raise InputError(f"{path.name}: key `files.{file}`: expected a SHA-256 of 64 hexadecimal digits, or null where "
+                             f"none is known, found {digest!r}")
+    return card
+
+
+def check_dataset(card: DatasetCard, root: str | os.PathLike) -> list[dict[str, Any]]:
+    """Compare a folder with its card: files, hashes, questions and images per split.
+
+    Nothing is decoded, and absent or damaged data raises nothing: it becomes a row.
+
+    Args:
+        root: the data set's folder (of the phantom world: the profile's output folder).
+
+    Returns:
+        one row per thing looked at: ``what``, ``expected``, ``found``, ``what to do`` ("nothing" where it is as expected).
+    """
+    root = Path(root)
+    fetch = f"fetch it: {card.access}"
+    rows = []
+    for path, content in card.layout.items():
+        present = [option for option in path.split(" or ") if (root / option).exists()]
+        rows.append(_line(path, content, present[0] if present else "missing", "" if present else fetch))
+    for path, digest in card.files.items():
+        if digest is not None and (root / path).is_file():
+            found = file_sha256(root / path)
+            rows.append(_line(f"{path}: SHA-256", f"{digest[:12]}...", f"{found[:12]}...",
+                              "" if found == digest else "fetch it again, or note which version you have"))
+    try:
+        questions, folder = _read(card.name, root)
+    except InputError as error:
+        return [*rows, _line("questions", "readable", "not readable", str(error))]
+    for split, size in card.splits.items():
+        rows += _check_split(split, size, questions.get(split, []), folder)
+    return rows
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 (hexadecimal) of a file, read in pieces."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _check_split(split: str, size: Split, questions: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
+    names = dict.fromkeys(row["image"] for row in questions)
+    absent = [name for name in names if not _is_there(folder, name)]
+    count, expected = len(questions), size.items
+    differs = (count != expected) if expected is not None else not count
+    return [
+        _line(f"{split}: questions or reports", expected, count,
+              "compare with the card's `oddities`: this is another version, or a part" if differs else ""),
+        _line(f"{split}: images", len(names), len(names) - len(absent),
+              f"put the missing ones into {folder.name}/, {absent[0]} first" if absent else ""),
+    ]
+
+
+def _line(what: str, expected: Any, found: Any, remedy: str) -> dict[str, Any]:
+    return {"what": what, "expected": expected, "found": found, "what to do": remedy or "nothing"}
+
+
+def _read(name: str, root: Path) -> tuple[Questions, Path]:
+    """The questions of a card's data set, and its image folder."""
+    layout, part = FOLDERS.get(name, (name if name in LAYOUTS else "folder", ""))
+    return read_layout(layout, root / part, images=False), root / part / IMAGE_FOLDERS[layout]
+
+
+def _is_there(folder: Path, name: str) -> bool:
+    try:
+        return resolve_image(folder, name).is_file()
+    except InputError:
+        return False

@@ -1,0 +1,81 @@
+"""What may leave this machine: where an endpoint lies, what a dataset card allows, and folders that only their owner reads."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+from pathlib import Path
+from typing import Protocol
+
+from .errors import InputError
+
+ENDPOINT = re.compile(r"https?://(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9.-]+)(:\d{1,5})?(/[\w./~-]*)?")
+
+
+def endpoint_host(base_url: str) -> str:
+    """The host of an endpoint's address, in lower case, without port and brackets.
+
+    Raises:
+        InputError: not a plain http(s) address; user names, keys, queries and escapes in it are refused.
+    """
+    match = ENDPOINT.fullmatch(base_url)
+    if match is None:
+        raise InputError("profile section `judge`: a base_url is not a plain address; expected one like "
+                         "http://127.0.0.1:8000/v1, without user name, key, query or escapes")
+    return match[1].strip("[]").lower()
+
+
+def is_loopback(base_url: str) -> bool:
+    """Whether an endpoint lies on this machine: localhost, 127.0.0.0/8 or ::1. Raises InputError: not an address."""
+    host = endpoint_host(base_url)
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+class Card(Protocol):
+    """What is read of a dataset card: the data set's name, and whether its users are credentialed for it."""
+
+    name: str
+    credentialed: bool
+
+
+def agreement_sentence(card: Card) -> str:
+    """The sentence by which the reader states, in the profile, that the data set's agreement allows remote judges."""
+    return (f"I have checked my data use agreement: it allows sending texts of {card.name} to the endpoints that "
+            "this profile names.")
+
+
+def check_endpoint(base_url: str, card: Card, agreement: str | None) -> None:
+    """Refuse an endpoint outside this machine for credentialed data, unless the reader has stated that it is allowed.
+
+    Args:
+        agreement: the profile's ``judge.agreement``.
+
+    Raises:
+        InputError: the endpoint is remote, the card does not say that the data is free to share, and the sentence is
+            not there word by word.
+    """
+    sentence = agreement_sentence(card)
+    if not is_loopback(base_url) and card.credentialed is not False and agreement != sentence:
+        raise InputError(f"{card.name} is credentialed data, and {endpoint_host(base_url)} is not this machine: nothing "
+                         "was sent. Use an endpoint on 127.0.0.1, or, if your data use agreement allows it, write into the "
+                         f"profile's key `judge.agreement` exactly: {sentence}")
+
+
+def private_folder(path: str | os.PathLike) -> Path:
+    """Make a folder (if absent) that only its owner can list, read or write (mode 0700), and return its path.
+
+    Raises:
+        InputError: it cannot be made, or belongs to someone else.
+    """
+    folder = Path(path)
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder.chmod(0o700)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be made private ({error.strerror or error}); choose another folder with the "
+                         "profile's `output`") from error
+    return folder

@@ -1,0 +1,252 @@
+"""Back ends, cache, retries and limits, against a real server on loopback that misbehaves on demand."""
+
+from __future__ import annotations
+
+import json
+import logging
+import stat
+import time
+import traceback
+from email.utils import formatdate
+
+import pytest
+
+from mmedpo_utils.chat import Chat, EndpointModel, Limits, Sampling
+from mmedpo_utils.errors import InputError
+from mmedpo_utils.profiles import LanguageModel
+from tests.servers import running
+
+KEY = "sk-very-secret-0123456789"
+MESSAGES = [{"role": "user", "content": "Patient Jane Roe: how relevant?"}]
+SCHEMA = {"type": "object", "properties": {"score": {"type": "number"}}, "required": ["score"], "additionalProperties": False}
+SAMPLING = Sampling(0.0, 3, 64)
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setenv("TEST_JUDGE_KEY", KEY)
+    with running() as server:
+        yield server
+
+
+@pytest.fixture
+def waits():
+    return []
+
+
+def endpoint(server, **values) -> LanguageModel:
+    return LanguageModel(**{"backend": "openai", "model": "m", "base_url": server.url, "api_key_env": "TEST_JUDGE_KEY",
+                            "quantization": "none", "input_price": 0.0, "output_price": 0.0} | values)
+
+
+def chat_of(server, folder, waits, timeout=60.0, prices=(0.0, 0.0), **limits) -> Chat:
+    return Chat(EndpointModel(endpoint(server), timeout), folder, Limits(sleep=waits.append, **limits), *prices)
+
+
+def test_the_request_carries_model_messages_schema_sampling_and_key(server, tmp_path, waits):
+    assert chat_of(server, tmp_path, waits)(MESSAGES, SCHEMA, SAMPLING) == server.usual
+    (headers, body), = server.seen
+    assert headers["authorization"] == f"Bearer {KEY}"
+    assert (body["model"], body["messages"], body["temperature"], body["seed"], body["max_tokens"]) == ("m", MESSAGES, 0, 3, 64)
+    assert body["response_format"]["json_schema"]["schema"] == SCHEMA
+
+
+def test_no_other_key_of_the_environment_is_sent_where_none_is_named(server, tmp_path, waits, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    Chat(EndpointModel(endpoint(server, api_key_env=None), 60), tmp_path)(MESSAGES, SCHEMA, SAMPLING)
+    assert KEY not in json.dumps(server.seen)
+
+
+@pytest.mark.parametrize(("plan", "reason"), [
+    (("slow", 5.0), "time-out"), (("status", (429, {"Retry-After": "7"})), "429"), (("status", (500, {})), "500"),
+    (("status", (503, {})), "503"), (("torn", None), "torn"), (("half", None), "half"), (("raw", '{"choices": []}'), "empty"),
+    (("raw", '"prose"'), "text"), (("raw", "null"), "null"),
+])
+def test_a_failing_request_is_tried_again(server, tmp_path, waits, plan, reason):
+    server.plan = [plan]
+    chat = chat_of(server, tmp_path, waits, timeout=1.5 if reason == "time-out" else 60.0)
+    assert chat(MESSAGES, SCHEMA, SAMPLING) == server.usual
+    assert (chat.counters.requests, chat.counters.retries, len(server.seen)) == (2, 1, 2)
+    assert waits == [7.0] if reason == "429" else 0.5 <= waits[0] <= 1.5
+
+
+def test_back_off_doubles_with_jitter_and_ends(server, tmp_path, waits):
+    server.usual = ("status", (500, {}))
+    with pytest.raises(InputError, match="no answer in 5 attempts.*status 500"):
+        chat_of(server, tmp_path, waits)(MESSAGES, SCHEMA, SAMPLING)
+    assert len(server.seen) == 5 and len(waits) == 4
+    assert all(0.5 * 2**turn <= wait <= 1.5 * 2**turn for turn, wait in enumerate(waits))
+    assert not list(tmp_path.glob("*.json")), "a failure is not cached"
+
+
+@pytest.mark.parametrize(("header", "low", "high"), [
+    ("0", 0, 0), ("2.5", 2.5, 2.5), ("86400", 300, 300), ("-4", 0, 0), ("nan", 0.5, 1.5), ("soon", 0.5, 1.5),
+])
+def test_retry_after(server, tmp_path, waits, header, low, high):
+    server.plan = [("status", (429, {"Retry-After": header}))]
+    chat_of(server, tmp_path, waits)(MESSAGES, SCHEMA, SAMPLING)
+    assert low <= waits[0] <= high
+
+
+def test_retry_after_as_a_date(server, tmp_path, waits):
+    server.plan = [("status", (503, {"Retry-After": formatdate(time.time() + 30, usegmt=True)}))]
+    chat_of(server, tmp_path, waits)(MESSAGES, SCHEMA, SAMPLING)
+    assert 10 <= waits[0] <= 30
+
+
+def test_a_cut_off_answer_is_asked_for_again_with_more_room(server, tmp_path, waits):
+    server.usual = ("length", '{"score": 0.')
+    chat = chat_of(server, tmp_path, waits)
+    assert chat(MESSAGES, SCHEMA, SAMPLING) == '{"score": 0.'
+    assert [body["max_tokens"] for _, body in server.seen] == [64, 128, 256]
+    server.plan = [("length", '{"sc'), '{"score": 1}']
+    assert chat(MESSAGES, SCHEMA, Sampling(0.0, 4, 64)) == '{"score": 1}'
+    assert chat.counters.retries == 3
+
+
+def test_a_server_that_rejects_the_schema_is_asked_without_it(server, tmp_path, waits):
+    server.usual = ("status", (400, {}))
+    chat = chat_of(server, tmp_path, waits)
+    with pytest.raises(InputError, match="answers 400"):
+        chat(MESSAGES, SCHEMA, SAMPLING)
+    assert ["response_format" in body for _, body in server.seen] == [True, False]
+    server.usual = "fine"
+    assert chat(MESSAGES, SCHEMA, SAMPLING) == "fine" and "response_format" not in server.seen[-1][1]
+
+
+def test_a_second_run_makes_no_request(server, tmp_path, waits):
+    requests = [(MESSAGES, SCHEMA, Sampling(0.0, seed, 64)) for seed in range(4)]
+    server.usual = lambda body: str(body["seed"])
+    first = [chat_of(server, tmp_path, waits)(*request) for request in requests]
+    assert first == ["0", "1", "2", "3"] and len(server.seen) == 4
+    chat = chat_of(server, tmp_path, waits, max_requests=0)
+    assert [chat(*request) for request in requests] == first
+    assert len(server.seen) == 4 and (chat.counters.requests, chat.counters.cached) == (0, 4)
+
+
+@pytest.mark.parametrize("other", [
+    ("m", MESSAGES, SCHEMA, Sampling(0.1, 3, 64)), ("m", MESSAGES, SCHEMA, Sampling(0.0, 4, 64)),
+    ("m", MESSAGES, SCHEMA, Sampling(0.0, 3, 65)), ("m", MESSAGES, {"type": "object"}, SAMPLING),
+    ("m", [*MESSAGES, *MESSAGES], SCHEMA, SAMPLING), ("n", MESSAGES, SCHEMA, SAMPLING),
+])
+def test_model_messages_schema_and_sampling_each_change_the_key(server, tmp_path, other):
+    model, *request = other
+    Chat(EndpointModel(endpoint(server), 60), tmp_path)(MESSAGES, SCHEMA, SAMPLING)
+    Chat(EndpointModel(endpoint(server, model=model), 60), tmp_path)(*request)
+    assert len(server.seen) == 2 and len(list(tmp_path.glob("*.json"))) == 2
+
+
+def test_a_damaged_entry_is_asked_for_again(server, tmp_path, waits):
+    chat = chat_of(server, tmp_path, waits)
+    for damage in ("", "{", "[]", "{}", "\x00"):
+        chat(MESSAGES, SCHEMA, SAMPLING)
+        entry, = tmp_path.glob("*.json")
+        entry.write_text(damage)
+    assert chat(MESSAGES, SCHEMA, SAMPLING) == server.usual and len(server.seen) == 6
+
+
+def test_cache_is_private_and_holds_neither_key_nor_header_nor_question(server, tmp_path, waits):
+    folder = tmp_path / "run" / "judge_cache"
+    server.usual = lambda body: f"I was sent {KEY}"
+    assert KEY not in chat_of(server, folder, waits)(MESSAGES, SCHEMA, SAMPLING)
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    entry, = folder.iterdir()
+    assert stat.S_IMODE(entry.stat().st_mode) == 0o600
+    text = entry.read_text()
+    assert not [word for word in (KEY, "Bearer", "uthorization", "Jane Roe") if word in text]
+    assert set(json.loads(text)) == {"text", "complete", "prompt_tokens", "completion_tokens", "model"}
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 422, 429, 500])
+def test_neither_key_nor_question_is_in_an_error_or_a_log(server, tmp_path, waits, caplog, status):
+    caplog.set_level(logging.INFO)
+    server.usual = ("status", (status, {}))
+    with pytest.raises(InputError) as caught:
+        chat_of(server, tmp_path, waits)(MESSAGES, SCHEMA, SAMPLING)
+    shown = "".join(traceback.format_exception(caught.value)) + caplog.text + str(caught.value)
+    assert str(status) in shown and KEY not in shown and "Jane Roe" not in shown
+
+
+def test_key_is_not_logged_at_debug_level_either(server, tmp_path, waits, caplog):
+    caplog.set_level(logging.DEBUG)
+    server.plan = [("status", (500, {})), ("torn", None)]
+    chat_of(server, tmp_path, waits)(MESSAGES, SCHEMA, SAMPLING)
+    assert "chat/completions" in caplog.text and KEY not in caplog.text
+
+
+def test_a_redirect_is_not_followed(server, tmp_path, waits):
+    with running() as elsewhere:
+        server.plan = [("status", (307, {"Location": f"{elsewhere.url}/chat/completions"}))]
+        with pytest.raises(InputError, match="answers 307"):
+            chat_of(server, tmp_path, waits)(MESSAGES, SCHEMA, SAMPLING)
+        assert elsewhere.seen == []
+
+
+def test_a_proxy_of_the_environment_is_not_used_for_loopback(server, tmp_path, waits, monkeypatch):
+    with running() as proxy:
+        for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+            monkeypatch.setenv(name, proxy.url.removesuffix("/v1"))
+        for name in ("NO_PROXY", "no_proxy"):
+            monkeypatch.delenv(name, raising=False)
+        chat_of(server, tmp_path, waits)(MESSAGES, SCHEMA, SAMPLING)
+        assert proxy.seen == [] and len(server.seen) == 1
+
+
+@pytest.mark.parametrize("value", [None, "", "  "])
+def test_a_missing_key_names_its_variable(server, monkeypatch, value):
+    monkeypatch.delenv("TEST_JUDGE_KEY")
+    if value is not None:
+        monkeypatch.setenv("TEST_JUDGE_KEY", value)
+    with pytest.raises(InputError, match="TEST_JUDGE_KEY: is not set"):
+        EndpointModel(endpoint(server), 5)
+
+
+def test_the_rate_is_kept(server, tmp_path):
+    now, waits = [100.0], []
+
+    def sleep(seconds: float) -> None:
+        waits.append(seconds)
+        now[0] += seconds
+    limits = Limits(requests_per_minute=30, sleep=sleep, clock=lambda: now[0])
+    chat = Chat(EndpointModel(endpoint(server), 60), tmp_path, limits)
+    for seed in range(3):
+        chat(MESSAGES, SCHEMA, Sampling(0.0, seed, 64))
+    now[0] += 1.5
+    chat(MESSAGES, SCHEMA, Sampling(0.0, 9, 64))
+    assert waits == pytest.approx([2.0, 2.0, 0.5])
+
+
+def test_requests_stop_at_their_limit_which_two_models_share(server, tmp_path, waits):
+    limits = Limits(max_requests=3, sleep=waits.append)
+    one, two = (Chat(EndpointModel(endpoint(server, model=name), 60), tmp_path, limits) for name in "ab")
+    one(MESSAGES, SCHEMA, SAMPLING)
+    two(MESSAGES, SCHEMA, SAMPLING)
+    server.plan = [("status", (500, {})), "never asked"]
+    with pytest.raises(InputError, match="judge.max_requests` is 3"):
+        one(MESSAGES, SCHEMA, Sampling(0.0, 8, 64))
+    assert len(server.seen) == 3, "retries count, and the fourth request is not made"
+
+
+def test_cost_stops_before_it_is_passed(server, tmp_path, waits):
+    price = (100 * 10 + 10 * 40) / 1_000_000          # what the server counts: 100 prompt and 10 completion tokens
+    chat = chat_of(server, tmp_path, waits, prices=(10.0, 40.0), max_cost=0.02)
+    with pytest.raises(InputError, match="judge.max_cost` 0.02"):
+        for seed in range(100):
+            chat(MESSAGES, SCHEMA, Sampling(0.0, seed, 64))
+    assert chat.counters.cost == pytest.approx(len(server.seen) * price) and 0 < chat.counters.cost <= 0.02
+    assert chat.counters.cost + (64 * 40 + len(json.dumps([MESSAGES, SCHEMA])) * 10) / 1e6 > 0.02, "one more could have passed it"
+    assert (chat.counters.prompt_tokens, chat.counters.completion_tokens) == (100 * len(server.seen), 10 * len(server.seen))
+
+
+def test_an_answer_that_never_came_is_paid_for_in_full(server, tmp_path, waits):
+    server.plan = [("torn", None)]
+    chat = chat_of(server, tmp_path, waits, prices=(0.0, 1e6))
+    chat(MESSAGES, SCHEMA, SAMPLING)
+    assert chat.counters.cost == pytest.approx(64 + 10)
+
+
+def test_nothing_is_asked_with_no_money(server, tmp_path, waits):
+    with pytest.raises(InputError, match="max_cost"):
+        chat_of(server, tmp_path, waits, prices=(1.0, 1.0), max_cost=0.0)(MESSAGES, SCHEMA, SAMPLING)
+    assert server.seen == []
+    assert chat_of(server, tmp_path, waits, max_cost=0.0)(MESSAGES, SCHEMA, SAMPLING), "a free endpoint needs none"
