@@ -95,15 +95,14 @@ def read_questions(path: str | os.PathLike, image_root: str | os.PathLike | None
 def audit_manifest(rows: Sequence[Row]) -> Row:
     """Count what deserves a look: rows by source and origin, images, scores, repeats, and what leaks the label.
 
-    A text pair leaks its label where something other than its content tells the sides apart: ``rejected_longer`` and
+    A pair leaks its label where something other than its content tells the answers apart: ``rejected_longer`` and
     ``rejected_shorter`` (in words), ``opposite_openers`` (one side begins with yes, the other with no) and
     ``one_sided_openers`` (only one side begins with yes or no). ``duplicate_prompts`` are rows after the first that ask
     the same question about the same image within a source; ``duplicate_ids`` repeat an id within a source.
     """
     scores = [float(row["weighted_score"]) for row in rows]
-    text = [row for row in rows if row_source(row) == "text" and not is_identical(row)]
-    lengths = [[len(answer_text(row, rejected).split()) for rejected in (False, True)] for row in text]
-    openers = [[_opener(answer_text(row, rejected)) for rejected in (False, True)] for row in text]
+    lengths = [[len(answer_text(row, rejected).split()) for rejected in (False, True)] for row in rows]
+    openers = [[_opener(answer_text(row, rejected)) for rejected in (False, True)] for row in rows]
     return {
         "rows": len(rows),
         "sources": dict(Counter(row_source(row) for row in rows)),

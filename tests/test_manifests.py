@@ -84,7 +84,7 @@ def test_audit_counts_leaks_and_repair_drops_by_choice() -> None:
     ]
     audit = audit_manifest(rows)
     assert audit["duplicate_prompts"] == 1, "the visual row is of another source"
-    assert (audit["rejected_longer"], audit["rejected_shorter"]) == (2, 2), "words; the identical and the visual row aside"
+    assert (audit["rejected_longer"], audit["rejected_shorter"]) == (2, 2), "words; two rows have the same answer twice"
     assert (audit["opposite_openers"], audit["one_sided_openers"]) == (2, 2), "`None` does not begin with the word no"
     everything = ("drop_zero_weight", "drop_identical", "drop_duplicates")
     assert repair_manifest(rows, everything) == ([rows[0], *rows[2:4], rows[6]],
