@@ -319,7 +319,7 @@ def pointing_game_bars(rates: Mapping[str, float], chance: Mapping[str, float] |
     axes.invert_yaxis()
     if rates:
         figure.legend(loc="outside upper right", fontsize=8, frameon=False)
-    _tidy(axes, xlabel="films whose map peaks inside the lesion (percent)")
+    _tidy(axes, xlabel="films whose map peaks in the lesion or within 8 pixels (percent)")
     return figure
 
 

@@ -27,7 +27,7 @@ from .profiles import Profile, load_profile, repository_root
 
 SEEDS = (0, 1, 2)
 PAIRS = (("mmedpo", "base"), ("mmedpo", "sft"), ("mmedpo", "dpo"), ("mmedpo", "stage1"), ("mmedpo", "stage2"),
-         ("mmedpo_shuffled", "base_shuffled"))
+         ("stage1", "dpo"), ("mmedpo_shuffled", "base_shuffled"))
 
 
 def evaluate_seeds(profile: Profile, dataset: Dataset) -> dict[str, Any]:

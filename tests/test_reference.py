@@ -41,7 +41,7 @@ def test_the_readme_quotes_the_reference(model):
 def test_the_readme_quotes_the_ceiling_the_visual_tool_and_the_run():
     ceiling, run = RESULTS["ceiling"], RESULTS["run"]
     assert f"reaches {ceiling['closed_accuracy']:.1f} and {ceiling['open_recall']:.1f}." in README
-    assert f"lesion on\n{RESULTS['medklip']['pointing_game']:.1f}% of the films" in README
+    assert f"of it, on\n{RESULTS['medklip']['pointing_game']:.1f}% of the films" in README
     said = (f"{run['seconds'] / 60:.0f} minutes after the install ({run['cached_seconds'] / 60:.0f} when its results are there "
             f"already) and {run['peak_gib']:.1f} GiB")
     assert said in " ".join(README.split())
