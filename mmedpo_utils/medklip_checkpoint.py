@@ -136,7 +136,8 @@ def _read_descriptions(path: Path) -> list[str]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read as JSON ({error}); expected one description per query: fetch "
-                         f"\"{DESCRIPTIONS}\" from the MedKLIP repository and put it beside the checkpoint") from error
+                         f"\"{DESCRIPTIONS}\" from PreTrain_MedKLIP/data_file of the MedKLIP repository and put it beside "
+                         "the checkpoint") from error
     if not isinstance(found, dict):
         raise InputError(f"{path}: expected an object {{query: description}}, found {type(found).__name__}")
     texts = [found.get(query, found.get(MISSPELT.get(query))) for query in OFFICIAL_QUERIES]

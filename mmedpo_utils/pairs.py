@@ -44,10 +44,10 @@ def medklip_look(model: MedKLIP, query: str = "disease") -> Look:
     """
     @torch.inference_mode()
     def look(images: Sequence[Image.Image]) -> tuple[np.ndarray, np.ndarray]:
-        pixels = model.preprocess(images)
-        output = model(torch.cat([pixels, pixels[-1:].expand(max(0, SMALLEST_BATCH - len(pixels)), -1, -1, -1)]))
-        heat, scores = heat_map(output, query)[: len(pixels)], confidence(output, query)[: len(pixels)]
-        return heat.cpu().numpy(), scores.cpu().numpy()
+        filled = [*images, *[images[-1]] * (SMALLEST_BATCH - len(images))]
+        output = model(model.preprocess(filled))
+        heat, scores = heat_map(output, query), confidence(output, query)
+        return heat[: len(images)].cpu().numpy(), scores[: len(images)].cpu().numpy()
 
     return look
 
