@@ -65,6 +65,26 @@ def check_endpoint(base_url: str, card: Card, agreement: str | None) -> None:
                          f"profile's key `judge.agreement` exactly: {sentence}")
 
 
+def check_outputs(card: Card, output: Path, figures: Path, in_place: bool) -> None:
+    """Keep what notebooks show of credentialed data, texts and images, out of folders that get committed.
+
+    Args:
+        output, figures: the profile's folders.
+        in_place: whether the executed notebooks shall be written over the committed ones.
+
+    Raises:
+        InputError: the card does not say that the data is free to share, and notebooks or figures would leave ``output``.
+    """
+    if card.credentialed is False:
+        return
+    if in_place:
+        raise InputError(f"{card.name} is credentialed data: executed notebooks hold texts and images of it, so that they stay "
+                         "in the run folder; run without --in-place")
+    if not figures.is_relative_to(output):
+        raise InputError(f"{card.name} is credentialed data: its figures stay in the run folder; set the profile's key "
+                         f"`figures` to a folder under `output` ({output.name})")
+
+
 def private_folder(path: str | os.PathLike) -> Path:
     """Make a folder (if absent) that only its owner can list, read or write (mode 0700), and return its path.
 

@@ -14,7 +14,10 @@ import nbformat
 import papermill
 import psutil
 
+from .cards import load_card
+from .errors import InputError
 from .files import atomic_write
+from .privacy import check_outputs
 from .profiles import Profile, load_profile
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -79,7 +82,12 @@ def run(profile: Profile, profile_name: str, in_place: bool = False) -> dict[str
 
     Returns:
         seconds per notebook, "total" seconds, and "peak_gib", the largest process.
+
+    Raises:
+        InputError: texts or images of credentialed data would be written outside the run folder.
+        papermill.PapermillExecutionError: a cell failed.
     """
+    check_outputs(load_card(profile.data.card), profile.output, profile.figures, in_place)
     notebooks = sorted(NOTEBOOKS.glob("[0-9]*.ipynb"))
     seconds: dict[str, float] = {}
     memory = PeakMemory()
@@ -114,9 +122,12 @@ def main() -> int:
     parser.add_argument("--profile", default="phantom", help="a profile's name, or the path of a YAML file")
     parser.add_argument("--in-place", action="store_true", help="write the executed notebooks over notebooks/")
     options = parser.parse_args()
-    profile = load_profile(options.profile)
     try:
+        profile = load_profile(options.profile)
         seconds = run(profile, options.profile, options.in_place)
+    except InputError as error:
+        print(error, file=sys.stderr)
+        return 2
     except papermill.PapermillExecutionError as error:
         print(f"\n{error}\nThe notebook stopped here. Its copy with the outputs so far lies under {profile.output}.",
               file=sys.stderr)

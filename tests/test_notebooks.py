@@ -88,6 +88,17 @@ def test_a_failing_cell_stops_the_run_and_names_the_error(tmp_path):
         tutorial.run_notebook(tmp_path / "bad.ipynb", tmp_path / "out.ipynb", "phantom")
 
 
+def test_the_command_line_refuses_to_publish_credentialed_data(tmp_path, monkeypatch, capsys):
+    profile = load_profile("vqa-rad-mini", {"data.source": "mimic-cxr", "data.card": "mimic-cxr", "data.root": str(tmp_path),
+                                            "output": str(tmp_path / "run"), "figures": str(tmp_path / "run" / "figures")})
+    profile.save(tmp_path / "mimic.yaml")
+    monkeypatch.setattr("sys.argv", ["tutorial", "--profile", str(tmp_path / "mimic.yaml"), "--in-place"])
+    assert tutorial.main() == 2
+    assert "mimic-cxr is credentialed data" in capsys.readouterr().err and not (tmp_path / "run").exists()
+    monkeypatch.setattr("sys.argv", ["tutorial", "--profile", "fantom"])
+    assert tutorial.main() == 2 and "`phantom`" in capsys.readouterr().err
+
+
 def test_peak_memory_sees_an_allocation():
     watch = tutorial.PeakMemory()
     watch.start()

@@ -9,7 +9,7 @@ import pytest
 
 from mmedpo_utils.errors import InputError
 from mmedpo_utils.files import write_json
-from mmedpo_utils.privacy import agreement_sentence, check_endpoint, is_loopback, private_folder
+from mmedpo_utils.privacy import agreement_sentence, check_endpoint, check_outputs, is_loopback, private_folder
 
 MIMIC = SimpleNamespace(name="mimic-cxr", credentialed=True)
 SLAKE = SimpleNamespace(name="slake", credentialed=False)
@@ -70,3 +70,13 @@ def test_a_private_folder_and_its_files_are_the_owners_alone(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be made private"):
         private_folder(tmp_path / "file")
+
+
+def test_outputs_of_credentialed_data_stay_in_the_run_folder(tmp_path):
+    output, inside, outside = tmp_path / "run", tmp_path / "run" / "figures", tmp_path / "figures"
+    check_outputs(MIMIC, output, inside, in_place=False)
+    check_outputs(SLAKE, output, outside, in_place=True)
+    with pytest.raises(InputError, match="mimic-cxr is credentialed data.*without --in-place"):
+        check_outputs(MIMIC, output, inside, in_place=True)
+    with pytest.raises(InputError, match="mimic-cxr is credentialed data.*`figures`"):
+        check_outputs(MIMIC, output, outside, in_place=False)
