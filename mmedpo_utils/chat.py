@@ -117,6 +117,7 @@ class EndpointModel:
         web = openai.DefaultHttpxClient(follow_redirects=False, trust_env=not is_loopback(model.base_url))
         self._client = openai.OpenAI(base_url=model.base_url, api_key=self._key or "none", timeout=timeout,
                                      max_retries=0, http_client=web)
+        self._client.organization = self._client.project = None  # else taken from the environment and sent along
 
     def __call__(self, messages: Messages, schema: dict[str, Any], sampling: Sampling) -> Reply:
         """Answer once; a server that rejects ``response_format`` is asked without it from then on."""
@@ -149,11 +150,15 @@ class EndpointModel:
             choice, usage = answer.choices[0], answer.usage
             text = choice.message.content or ""
             counts = (usage.prompt_tokens, usage.completion_tokens) if usage else (None, None)
+            if not isinstance(text, str):
+                raise TypeError("the content is no text")
+            if any(type(count) is not int for count in counts):
+                counts = (None, None)
         except (AttributeError, IndexError, TypeError):
             raise Unanswered("an answer that is no chat completion", billed=True) from None
         if self._key:
             text = text.replace(self._key, "***")
-        return Reply(text, choice.finish_reason != "length", *counts)
+        return Reply(text.encode("utf-8", "replace").decode(), choice.finish_reason != "length", *counts)
 
 
 class LocalModel:
@@ -229,6 +234,8 @@ class Chat:
         path = self._folder / f"{digest}.json"
         try:
             text = json.loads(path.read_text(encoding="utf-8"))["text"]
+            if not isinstance(text, str):
+                raise TypeError("the entry holds no text")
         except (OSError, ValueError, KeyError, TypeError):
             reply = self._ask(messages, schema, sampling)
             write_json(path, asdict(reply) | {"model": self.name}, mode=0o600)
@@ -249,7 +256,7 @@ class Chat:
                 reason, wait = str(error), error.wait
             else:
                 self._book(reply, worst)
-                if reply.complete or sampling.max_tokens >= longest:
+                if reply.complete or sampling.max_tokens >= longest or attempt + 1 == ATTEMPTS:
                     return reply
                 sampling, wait = replace(sampling, max_tokens=2 * sampling.max_tokens), 0.0
             if attempt + 1 < ATTEMPTS:

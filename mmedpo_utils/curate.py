@@ -23,7 +23,7 @@ from .errors import InputError
 from .files import atomic_write, remove_temporaries, write_json
 from .hallucinate import Judge, sample_candidates
 from .journal import Journal
-from .lvlm import MedLVLM, generate
+from .lvlm import MedLVLM, generate, model_digest
 from .manifests import Row, read_manifest, row_sha, rows_to_questions, write_manifest
 from .medklip import MedKLIP
 from .pairs import (
@@ -32,6 +32,7 @@ from .pairs import (
     medklip_look,
     merge_pairs,
     noised_copies,
+    open_or_reason,
     pick_questions,
     text_pairs,
     visual_rows,
@@ -55,7 +56,10 @@ def curate_visual(profile: Profile, dataset: Dataset, model: MedKLIP) -> list[Ro
     A run that was killed goes on where it was; ``pairs/audit.json`` says what was skipped.
     """
     questions, folder = training_questions(profile, dataset), profile.output / "pairs"
-    digest = _digest(profile, questions, "seed", "visual_tool", "noise")
+    digest = f"{_digest(profile, questions, 'seed', 'data', 'visual_tool', 'noise')} {model_digest(model)}"
+    audit = folder / "audit.json"
+    if audit.is_file() and json.loads(audit.read_text(encoding="utf-8"))["skipped"]:
+        (folder / "visual.sha256").unlink(missing_ok=True)  # the reader may have mended what was skipped
 
     def compute() -> None:
         look = medklip_look(model, profile.visual_tool.query)
@@ -86,7 +90,7 @@ def curate_folder(questions: Sequence[Row], image_root: str | Path, folder: str 
     folder, batches = Path(folder), image_batches(questions, batch_size)
     remove_temporaries(folder)
     digest = row_sha([{"batches": batches, "noise": asdict(noise), "seed": seed, "tool": tool}])
-    journal = Journal(folder / "visual.jsonl", digest, partial(_is_written, folder / "noised"))
+    journal = Journal(folder / "visual.jsonl", digest, partial(_is_written, Path(image_root).resolve(), folder / "noised"))
     total, done = sum(map(len, batches)), sum(map(len, journal.entries))
     if done:
         print(f"visual pairs: going on after {done:,} of {total:,} images")
@@ -131,10 +135,11 @@ def _spread(values: Sequence[float]) -> dict[str, Any]:
     return {"mean": round(float(np.mean(values)), 6), "least": min(values), "most": max(values), "bins": counts.tolist()}
 
 
-def _is_written(noised_root: Path, records: Any) -> bool:
-    """Whether a journal's entry is a list of records whose images are there."""
+def _is_written(image_root: Path, noised_root: Path, records: Any) -> bool:
+    """Whether a journal's entry is a list of records whose copies are there, or whose images still cannot be used."""
     return isinstance(records, list) and all(
-        "skipped" in record or (noised_root / record["rejected_image"]).is_file() for record in records)
+        isinstance(open_or_reason(image_root, record["image"])[1], str) if "skipped" in record
+        else (noised_root / record["rejected_image"]).is_file() for record in records)
 
 
 def curate_text(profile: Profile, dataset: Dataset, lvlm: MedLVLM, judge: Judge,
@@ -160,7 +165,8 @@ def curate_text(profile: Profile, dataset: Dataset, lvlm: MedLVLM, judge: Judge,
         write_json(folder / "debates.json", debates)
         write_manifest(folder / "text.json", rows)
 
-    _once(folder / "text.json", _digest(profile, questions, "seed", "lvlm", "curation", "judge"), compute)
+    digest = f"{_digest(profile, questions, 'seed', 'data', 'lvlm', 'curation', 'judge')} {model_digest(lvlm.model)}"
+    _once(folder / "text.json", digest, compute)
     return read_manifest(folder / "text.json", dataset.image_root), json.loads((folder / "debates.json").read_text())
 
 

@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from .cards import load_card
 from .errors import InputError
 from .files import write_json
 from .loaders import read_layout
 from .manifests import open_image, read_questions, resolve_image
 from .phantom.texts import SPLITS, read_masks, write_dataset
+from .privacy import check_outputs
 from .profiles import Profile
 
 
@@ -57,8 +59,10 @@ def prepare_dataset(profile: Profile) -> Dataset:
     """Return the profile's data set. Films of the phantom world are drawn once, then read back.
 
     Raises:
-        InputError: the folder of a real data set is not there, or not in its layout.
+        InputError: the folder of a real data set is not there, or not in its layout, or figures of credentialed data would
+            leave the run folder.
     """
+    check_outputs(load_card(profile.data.card), profile.output, profile.figures, in_place=False)
     if profile.data.source == "phantom":
         return _phantom(profile)
     root = Path(profile.data.root)

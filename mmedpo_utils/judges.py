@@ -86,8 +86,8 @@ def read_answer(text: str, read: Callable[[dict[str, Any]], T | None], number: s
     Returns:
         the value and the object's ``reason`` (or ""); None where no object holds one, or two hold different ones.
     """
-    text = re.sub(r"<think>.*?</think>", "", text[:LONGEST_ANSWER], flags=re.DOTALL)
-    found = list(_objects(text))
+    text = text.rpartition("</think>")[2][:LONGEST_ANSWER]
+    found = [item for item in _objects(text) if not re.search("[\ud800-\udfff]", json.dumps(item, ensure_ascii=False))]
     bare = re.fullmatch(rf"[\s*`\"':=]*(?:{number}[\s*`\"':=]*)?(\d+(?:\.\d+)?(?:\s*/\s*\d+|\s*%)?)[\s*`\"'.]*", text, re.I)
     if number and bare and not found:
         found = [{number: bare[1]}]

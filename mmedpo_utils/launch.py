@@ -61,11 +61,16 @@ class RunResult:
 
 
 def process_count(profile: Profile) -> int:
-    """How many processes train: the profile's number, one per GPU at most, and one where DeepSpeed is not installed."""
+    """How many processes train: the profile's number, one per GPU at most, and one where DeepSpeed is not installed.
+
+    The number divides processes x accumulation steps, so that the global batch can stay the profile's.
+    """
     if importlib.util.find_spec("deepspeed") is None:
         return 1
     cuda = check_device(profile.lvlm.device) == "cuda"
-    return min(profile.training.processes, torch.cuda.device_count()) if cuda else profile.training.processes
+    most = min(profile.training.processes, torch.cuda.device_count()) if cuda else profile.training.processes
+    total = profile.training.processes * profile.training.gradient_accumulation_steps
+    return next(count for count in range(most, 0, -1) if total % count == 0)
 
 
 def command(profile: Profile, variant: str, seed: int, run_folder: Path) -> list[str]:

@@ -141,10 +141,10 @@ def quiet_loading() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def model_digest(lvlm: MedLVLM) -> str:
+def model_digest(model: torch.nn.Module) -> str:
     """SHA-256 over up to 1,024 evenly spaced values of every tensor of the model, with its name and shape."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(lvlm.model.state_dict().items()):
+    for name, tensor in sorted(model.state_dict().items()):
         values = tensor.detach().flatten()[:: max(1, tensor.numel() // 1024)].float().cpu().numpy()
         digest.update(f"{name} {tuple(tensor.shape)}".encode() + values.tobytes())
     return digest.hexdigest()

@@ -141,11 +141,11 @@ def noised_copies(
     """
     root, batches = Path(image_root).resolve(), list(batches)
     with ThreadPoolExecutor(THREADS) as pool:
-        ahead = [pool.submit(_open, root, name) for name in batches[0]] if batches else []
+        ahead = [pool.submit(open_or_reason, root, name) for name in batches[0]] if batches else []
         writing: list[Future[Row]] = []
         for batch, following in zip(batches, [*batches[1:], []]):
             opened = [task.result() for task in ahead]
-            ahead = [pool.submit(_open, root, name) for name in following]
+            ahead = [pool.submit(open_or_reason, root, name) for name in following]
             images = [image for _, image in opened if isinstance(image, Image.Image)]
             looks = iter(zip(*look(images), strict=True)) if images else iter(())
             if writing:
@@ -202,7 +202,7 @@ def _noised(image: Image.Image, mask: np.ndarray, noise: Noise, rng: np.random.G
     return Image.fromarray(np.round(noised * 255).astype(np.uint8))
 
 
-def _open(root: Path, name: str) -> tuple[str, Image.Image | str]:
+def open_or_reason(root: Path, name: str) -> tuple[str, Image.Image | str]:
     """The path of an image inside ``root``, and the image or why it cannot be used."""
     try:
         path = resolve_image(root, name)

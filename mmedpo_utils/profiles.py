@@ -49,7 +49,7 @@ class Data:
 class VisualTool:
     """MedKLIP: its checkpoint and the query whose attention is the heat map."""
 
-    checkpoint: str
+    checkpoint: str = field(metadata={"path": True})
     query: str
     batch_size: int = _between(1)
 
@@ -68,7 +68,7 @@ class Noise:
 class LVLM:
     """The medical vision-language model that is trained."""
 
-    model: str
+    model: str = field(metadata={"path": True})
     batch_size: int = _between(1)
     max_new_tokens: int = _between(1)
     device: str = _one_of("auto", "cpu", "cuda")
@@ -91,7 +91,7 @@ class LanguageModel:
     """One language model: where it answers, and what it costs per million tokens (in the unit of ``max_cost``)."""
 
     backend: str = _one_of("openai", "transformers")
-    model: str
+    model: str = field(metadata={"path": True})
     base_url: str | None
     api_key_env: str | None
     quantization: str = _one_of("none", "nf4")
@@ -353,6 +353,8 @@ def _check_value(hint: type, value: Any, rule: Any, where: str) -> Any:
     choices = rule.get("choices")
     if choices and value not in choices:
         raise InputError(f"{where}: {value!r} is not among the choices{nearest(value, choices)}")
+    if rule.get("path") and (repository_root() / value).exists():
+        return os.path.normpath(repository_root() / value)
     if not choices and "low" in rule and not rule["low"] <= value <= rule["high"]:
         raise InputError(f"{where}: expected a value from {rule['low']:g} to {rule['high']:g}, found {value!r}")
     return value

@@ -43,7 +43,7 @@ FAILED = "=== a training process failed ==="
 
 def run_digest(profile: Profile, variant: str, seed: int, manifest: Path) -> str:
     """SHA-256 (hexadecimal) of all that decides a run: the profile's sections, the variant, the seed, the manifest's bytes."""
-    parts = [profile.digest("data", "noise", "lvlm", "relevance", "training"), variant, str(seed),
+    parts = [profile.digest("seed", "data", "visual_tool", "noise", "lvlm", "relevance", "training"), variant, str(seed),
              hashlib.sha256(manifest.read_bytes()).hexdigest()]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
@@ -141,7 +141,7 @@ def build_trainer(profile: Profile, variant: Variant, seed: int, folder: Path, r
 
     trainer = MMedPOTrainer(
         lvlm.model, projector_learning_rate=values.projector_learning_rate, args=arguments,
-        reference_cache=profile.output / "reference" / f"{model_digest(lvlm)[:16]}.json",
+        reference_cache=profile.output / "reference" / f"{model_digest(lvlm.model)[:16]}.json",
         train_dataset=dataset(~validation), eval_dataset=dataset(validation) if validation.any() else None,
         data_collator=PreferenceCollator(lvlm.processor.tokenizer.pad_token_id, values.max_length, processor=lvlm.processor),
         processing_class=lvlm.processor,
@@ -178,6 +178,8 @@ def run(profile: Profile, name: str, seed: int, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     trainer = build_trainer(profile, variant, seed, folder, rows)
     if trainer.is_world_process_zero():
+        for earlier in ("result.json", "events.jsonl"):
+            (folder / earlier).unlink(missing_ok=True)
         write_json(folder / "versions.json", {**versions(), "platform": platform.platform()})
     if profile.training.zero_stage < 3 or not trainer.is_deepspeed_enabled:
         trainer.precompute_reference()

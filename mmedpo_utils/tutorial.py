@@ -124,7 +124,8 @@ def main() -> int:
     options = parser.parse_args()
     try:
         profile = load_profile(options.profile)
-        seconds = run(profile, options.profile, options.in_place)
+        path = Path(options.profile)
+        seconds = run(profile, str(path.resolve()) if path.is_file() else options.profile, options.in_place)
     except InputError as error:
         print(error, file=sys.stderr)
         return 2

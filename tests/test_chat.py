@@ -52,7 +52,8 @@ def test_the_request_carries_model_messages_schema_sampling_and_key(server, tmp_
 
 
 def test_no_other_key_of_the_environment_is_sent_where_none_is_named(server, tmp_path, waits, monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    for variable in ("OPENAI_API_KEY", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID"):
+        monkeypatch.setenv(variable, KEY)
     Chat(EndpointModel(endpoint(server, api_key_env=None), 60), tmp_path)(MESSAGES, SCHEMA, SAMPLING)
     assert KEY not in json.dumps(server.seen)
 

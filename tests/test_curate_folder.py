@@ -164,6 +164,18 @@ def test_the_audit_says_what_was_done_and_skipped(films: Path, tmp_path: Path, c
         curate_folder(questions[:1], films, tmp_path / "none", look, NOISE, 0, 16, "still")
 
 
+def test_an_image_that_was_mended_is_taken_up(films: Path, tmp_path: Path) -> None:
+    images, questions = tmp_path / "images", ask(["1.png", "2.png", "3.png"])
+    images.mkdir()
+    for name in ("1.png", "3.png"):
+        Image.fromarray(np.full((32, 32), 90, np.uint8)).save(images / name)
+    first = curate_folder(questions, images, tmp_path / "pairs", still, NOISE, 0, 1, "still")
+    assert [entry["image"] for entry in first["skipped"]] == ["2.png"]
+    Image.fromarray(np.full((32, 32), 60, np.uint8)).save(images / "2.png")
+    again = curate_folder(questions, images, tmp_path / "pairs", still, NOISE, 0, 1, "still")
+    assert (again["skipped"], again["images"], again["rows"]) == ([], 3, 6)
+
+
 def test_progress_is_shown_in_a_long_run(films: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.setattr("mmedpo_utils.curate.PROGRESS_SECONDS", 0)
     curate_folder(ask(names_of(films)), films, tmp_path, still, NOISE, 0, 32, "still")

@@ -62,7 +62,8 @@ def test_the_real_launcher_trains_with_zero_in_two_processes_and_a_second_call_l
     assert not run.loaded and run.result["processes"] == 2 and run.result["pairs"] + run.result["validation_pairs"] == 40
     steps = [event for event in run.events if "loss" in event]
     assert [event["step"] for event in steps] == [1, 2, 3, 4] and all(event["total_steps"] == 4 for event in steps)
-    assert steps[0]["loss"] == pytest.approx(steps[0]["weight"] * math.log(2), abs=1e-5) and steps[0]["margin"] == 0
+    assert steps[0]["loss"] == pytest.approx(steps[0]["weight"] * math.log(2), abs=1e-5)
+    assert steps[0]["margin"] == pytest.approx(0, abs=1e-6)
     assert steps[-1]["seconds_left"] == 0 and any("validation_chosen_logp" in event for event in run.events)
     assert training_curves(run.events).axes
     image = Image.open(workspace / "images" / "0.png").convert("RGB")
@@ -145,8 +146,18 @@ def test_every_input_changes_the_digest(workspace, tmp_path):
     changed = tiny_profile(workspace, **{"training.beta": 0.2})
     digests = {run_digest(profile, "dpo", 0, manifest), run_digest(profile, "sft", 0, manifest),
                run_digest(profile, "dpo", 1, manifest), run_digest(profile, "dpo", 0, other),
-               run_digest(changed, "dpo", 0, manifest)}
-    assert len(digests) == 5 and run_digest(profile, "dpo", 0, manifest) in digests
+               run_digest(changed, "dpo", 0, manifest), run_digest(tiny_profile(workspace, seed=7), "dpo", 0, manifest)}
+    assert len(digests) == 6 and run_digest(profile, "dpo", 0, manifest) in digests
+
+
+@pytest.mark.parametrize(("processes", "accumulation", "gpus", "expected"),
+                         [(4, 1, 4, 4), (4, 1, 3, 2), (4, 3, 3, 3), (3, 1, 2, 1), (2, 1, 8, 2)])
+def test_the_number_of_processes_keeps_the_global_batch(workspace, monkeypatch, processes, accumulation, gpus, expected):
+    monkeypatch.setattr("mmedpo_utils.launch.check_device", lambda device: "cuda")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    profile = tiny_profile(workspace, **{"training.processes": processes, "training.gradient_accumulation_steps": accumulation})
+    count = process_count(profile)
+    assert count == expected and count * (accumulation * processes // count) == processes * accumulation
 
 
 def test_weights_are_normalised_within_each_source(workspace):

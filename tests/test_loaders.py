@@ -258,7 +258,7 @@ def test_nothing_is_left_of_a_bad_hugging_face_copy(tmp_path: Path) -> None:
     other = datasets.Dataset.from_dict({"img_name": ["a"], "question": ["b"], "answer": ["c"]})
     with pytest.raises(InputError, match="no column image .*img_name"):
         import_hugging_face(other, tmp_path, "slake")
-    with pytest.raises(InputError, match="nearest valid one is `slake`"):
+    with pytest.raises(InputError, match="expected vqa-rad or slake"):
         import_hugging_face(other, tmp_path, "slack")
     with pytest.raises(InputError, match="no such folder"):
         import_hugging_face(tmp_path / "absent", tmp_path, "slake")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import re
@@ -12,6 +14,7 @@ import papermill
 import pytest
 
 from mmedpo_utils import tutorial
+from mmedpo_utils.errors import InputError
 from mmedpo_utils.profiles import load_profile
 from tests.conftest import REPOSITORY
 
@@ -97,6 +100,20 @@ def test_the_command_line_refuses_to_publish_credentialed_data(tmp_path, monkeyp
     assert "mimic-cxr is credentialed data" in capsys.readouterr().err and not (tmp_path / "run").exists()
     monkeypatch.setattr("sys.argv", ["tutorial", "--profile", "fantom"])
     assert tutorial.main() == 2 and "`phantom`" in capsys.readouterr().err
+
+
+def test_a_profile_in_the_working_folder_reaches_kernels_that_run_elsewhere(tmp_path, monkeypatch):
+    def stop(profile, name, in_place):
+        raise InputError(name)
+
+    load_profile("phantom-smoke").save(tmp_path / "mine.yaml")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tutorial, "run", stop)
+    monkeypatch.setattr("sys.argv", ["tutorial", "--profile", "mine.yaml"])
+    errors = io.StringIO()
+    with contextlib.redirect_stderr(errors):
+        assert tutorial.main() == 2
+    assert errors.getvalue().strip() == str(tmp_path / "mine.yaml")
 
 
 def test_peak_memory_sees_an_allocation():

@@ -10,7 +10,7 @@ import yaml
 
 from mmedpo_utils import profiles
 from mmedpo_utils.errors import InputError
-from mmedpo_utils.profiles import check_device, load_profile, profile_names
+from mmedpo_utils.profiles import check_device, load_profile, profile_names, repository_root
 
 SMOKE = profiles.PROFILE_FOLDER / "phantom-smoke.yaml"
 
@@ -75,6 +75,14 @@ def test_exponent_without_a_point_is_a_number(tmp_path: Path) -> None:
     file = tmp_path / "p.yaml"
     file.write_text(SMOKE.read_text(encoding="utf-8").replace("3e-5", "1e-7"), encoding="utf-8")
     assert load_profile(file).training.learning_rate == 1e-7
+
+
+def test_a_checkpoint_inside_the_repository_is_found_from_everywhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    inside = "mmedpo_utils/phantom/weights/lvlm"
+    profile = load_profile("phantom", {"lvlm.model": inside, "visual_tool.checkpoint": "someone/on-the-hub"})
+    assert Path(profile.lvlm.model) == repository_root() / inside
+    assert profile.visual_tool.checkpoint == "someone/on-the-hub" and load_profile("phantom").lvlm.model == "phantom"
 
 
 def test_data_root_comes_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
