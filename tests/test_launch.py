@@ -6,6 +6,7 @@ import _thread
 import json
 import math
 import shutil
+import signal
 import threading
 import time
 from pathlib import Path
@@ -81,7 +82,7 @@ def test_the_real_launcher_trains_with_zero_in_two_processes_and_a_second_call_l
 
 
 def test_an_interrupt_leaves_no_process_and_no_result(workspace):
-    profile = tiny_profile(workspace, **{"training.max_steps": 100_000})
+    profile = tiny_profile(workspace, **{"training.max_steps": 5_000})
     folder, seen = profile.output / "train" / "dpo-seed0", []
 
     def interrupt() -> None:
@@ -91,9 +92,13 @@ def test_an_interrupt_leaves_no_process_and_no_result(workspace):
             time.sleep(0.2)
         _thread.interrupt_main()
 
-    threading.Thread(target=interrupt, daemon=True).start()
-    with pytest.raises(KeyboardInterrupt):
-        train(profile, "dpo", live=False)
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with it ignored
+    try:
+        threading.Thread(target=interrupt, daemon=True).start()
+        with pytest.raises(KeyboardInterrupt):
+            train(profile, "dpo", live=False)
+    finally:
+        signal.signal(signal.SIGINT, usual)
     assert len(seen) == 4 and not processes_of(folder)
     assert load_run(folder, run_digest(profile, "dpo", 0, manifest_path(profile))) is None
 
