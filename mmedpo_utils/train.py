@@ -48,9 +48,9 @@ def run_digest(profile: Profile, variant: str, seed: int, manifest: Path) -> str
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def manifest_path(profile: Profile) -> Path:
-    """The preference manifest that training reads: what notebook 03 writes."""
-    return profile.output / "pairs" / "train.json"
+def manifest_path(profile: Profile, variant: str) -> Path:
+    """The preference manifest that ``variant`` trains on; notebook 03 writes train.json."""
+    return profile.output / "pairs" / f"{profile.training.variants[variant].pairs}.json"
 
 
 def training_weights(rows: Sequence[dict[str, Any]], variant: Variant, profile: Profile) -> np.ndarray:
@@ -170,7 +170,7 @@ def run(profile: Profile, name: str, seed: int, folder: Path) -> None:
     Raises:
         InputError: the manifest or an image cannot be used, or no pair is of the variant's sources.
     """
-    began, variant, manifest = time.monotonic(), profile.training.variants[name], manifest_path(profile)
+    began, variant, manifest = time.monotonic(), profile.training.variants[name], manifest_path(profile, name)
     rows = [row for row in read_manifest(manifest) if row_source(row) in variant.sources]
     if not rows:
         raise InputError(f"{manifest}: has no pairs of the sources {', '.join(variant.sources)} that variant {name!r} trains on; "
