@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -20,9 +21,29 @@ PHANTOM = profiles.PROFILE_FOLDER / "phantom.yaml"
 def test_shipped_profile_parses_and_every_key_is_explained(name: str) -> None:
     profile = load_profile(name)
     assert profile.name == name
-    assert {"sft", "dpo", "stage1", "stage2", "mmedpo"} <= set(profile.training.variants)
+    compared = {"sft"} if name.endswith("-sft") else {"sft", "dpo", "stage1", "stage2", "mmedpo"}
+    assert compared <= set(profile.training.variants)
     lines = (profiles.PROFILE_FOLDER / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
-    assert [line for line in lines if ":" in line and not line.rstrip().endswith(":") and "  #" not in line] == []
+    assert [line for line in lines if ":" in line and not line.rstrip().endswith(":") and " # " not in line and line[0] != "#"] == []
+
+
+RECIPE = {"learning_rate": 1e-7, "projector_learning_rate": 2e-5, "lora_rank": 128, "lora_alpha": 256, "lora_dropout": 0.05, "epochs": 3,
+          "weight_decay": 0, "warmup_ratio": 0.03, "scheduler": "cosine", "max_length": 1024, "beta": 0.1, "precision": "bf16",
+          "tf32": True, "gradient_checkpointing": True, "group_by_length": True, "logging_steps": 1, "report_to": "tensorboard"}
+
+
+@pytest.mark.parametrize("name", [name for name in profile_names() if name.startswith(("paper", "qlora", "zero3", "multi"))])
+def test_recipes_keep_the_papers_values_and_its_global_batch(name: str) -> None:
+    training = load_profile(name).training
+    changed = {"learning_rate"} if name.endswith("-sft") else set()
+    assert {key for key, value in RECIPE.items() if getattr(training, key) != value} == changed
+    assert training.processes * training.gradient_accumulation_steps * training.per_device_batch_size == 4
+
+
+def test_recipes_train_on_as_many_pairs_as_table_5_says(shared: Path) -> None:
+    rows = json.loads((shared / "paper" / "tables.json").read_text(encoding="utf-8"))["table5"]["rows"]
+    for dataset, (_, text, _) in rows.items():
+        assert load_profile(f"paper-{dataset.lower()}").curation.text_pairs == text
 
 
 def test_the_three_profiles_of_the_tutorial_are_shipped() -> None:
