@@ -33,7 +33,6 @@ from mmedpo_utils.trainer import (
     pair_keys,
     preference_dataset,
     preference_loss,
-    share_images,
 )
 
 TEMPLATE = ("{% for message in messages %}{{ 'USER: ' if message['role'] == 'user' else 'ASSISTANT: ' }}"
@@ -58,7 +57,7 @@ def tiny_lvlm(folder: Path) -> Path:
     set_seed(0)
     model = LlavaForConditionalGeneration(LlavaConfig(
         vision_config=CLIPVisionConfig(**width, image_size=28, patch_size=14),
-        text_config=MistralConfig(**width, num_key_value_heads=2, vocab_size=len(names), initializer_range=0.2,
+        text_config=MistralConfig(**width, num_key_value_heads=1, vocab_size=len(names), initializer_range=0.2,
                                   max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2),
         image_token_index=4, image_seq_length=4, vision_feature_select_strategy="default", vision_feature_layer=-2))
     model.save_pretrained(folder)
