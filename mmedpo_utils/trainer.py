@@ -116,7 +116,7 @@ class SeededLengthSampler(LengthGroupedSampler):
 
 
 class ReferenceCallback(TrainerCallback):
-    """Computes the reference when training begins: the model is on its device then, inside DeepSpeed's engine where there is one."""
+    """Computes the reference when training begins: the model is where it trains then, also inside DeepSpeed's engine."""
 
     def __init__(self, trainer: MMedPOTrainer) -> None:
         self.trainer = trainer
@@ -232,9 +232,9 @@ class MMedPOTrainer(DPOTrainer):
         probe = [key for key in pairs if key in known][:4]
         if not probe:
             return known
-        again, before = torch.tensor(self._reference_of([pairs[key] for key in probe])), torch.tensor([known[key] for key in probe])
-        precision = torch.finfo(self.model.dtype).eps
-        holds = broadcast_object_list([torch.allclose(again, before, rtol=10 * precision, atol=max(1e-3, 64 * precision))])
+        again, precision = torch.tensor(self._reference_of([pairs[key] for key in probe])), torch.finfo(self.model.dtype).eps
+        near = torch.allclose(again, torch.tensor([known[key] for key in probe]), 10 * precision, max(1e-3, 64 * precision))
+        holds = broadcast_object_list([near])
         return known if holds[0] else {}
 
     def _reference_of(self, pairs: list[dict[str, Any]]) -> list[list[float]]:
@@ -302,8 +302,8 @@ class MMedPOTrainer(DPOTrainer):
             loss = -chosen.sum() / (inputs["answer_owners"] < len(chosen)).sum()
         else:
             loss = losses.mean()
-        self._record(torch.stack([losses, chosen, rejected, *reference, *(inputs[key] for key in ("weights", "visual", "tokens"))],
-                                 dim=1).detach())
+        columns = [losses, chosen, rejected, *reference, inputs["weights"], inputs["visual"], inputs["tokens"]]
+        self._record(torch.stack(columns, dim=1).detach())
         return (loss, {"logps": torch.stack([chosen, rejected])}) if return_outputs else loss
 
     def _record(self, pairs: torch.Tensor) -> None:
@@ -322,4 +322,5 @@ class MMedPOTrainer(DPOTrainer):
                     self._metrics[mode][f"{source}_{key}"] += value[visual == number].tolist()
         if mode == "train":
             self.train_tokens += int(tokens.sum())
-        self._metrics[mode]["tokens"] = [self.train_tokens if mode == "train" else sum(self._metrics[mode]["tokens"], tokens.sum().item())]
+        self._metrics[mode]["tokens"] = [self.train_tokens if mode == "train" else
+                                         sum(self._metrics[mode]["tokens"], tokens.sum().item())]
