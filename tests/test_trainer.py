@@ -21,6 +21,7 @@ from transformers import (
     LlavaProcessor,
     MistralConfig,
     PreTrainedTokenizerFast,
+    TrainerCallback,
     set_seed,
 )
 from trl import DPOConfig, DPOTrainer
@@ -233,6 +234,87 @@ def test_with_equal_images_and_weights_of_one_every_loss_is_trls(tiny, tmp_path)
     assert expected[0] == pytest.approx(math.log(2), abs=1e-5) and abs(expected[-1] - expected[0]) > 1e-2
     plain = trainer(tiny, tmp_path, rows, **PLAIN)
     assert losses(plain) == pytest.approx(expected, abs=1e-5)
+
+
+def uneven_rows(tiny: dict) -> list[dict]:
+    """Eight pairs whose questions and answers have all kinds of lengths."""
+    random, rows = np.random.default_rng(1), []
+    for row in tiny["rows"][:8]:
+        question, chosen, rejected = (" ".join(random.choice(WORDS, count)) for count in random.integers([2, 1, 1], [9, 12, 12]))
+        turn = {"from": "human", "value": f"<image>\n{question}"}
+        rows.append({**row, "conversations": [turn, {"from": "gpt", "value": chosen}],
+                     "rejected_conversations": [turn, {"from": "gpt", "value": rejected}]})
+    return rows
+
+
+def wake(model: torch.nn.Module) -> None:
+    """Move LoRA and projector off their start, where half of the gradients are zero."""
+    generator = torch.Generator().manual_seed(0)
+    for _, parameter in sorted(model.named_parameters(), key=lambda item: item[0]):
+        if parameter.requires_grad:
+            parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+
+
+def first_step(run: MMedPOTrainer) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The pairs' recorded values, in rising order of their loss, and the gradients of the first optimiser step."""
+    gradients, records, record = {}, [], run._record
+
+    class Watch(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **others):
+            gradients.update({name: parameter.grad.clone() for name, parameter in model.named_parameters()
+                              if parameter.requires_grad})
+
+    run._record = lambda pairs: records.append(pairs) or record(pairs)
+    run.add_callback(Watch())
+    wake(run.model)
+    run.train()
+    pairs = torch.cat(records)
+    return pairs[pairs[:, 0].argsort()], gradients
+
+
+def first_step_by_hand(run: MMedPOTrainer) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The same with one answer at a time, by transformers and PEFT alone, and the loss written out."""
+    wake(run.model)
+    model, processor, pairs = run.model, run.processing_class, []
+
+    def logp(pair, answer, image):
+        answer = pair[answer][: run.args.max_length - len(pair["prompt_ids"])]
+        ids = torch.tensor([[*pair["prompt_ids"], *answer]])
+        pixels = processor.image_processor(Image.open(pair[image]).convert("RGB"), return_tensors="pt")["pixel_values"]
+        found = model(input_ids=ids, pixel_values=pixels).logits[0, -len(answer) - 1:-1].log_softmax(-1)
+        return found.gather(1, torch.tensor(answer)[:, None]).sum()
+
+    for pair in run.train_dataset:
+        policy = [logp(pair, "chosen_ids", "image"), logp(pair, "rejected_ids", "rejected_image")]
+        with torch.no_grad(), model.disable_adapter():
+            reference = [logp(pair, "chosen_ids", "image"), logp(pair, "rejected_ids", "rejected_image")]
+        margin = policy[0] - reference[0] - policy[1] + reference[1]
+        pairs.append(torch.stack([pair["weight"] * torch.log1p(torch.exp(-run.beta * margin)), *policy, *reference]))
+    pairs = torch.stack(pairs)
+    pairs[:, 0].mean().backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return pairs[pairs[:, 0].argsort()].detach(), gradients
+
+
+SWITCHES = [{}, PLAIN, *({key: False} for key in PLAIN), {"attention": "eager"}, {"train_sampling_strategy": "group_by_length"}]
+
+
+@pytest.mark.parametrize("max_length", [64, 17])
+def test_every_switch_gives_the_losses_and_gradients_of_one_answer_at_a_time(tiny, tmp_path, max_length):
+    def made(**switches):
+        return trainer(tiny, tmp_path, uneven_rows(tiny), np.linspace(0.75, 1.25, 8), max_length=max_length, max_steps=1,
+                       gradient_accumulation_steps=2, max_grad_norm=0.0, **switches)
+
+    cut = [len(pair["prompt_ids"]) + len(pair["chosen_ids"]) > max_length for pair in made().train_dataset]
+    assert any(cut) == (max_length < 64)
+    expected, expected_gradients = first_step_by_hand(made())
+    assert min(gradient.abs().max() for gradient in expected_gradients.values()) > 1e-4, "no gradient is trivially zero"
+    for switches in SWITCHES:
+        pairs, gradients = first_step(made(**switches))
+        torch.testing.assert_close(pairs[:, :5], expected, atol=1e-5, rtol=1e-6)
+        assert gradients.keys() == expected_gradients.keys()
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(gradient, expected_gradients[name], atol=1e-5, rtol=0, msg=f"{switches} {name}")
 
 
 def test_the_first_loss_is_the_mean_weight_times_ln_2(tiny, tmp_path):
