@@ -143,7 +143,8 @@ class MMedPOTrainer(DPOTrainer):
         arguments: TRL's own.
 
     Raises:
-        InputError: rows share their prompt, and the model's attention reaches less than ``max_length`` tokens back.
+        InputError: rows share their prompt, and the model's attention reaches less than ``max_length`` tokens back; or
+            FlexAttention is asked for on a CPU.
     """
 
     def __init__(self, model: PreTrainedModel, *, projector_learning_rate: float, reuse_vision_features: bool = True,
@@ -178,6 +179,8 @@ class MMedPOTrainer(DPOTrainer):
         if self.data_collator.shared_prefix and window and window < self.args.max_length:
             raise InputError(f"training.shared_prefix: the model's attention window is {window} tokens, fewer than "
                              f"`training.max_length` ({self.args.max_length}); set training.shared_prefix to false")
+        if config._attn_implementation == "flex_attention" and self.args.device.type == "cpu":
+            raise InputError("training.attention: flex_attention needs a GPU to train; set training.attention to sdpa")
         if config._attn_implementation == "sdpa":
             language_model.set_attn_implementation(prefix.PREFIX_ATTENTION)
         self.attention = config._attn_implementation
@@ -188,6 +191,9 @@ class MMedPOTrainer(DPOTrainer):
         data = self.train_dataset if train_dataset is None else train_dataset
         return SeededLengthSampler(self.args.train_batch_size * self.args.gradient_accumulation_steps, data[LENGTH],
                                    self.args.seed)
+
+    def _get_eval_sampler(self, eval_dataset: Dataset) -> torch.utils.data.Sampler | None:
+        return torch.utils.data.SequentialSampler(eval_dataset)
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimiser of ``args.optim`` with two groups: LoRA at ``learning_rate``, the projector at its own rate."""

@@ -492,6 +492,11 @@ def test_pairs_of_like_length_come_together_in_an_order_that_seed_and_epoch_deci
         assert length == run.data_collator([pair])["input_ids"].shape[1]
 
 
+def test_flex_attention_on_a_cpu_is_refused(tiny, tmp_path):
+    with pytest.raises(InputError, match="training.attention.*GPU.*sdpa"):
+        trainer(tiny, tmp_path, attention="flex_attention")
+
+
 def test_attention_that_reaches_less_than_a_row_back_is_refused_with_shared_rows(tiny, tmp_path, monkeypatch):
     window = LlavaForConditionalGeneration.from_pretrained(tiny["model"])
     window.config.text_config.sliding_window = 16
@@ -514,6 +519,23 @@ def test_a_resumed_run_has_the_reference_of_the_model_before_training(tiny, tmp_
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles FlexAttention with a C++ compiler")
 def test_flex_attention_gives_the_same_log_probabilities(tiny, tmp_path):
-    sdpa, flex = (trainer(tiny, tmp_path, uneven_rows(tiny), attention=name) for name in ("sdpa", "flex_attention"))
+    sdpa, flex = (trainer(tiny, tmp_path, uneven_rows(tiny)) for _ in range(2))
+    flex.model.get_base_model().model.language_model.set_attn_implementation("flex_attention")
+    flex.attention = "flex_attention"
     batch = batch_of(sdpa, 8)
     torch.testing.assert_close(torch.cat(flex.reference_logps(batch)), torch.cat(sdpa.reference_logps(batch)), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("strategy", ["random", "group_by_length"])
+def test_a_run_resumed_within_its_second_epoch_sees_the_pairs_that_it_would_have_seen(tiny, tmp_path, strategy):
+    def made(steps):
+        return trainer(tiny, tmp_path, uneven_rows(tiny) * 2, max_steps=steps, train_sampling_strategy=strategy,
+                       save_strategy="steps", save_steps=6)
+
+    whole, resumed = made(8), made(8)
+    expected = losses(whole)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    found = [event["loss"] for event in resumed.state.log_history if "loss" in event]
+    assert found == pytest.approx(expected, abs=1e-6) and len(found) == 8
+    for name, parameter in whole.model.named_parameters():
+        torch.testing.assert_close(resumed.model.get_parameter(name), parameter, atol=1e-6, rtol=0)
