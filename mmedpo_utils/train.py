@@ -17,7 +17,7 @@ import shutil
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,7 @@ import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
-from peft import LoraConfig
 from transformers import PrinterCallback, TrainerCallback
-from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.utils import logging as transformers_logging
 from trl import DPOConfig
 
@@ -48,7 +46,7 @@ from .run_folder import (
     read_events,
     run_lock,
 )
-from .trainer import PROJECTOR, MMedPOTrainer, PreferenceCollator, preference_dataset
+from .trainer import MMedPOTrainer, PreferenceCollator, adapter_config, preference_dataset
 
 VALIDATION_SHARE = 0.1
 VALIDATION_PAIRS = 64
@@ -149,105 +147,73 @@ def training_arguments(profile: Profile, name: str, seed: int, folder: Path, pai
         eval_strategy="steps" if validate else "no", eval_steps=values.validation_every,
         logging_steps=values.logging_steps, report_to=values.report_to, disable_tqdm=True,
         save_strategy="steps", save_steps=values.save_every,
+        train_sampling_strategy="group_by_length" if values.group_by_length else "random",
         deepspeed=deepspeed_config(profile) if world > 1 else None)
-
-
-class EpochOrder(torch.utils.data.Sampler):
-    """The order of the pairs in each epoch: a function of seed and epoch alone, so that a resumed run takes the same batches.
-
-    Args:
-        lengths: tokens of each pair.
-        group: pairs of one step; with it, pairs of similar length come together. None: any order.
-        epoch: tells the epoch that begins.
-    """
-
-    def __init__(self, lengths: Sequence[int], group: int | None, seed: int, epoch: Callable[[], int]) -> None:
-        self.lengths, self.group, self.seed, self.epoch = lengths, group, seed, epoch
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed + self.epoch())
-        if self.group:
-            return iter(get_length_grouped_indices(self.lengths, self.group, generator=generator))
-        return iter(torch.randperm(len(self.lengths), generator=generator).tolist())
-
-
-class ResumableTrainer(MMedPOTrainer):
-    """`MMedPOTrainer` whose order of pairs does not depend on where a run was interrupted."""
-
-    group_by_length = False
-
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> EpochOrder:
-        pairs, args = self.train_dataset, self.args
-        lengths = [len(prompt) + max(len(chosen), len(rejected)) for prompt, chosen, rejected in
-                   zip(pairs["prompt_ids"], pairs["chosen_ids"], pairs["rejected_ids"])]
-        group = args.train_batch_size * args.gradient_accumulation_steps * args.world_size if self.group_by_length else None
-        return EpochOrder(lengths, group, args.seed, lambda: int(self.state.epoch or 0))
 
 
 class EventWriter(TrainerCallback):
     """Append one JSON line per logged step to ``events.jsonl``: what the live plot draws."""
 
     def __init__(self, folder: Path, pairs_per_step: int) -> None:
-        self.path, self.pairs_per_step, self.began = folder / "events.jsonl", pairs_per_step, time.monotonic()
+        self.path, self.pairs_per_step = folder / "events.jsonl", pairs_per_step
+        self.first_step: float | None = None
+        self.earlier = {"seconds": 0.0, "tokens": 0.0}
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        """Start the clock, at the time that the earlier part of a resumed run took."""
-        self.began = time.monotonic() - max((event["seconds"] for event in read_events(self.path.parent)), default=0)
+    def on_step_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        """Start the clock at the first step, with the time that the earlier part of a resumed run took."""
+        if self.first_step is None:
+            self.first_step = time.monotonic()
+            for event in read_events(self.path.parent):
+                self.earlier |= {key: event[key] for key in self.earlier if key in event}
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **others: Any) -> None:
         """Write a training event, or a validation event whose values are named ``validation_*``."""
-        logs = logs or {}
+        logs = dict(logs or {})
         if not state.is_world_process_zero or not {"loss", "eval_loss"} & set(logs):
             return
-        seconds, step = time.monotonic() - self.began, state.global_step
+        if "tokens" in logs:
+            logs["tokens"] += self.earlier["tokens"]
+        seconds, step = self.earlier["seconds"] + time.monotonic() - self.first_step, state.global_step
         event = {"step": step, "total_steps": state.max_steps, "seconds": round(seconds, 2),
                  "seconds_left": round(seconds / max(step, 1) * (state.max_steps - step), 1),
                  "pairs_per_second": round(step * self.pairs_per_step / max(seconds, 1e-9), 2)}
         event |= {key.replace("eval_", "validation_"): float(value) for key, value in logs.items()
                   if not key.endswith(("runtime", "per_second")) and np.isfinite(value)}
+        if "eval_tokens" in logs:
+            event["validation_tokens_per_second"] = round(logs["eval_tokens"] / logs["eval_runtime"], 1)
+        elif "tokens" in logs:
+            event["tokens_per_second"] = round(logs["tokens"] / max(seconds, 1e-9), 1)
         with open(self.path, "a", encoding="utf-8") as stream:
             stream.write(json.dumps(event) + "\n")
 
 
-def adapter_config(profile: Profile, variant: Variant) -> LoraConfig:
-    """LoRA on every linear layer of the language model, and the projector beside it where the variant trains it."""
-    values = profile.training
-    return LoraConfig(r=values.lora_rank, lora_alpha=values.lora_alpha, lora_dropout=values.lora_dropout,
-                      target_modules="all-linear", modules_to_save=[PROJECTOR] if "projector" in variant.trains else None,
-                      exclude_modules=rf".*(vision_tower|{PROJECTOR}).*")
-
-
 def build_trainer(profile: Profile, variant: Variant, rows: Sequence[dict[str, Any]], validation: np.ndarray,
-                  arguments: DPOConfig, keeper: CheckpointKeeper) -> ResumableTrainer:
+                  arguments: DPOConfig, callbacks: list[TrainerCallback]) -> MMedPOTrainer:
     """Model, LoRA and data put together.
 
     Args:
         rows: the variant's pairs, validation pairs among them. Length: N.
         validation: true where a row is for validation. Shape: [N].
     """
-    weights, folder = training_weights(rows, variant, profile), Path(arguments.output_dir)
+    weights = training_weights(rows, variant, profile)
     values, nf4 = profile.training, profile.lvlm.quantization == "nf4"
     lvlm = load_lvlm(profile.lvlm.model, profile.lvlm.device if nf4 else "cpu", quantization=profile.lvlm.quantization)
+    lvlm.llava.model.language_model.set_attn_implementation(values.attention)
 
     def dataset(chosen: np.ndarray) -> Dataset:
         return preference_dataset([row for row, keep in zip(rows, chosen) if keep], weights[chosen], lvlm.processor,
                                   profile.image_root, profile.output / "pairs" / "noised", values.max_length)
 
-    trainer = ResumableTrainer(
+    trainer = MMedPOTrainer(
         lvlm.model, projector_learning_rate=values.projector_learning_rate, args=arguments,
+        reuse_vision_features=values.reuse_vision_features, reference=values.reference, cache_reference=values.cache_reference,
         reference_cache=profile.output / "reference" / f"{model_digest(lvlm.model)[:16]}.json",
         train_dataset=dataset(~validation), eval_dataset=dataset(validation) if validation.any() else None,
-        data_collator=PreferenceCollator(lvlm.processor.tokenizer.pad_token_id, values.max_length, processor=lvlm.processor),
-        processing_class=lvlm.processor, peft_config=adapter_config(profile, variant),
-        callbacks=[keeper, EventWriter(folder, arguments.train_batch_size * arguments.gradient_accumulation_steps
-                                       * arguments.world_size)])
-    trainer.group_by_length = values.group_by_length
-    if "lora" not in variant.trains:
-        for name, parameter in trainer.model.named_parameters():
-            parameter.requires_grad_(parameter.requires_grad and "lora_" not in name)
+        data_collator=PreferenceCollator(lvlm.processor.tokenizer.pad_token_id, values.max_length, lvlm.processor,
+                                         shared_prefix=values.shared_prefix),
+        processing_class=lvlm.processor,
+        peft_config=adapter_config(values.lora_rank, values.lora_alpha, values.lora_dropout, variant.trains),
+        callbacks=callbacks)
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -312,15 +278,13 @@ def run(profile: Profile, name: str, seed: int, folder: Path) -> None:
         finished, checkpoint = begin(folder, digest, arguments)
         if finished:
             return print(f"{folder} is finished already, with the same inputs.")
-        trainer = build_trainer(profile, variant, rows, validation, arguments, CheckpointKeeper(folder, digest))
-        if profile.training.zero_stage < 3 or not trainer.is_deepspeed_enabled:
-            trainer.precompute_reference()
-        ready = time.monotonic()
+        writer = EventWriter(folder, arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size)
+        trainer = build_trainer(profile, variant, rows, validation, arguments, [CheckpointKeeper(folder, digest), writer])
         trainer.train(resume_from_checkpoint=checkpoint)
         trained = time.monotonic()
         save_adapter(trainer, folder / "adapter")
         if trainer.is_world_process_zero():
-            seconds = {"start": ready - began, "steps": trained - ready, "total": time.monotonic() - began}
+            seconds = {"start": writer.first_step - began, "steps": trained - writer.first_step, "total": time.monotonic() - began}
             write_result(trainer, folder, {"digest": digest, "variant": name, "seed": seed, "seconds": seconds,
                                            "resumed_from": int(checkpoint.rpartition("-")[2]) if checkpoint else None})
 
