@@ -33,7 +33,7 @@ from trl import DPOConfig
 from .environment import versions
 from .errors import InputError
 from .files import write_json
-from .lvlm import load_lvlm, model_digest
+from .lvlm import load_profile_lvlm, model_digest
 from .manifests import read_manifest, row_source
 from .profiles import Profile, Variant, check_device, load_profile
 from .relevance import normalise
@@ -197,7 +197,7 @@ def build_trainer(profile: Profile, variant: Variant, rows: Sequence[dict[str, A
     """
     weights = training_weights(rows, variant, profile)
     values, nf4 = profile.training, profile.lvlm.quantization == "nf4"
-    lvlm = load_lvlm(profile.lvlm.model, profile.lvlm.device if nf4 else "cpu", quantization=profile.lvlm.quantization)
+    lvlm = load_profile_lvlm(profile, device=profile.lvlm.device if nf4 else "cpu")
     lvlm.llava.model.language_model.set_attn_implementation(values.attention)
 
     def dataset(chosen: np.ndarray) -> Dataset:
@@ -284,7 +284,8 @@ def run(profile: Profile, name: str, seed: int, folder: Path) -> None:
         trained = time.monotonic()
         save_adapter(trainer, folder / "adapter")
         if trainer.is_world_process_zero():
-            seconds = {"start": writer.first_step - began, "steps": trained - writer.first_step, "total": time.monotonic() - began}
+            seconds = {"start": writer.first_step - began, "steps": trained - writer.first_step,
+                       "total": time.monotonic() - began}
             write_result(trainer, folder, {"digest": digest, "variant": name, "seed": seed, "seconds": seconds,
                                            "resumed_from": int(checkpoint.rpartition("-")[2]) if checkpoint else None})
 

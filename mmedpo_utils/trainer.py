@@ -159,6 +159,9 @@ class MMedPOTrainer(DPOTrainer):
         self.reference_cache, self.known_reference = reference_cache, {}
         self.reuse_vision_features = reuse_vision_features
         super().__init__(model, **arguments)
+        if getattr(model, "is_loaded_in_4bit", False):
+            for parameter in self.model.parameters():  # TRL makes them bfloat16, where steps of 1e-7 round to nothing
+                parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
         llava = self.model.get_base_model().model
         frozen = not any(parameter.requires_grad for parameter in llava.vision_tower.parameters())
         self.tower = FrozenTower(llava.vision_tower) if reuse_vision_features and frozen else None

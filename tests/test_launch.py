@@ -17,8 +17,8 @@ import pytest
 import torch
 from PIL import Image
 
-from mmedpo_utils.errors import InputError
 from mmedpo_utils.commands import commands, process_count
+from mmedpo_utils.errors import InputError
 from mmedpo_utils.launch import TrainingError, load_run, train
 from mmedpo_utils.lvlm import load_lvlm
 from mmedpo_utils.manifests import write_manifest
