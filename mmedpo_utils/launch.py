@@ -37,9 +37,9 @@ REFRESH_SECONDS = 1.5
 PATIENCE_SECONDS = 10
 PORT_ATTEMPTS = 3
 PORT_TAKEN = re.compile("EADDRINUSE|address already in use", re.IGNORECASE)
-CAUSES = {r"No space left on device|File too large|Disk quota exceeded|disk is full|errno: (27|28)|unexpected pos":
+CAUSES = {r"No space left on device|File too large|Disk quota exceeded|disk is full|os error (27|28)|unexpected pos":
           "the disk is full, or a file may not grow further; free some space",
-          r"return code = -9|SIGKILL|Connection closed by peer|Connection reset by peer":
+          r"return code = (-9|247|137)|Connection closed by peer|Connection reset by peer":
           "a process was killed from outside: by a person, or by the system where memory ran out"}
 
 
@@ -170,9 +170,11 @@ def _run_commands(profile: Profile, variant: str, seed: int, folder: Path, live:
 def _what_happened(folder: Path, digest: str, returned: int) -> str:
     """One message: what failed, what the same call does next, and the process's own last lines."""
     log = _text(folder / "train.log")
-    cause = next((f": {told}" for pattern, told in CAUSES.items() if re.search(pattern, log)), "")
+    last = _last_words(log)
+    evidence = last + "".join(re.findall(r"exits with return code = -\d+", log)) + f"return code = {returned}"
+    cause = next((f": {told}" for pattern, told in CAUSES.items() if re.search(pattern, evidence)), "")
     return (f"training of {folder.name} failed (exit code {returned}){cause}. The same cell or command, run again, "
-            f"{_next_time(folder, digest)}. Its last lines (all of them: {shorten(folder)}/train.log):\n{_last_words(log)}")
+            f"{_next_time(folder, digest)}. Its last lines (all of them: {shorten(folder)}/train.log):\n{last}")
 
 
 def _next_time(folder: Path, digest: str) -> str:
