@@ -22,13 +22,16 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import yaml
 from IPython import get_ipython
 from IPython.display import Image, Pretty, display
 
 from . import plots
-from .commands import commands, printed, process_count, shorten, write_hostfile
+from .commands import commands, free_cores, printed, process_count, shorten, write_hostfile
 from .errors import InputError
-from .profiles import Profile, check_device, load_profile
+from .estimate import describe
+from .manifests import read_manifest, row_source
+from .profiles import Profile, check_device, load_profile, profile_names
 from .run_folder import finished_result, newest_checkpoint, read_events, remove_half_written, run_lock
 from .schema import repository_root
 from .train import FAILED, manifest_path, run_digest
@@ -136,6 +139,36 @@ def check_variant(profile: Profile, variant: str) -> None:
     """Raises InputError: the profile has no such variant."""
     if variant not in profile.training.variants:
         raise InputError(f"variant {variant!r}: unknown; profile {profile.name} has {', '.join(profile.training.variants)}")
+
+
+def dry_run(profile: Profile, variant: str, seed: int = 0) -> None:
+    """Print what `train` would run and what it takes: profile, pairs, memory, hours, commands. It starts and writes nothing.
+
+    It needs neither GPU nor weights nor pairs.
+
+    Raises:
+        InputError: no such variant, or a manifest that cannot be read.
+    """
+    check_variant(profile, variant)
+    manifest, sources = manifest_path(profile, variant), profile.training.variants[variant].sources
+    rows = [row for row in read_manifest(manifest) if row_source(row) in sources] if manifest.is_file() else []
+    counts = {source: sum(row_source(row) == source for row in rows) for source in sources}
+    if not rows:
+        counts = dict.fromkeys(sources, profile.curation.text_pairs)
+    cores = free_cores() if profile.lvlm.device != "cuda" and check_device(profile.lvlm.device) == "cpu" else None
+    print(yaml.safe_dump(profile.as_dict(), sort_keys=False, allow_unicode=True))
+    print(f"Pairs of {shorten(manifest)}: " + ", ".join(f"{count} {source}" for source, count in counts.items())
+          + ("" if rows else "; they are not made yet (notebook 03), reckoned with curation.text_pairs"))
+    print(describe(profile, variant, rows, counts, process_count(profile, dry_run=True), cores))
+    folder, several = folder_of(profile, variant, seed), profile.training.nodes > 1
+    shipped = profile.name in profile_names() and load_profile(profile.name) == profile
+    name = profile.name if shipped else f"{shorten(folder)}/profile.yaml"
+    print("\nThe cell, or this command in the repository's folder, writes the run folder")
+    print(f"$ python -m mmedpo_utils.launch --profile {name} --variant {variant} --seed {seed}")
+    for ssh in (True, False) if profile.training.hostfile else (False,):
+        where = "" if not several else " over ssh" if ssh else " on each node, one command each, without ssh"
+        print(f"and starts{where}")
+        print("\n".join("$ " + printed(line) for line in commands(profile, variant, seed, folder, ssh, dry_run=True)))
 
 
 def _say_how_it_begins(profile: Profile, folder: Path, digest: str) -> None:
@@ -283,7 +316,7 @@ def main() -> int:
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exit runs the clean-up that leaves no process behind
     try:
-        train(load_profile(options.profile), options.variant, options.seed)
+        (dry_run if options.dry_run else train)(load_profile(options.profile), options.variant, options.seed)
     except (InputError, TrainingError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1

@@ -32,6 +32,7 @@ from trl import DPOConfig
 
 from .environment import versions
 from .errors import InputError
+from .estimate import accumulation, total_steps
 from .files import write_json
 from .lvlm import load_profile_lvlm, model_digest
 from .manifests import read_manifest, row_source
@@ -109,20 +110,6 @@ def deepspeed_config(profile: Profile) -> dict[str, Any]:
             "train_micro_batch_size_per_gpu": "auto", "train_batch_size": "auto"}
 
 
-def total_steps(profile: Profile, pairs: int, world: int) -> int:
-    """Optimiser steps of a run on ``pairs`` training pairs by ``world`` processes."""
-    values = profile.training
-    if values.max_steps is not None:
-        return values.max_steps
-    batches = math.ceil(math.ceil(pairs / values.per_device_batch_size) / world)
-    return math.ceil(values.epochs * math.ceil(batches / _accumulation(profile, world)))
-
-
-def _accumulation(profile: Profile, world: int) -> int:
-    """Forward passes per step that keep the global batch the profile's, however many processes really run."""
-    return max(1, profile.training.gradient_accumulation_steps * profile.training.processes // world)
-
-
 def training_arguments(profile: Profile, name: str, seed: int, folder: Path, pairs: int, validate: bool) -> DPOConfig:
     """The trainer's arguments. Building them joins this process to the others, and prepares ZeRO stage 3 for loading.
 
@@ -132,7 +119,7 @@ def training_arguments(profile: Profile, name: str, seed: int, folder: Path, pai
         validate: whether there are validation pairs.
     """
     values, world = profile.training, int(os.environ.get("WORLD_SIZE", 1))
-    cuda, steps = check_device(profile.lvlm.device) == "cuda", total_steps(profile, pairs, world)
+    cuda, steps = check_device(profile.lvlm.device) == "cuda", total_steps(values, pairs, world)
     paged = cuda and values.optimizer == "paged_adamw_8bit"
     return DPOConfig(
         output_dir=str(folder), run_name=f"{profile.name}-{name}-seed{seed}", seed=seed, beta=values.beta,
@@ -142,7 +129,7 @@ def training_arguments(profile: Profile, name: str, seed: int, folder: Path, pai
         warmup_steps=math.ceil(values.warmup_ratio * steps), max_length=values.max_length,
         bf16=values.precision == "bf16", tf32=values.tf32 if cuda else None, disable_dropout=False,
         per_device_train_batch_size=values.per_device_batch_size, per_device_eval_batch_size=2 * values.per_device_batch_size,
-        gradient_accumulation_steps=_accumulation(profile, world), gradient_checkpointing=values.gradient_checkpointing,
+        gradient_accumulation_steps=accumulation(values, world), gradient_checkpointing=values.gradient_checkpointing,
         use_cpu=not cuda, dataloader_pin_memory=cuda, remove_unused_columns=False,
         eval_strategy="steps" if validate else "no", eval_steps=values.validation_every,
         logging_steps=values.logging_steps, report_to=values.report_to, disable_tqdm=True,
