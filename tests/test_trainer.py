@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -21,19 +22,21 @@ from transformers import (
     LlavaProcessor,
     MistralConfig,
     PreTrainedTokenizerFast,
+    TrainerCallback,
     set_seed,
 )
 from trl import DPOConfig, DPOTrainer
 
 from mmedpo_utils.errors import InputError
 from mmedpo_utils.trainer import (
+    PROJECTOR,
     MMedPOTrainer,
     PreferenceCollator,
+    adapter_config,
     image_token_count,
     pair_keys,
     preference_dataset,
     preference_loss,
-    share_images,
 )
 
 TEMPLATE = ("{% for message in messages %}{{ 'USER: ' if message['role'] == 'user' else 'ASSISTANT: ' }}"
@@ -58,7 +61,7 @@ def tiny_lvlm(folder: Path) -> Path:
     set_seed(0)
     model = LlavaForConditionalGeneration(LlavaConfig(
         vision_config=CLIPVisionConfig(**width, image_size=28, patch_size=14),
-        text_config=MistralConfig(**width, num_key_value_heads=2, vocab_size=len(names), initializer_range=0.2,
+        text_config=MistralConfig(**width, num_key_value_heads=1, vocab_size=len(names), initializer_range=0.2,
                                   max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2),
         image_token_index=4, image_seq_length=4, vision_feature_select_strategy="default", vision_feature_layer=-2))
     model.save_pretrained(folder)
@@ -89,8 +92,7 @@ def tiny(tmp_path_factory) -> dict:
 
 
 def lora() -> LoraConfig:
-    return LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", modules_to_save=["multi_modal_projector"],
-                      exclude_modules=r".*(vision_tower|multi_modal_projector).*")
+    return adapter_config(rank=4, alpha=8, dropout=0.0)
 
 
 def arguments(folder: Path, **changes) -> DPOConfig:
@@ -102,17 +104,45 @@ def arguments(folder: Path, **changes) -> DPOConfig:
     return DPOConfig(output_dir=str(folder), **{**values, **changes})
 
 
-def trainer(tiny: dict, folder: Path, rows=None, weights=None, projector_rate=1e-2, evaluation=None, **changes) -> MMedPOTrainer:
+PLAIN = {"shared_prefix": False, "reuse_vision_features": False, "cache_reference": False}
+
+
+def trainer(tiny: dict, folder: Path, rows=None, weights=None, projector_rate=1e-2, evaluation=None, shared_prefix=True,
+            reuse_vision_features=True, cache_reference=True, reference="initial", reference_cache=None, max_length=64,
+            trains=("lora", "projector"), attention="sdpa", **changes) -> MMedPOTrainer:
     def dataset(rows, weights):
-        return preference_dataset(rows, weights, tiny["processor"], tiny["images"], tiny["noised"], 64)
+        return preference_dataset(rows, weights, tiny["processor"], tiny["images"], tiny["noised"], max_length)
 
     rows = tiny["rows"] if rows is None else rows
+    model = LlavaForConditionalGeneration.from_pretrained(tiny["model"])
+    model.model.language_model.set_attn_implementation(attention)
     return MMedPOTrainer(
-        LlavaForConditionalGeneration.from_pretrained(tiny["model"]), projector_learning_rate=projector_rate,
-        args=arguments(folder, **changes), train_dataset=dataset(rows, np.ones(len(rows)) if weights is None else weights),
+        model, projector_learning_rate=projector_rate, reuse_vision_features=reuse_vision_features, reference=reference,
+        cache_reference=cache_reference, reference_cache=reference_cache,
+        args=arguments(folder, max_length=max_length, **changes),
+        train_dataset=dataset(rows, np.ones(len(rows)) if weights is None else weights),
         eval_dataset=dataset(evaluation, np.ones(len(evaluation))) if evaluation else None,
-        data_collator=PreferenceCollator(0, max_length=64, processor=tiny["processor"]),
-        processing_class=tiny["processor"], peft_config=lora())
+        data_collator=PreferenceCollator(0, max_length, tiny["processor"], shared_prefix=shared_prefix),
+        processing_class=tiny["processor"], peft_config=adapter_config(4, 8, 0.0, trains))
+
+
+def batch_of(run: MMedPOTrainer, count: int) -> dict:
+    return run.data_collator([run.train_dataset[number] for number in range(count)])
+
+
+def answer_logps(model: LlavaForConditionalGeneration, batch: dict) -> torch.Tensor:
+    """Log-probabilities by transformers alone, one answer at a time, without padding or masks. Shape: [2B]."""
+    sums = []
+    for owner in range(2 * len(batch["weights"])):
+        mine = batch["answer_owners"] == owner
+        row, first = int(batch["answer_rows"][mine][0]), int(batch["answer_positions"][mine][0])
+        prompt, answer = batch["input_ids"][row][: first + 1], batch["answer_ids"][mine]
+        with torch.no_grad():
+            logits = model(input_ids=torch.cat([prompt, answer])[None],
+                           pixel_values=batch["pixel_values"][batch["image_rows"][row]][None]).logits[0]
+        found = logits[first:-1].log_softmax(-1)
+        sums.append(found.gather(1, answer[:, None]).sum())
+    return torch.stack(sums)
 
 
 def losses(run: DPOTrainer, key: str = "loss") -> list[float]:
@@ -135,39 +165,53 @@ def test_preference_loss_and_its_gradient_match_the_closed_form():
     torch.testing.assert_close(preference_loss(equal, equal, equal, equal, beta), torch.full((3,), math.log(2)))
 
 
-def test_the_collator_gives_each_half_its_own_image(tiny):
+@pytest.mark.parametrize("shared_prefix", [False, True])
+def test_the_collator_gives_each_answer_its_own_image(tiny, shared_prefix):
     rows = tiny["rows"][:4]
     pairs = preference_dataset(rows, [0.8, 0.9, 1.0, 1.1], tiny["processor"], tiny["images"], tiny["noised"], 64)
-    collator = PreferenceCollator(0, max_length=64, processor=tiny["processor"])
+    collator = PreferenceCollator(0, 64, tiny["processor"], shared_prefix=shared_prefix)
     batch = collator([pairs[number] for number in range(4)])
-    for place, folder in ((0, "images"), (1, "noised")):
+    assert len(batch["input_ids"]) == (6 if shared_prefix else 8) and len(batch["pixel_values"]) == 6
+    for owner, folder in ((1, "images"), (5, "noised")):  # the chosen and the rejected answer of a visual pair
         image = Image.open(tiny[folder] / "1.png").convert("RGB")
         whole = tiny["processor"](images=image, text="USER: <image>\nis there a effusion ? ASSISTANT: yes . left zone</s>",
                                   return_tensors="pt")
-        torch.testing.assert_close(batch["pixel_values"][1 + 4 * place], whole["pixel_values"][0])
-        kept = batch["attention_mask"][1 + 4 * place].bool()
-        assert batch["input_ids"][1 + 4 * place][kept].tolist() == whole["input_ids"][0].tolist()
-    torch.testing.assert_close(batch["pixel_values"][0], batch["pixel_values"][4])
-    answer = batch["input_ids"][4][batch["completion_mask"][4].bool()]
+        row = int(batch["answer_rows"][batch["answer_owners"] == owner][0])
+        torch.testing.assert_close(batch["pixel_values"][batch["image_rows"][row]], whole["pixel_values"][0])
+        length = whole["input_ids"].shape[1]
+        assert batch["input_ids"][row][:length].tolist() == whole["input_ids"][0].tolist()
+        assert not batch["input_ids"][row][length:].any()
+    answer = batch["answer_ids"][batch["answer_owners"] == 4]
     assert tiny["processor"].tokenizer.decode(answer).replace(" ", "") == "no.</s>"
     assert batch["weights"].tolist() == pytest.approx([0.8, 0.9, 1.0, 1.1]) and batch["visual"].tolist() == [0, 1, 0, 1]
+    assert int(batch["tokens"].sum()) == int((batch["input_ids"] != 0).sum())
     assert image_token_count(tiny["processor"]) == 4
 
 
-def test_an_image_that_both_halves_share_is_encoded_once(tiny):
-    tower = LlavaForConditionalGeneration.from_pretrained(tiny["model"]).model.vision_tower.eval()
-    chosen = torch.randn(4, 3, 28, 28, generator=torch.Generator().manual_seed(0))
-    rejected = chosen.clone()
-    rejected[1], rejected[3] = rejected[1].flip(-1), rejected[3] + 1e-3
-    batch, encoded = torch.cat([chosen, rejected]), []
-    with torch.no_grad():
-        expected = tower(batch, output_hidden_states=True).hidden_states
-        tower.embeddings.register_forward_pre_hook(lambda module, arguments: encoded.append(len(arguments[0])))
-        share_images(tower)
-        found = tower(batch, output_hidden_states=True).hidden_states
-    assert encoded == [6] and len(found) == len(expected)
-    for one, other in zip(found, expected):
-        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
+@pytest.mark.parametrize(("switches", "encoded"), [
+    ({}, [6, 6]), ({"cache_reference": False}, [6, 6]), ({"reuse_vision_features": False}, [6, 6]),
+    ({"reuse_vision_features": False, "cache_reference": False}, [6, 6, 6, 6]),
+    ({**PLAIN, "cache_reference": True}, [8, 8])])
+def test_a_frozen_tower_reads_each_image_of_a_step_once(tiny, tmp_path, switches, encoded):
+    run, seen = trainer(tiny, tmp_path, tiny["rows"][:4], max_steps=2, **switches), []
+    embeddings, compute = run.model.get_base_model().model.vision_tower.embeddings, run.compute_loss
+
+    def watched(*arguments, **options):
+        with embeddings.register_forward_pre_hook(lambda module, arguments: seen.append(len(arguments[0]))):
+            return compute(*arguments, **options)
+
+    run.compute_loss = watched
+    run.train()
+    assert seen == encoded
+    assert run.tower is None or run.tower.states is None
+
+
+def test_a_tower_that_is_trained_is_never_remembered(tiny, tmp_path):
+    model = LlavaForConditionalGeneration.from_pretrained(tiny["model"])
+    assert MMedPOTrainer(model, projector_learning_rate=1.0, args=arguments(tmp_path), train_dataset=trainer(
+        tiny, tmp_path).train_dataset.remove_columns(["key", "length"]), processing_class=tiny["processor"],
+        data_collator=PreferenceCollator(0, 64, tiny["processor"]), peft_config=LoraConfig(
+            target_modules=["q_proj"], modules_to_save=["vision_tower"])).tower is None
 
 
 def test_a_prompt_that_leaves_no_room_for_an_answer_is_refused(tiny):
@@ -181,18 +225,99 @@ def test_with_equal_images_and_weights_of_one_every_loss_is_trls(tiny, tmp_path)
         return [{"role": role, "content": row[key][role == "assistant"]["value"].replace("<image>\n", "")}]
 
     stock = DPOTrainer(
-        LlavaForConditionalGeneration.from_pretrained(tiny["model"]), args=arguments(tmp_path), peft_config=lora(),
+        LlavaForConditionalGeneration.from_pretrained(tiny["model"]),
+        args=arguments(tmp_path, train_sampling_strategy="sequential"), peft_config=lora(),
         processing_class=tiny["processor"], train_dataset=Dataset.from_list([
             {"images": [Image.open(tiny["images"] / row["image"]).convert("RGB")],
              "prompt": message("user", row, "conversations"), "chosen": message("assistant", row, "conversations"),
              "rejected": message("assistant", row, "rejected_conversations")} for row in rows]))
     expected = losses(stock)
-    ours = trainer(tiny, tmp_path, rows)
+    ours = trainer(tiny, tmp_path, rows, train_sampling_strategy="sequential")
     assert losses(ours) == pytest.approx(expected, abs=1e-5) and len(expected) == 5
     assert expected[0] == pytest.approx(math.log(2), abs=1e-5) and abs(expected[-1] - expected[0]) > 1e-2
-    precomputed = trainer(tiny, tmp_path, rows)
-    precomputed.precompute_reference()
-    assert losses(precomputed) == pytest.approx(expected, abs=1e-5)
+    plain = trainer(tiny, tmp_path, rows, **PLAIN, train_sampling_strategy="sequential")
+    assert losses(plain) == pytest.approx(expected, abs=1e-5)
+
+
+def uneven_rows(tiny: dict) -> list[dict]:
+    """Eight pairs whose questions and answers have all kinds of lengths."""
+    random, rows = np.random.default_rng(1), []
+    for row in tiny["rows"][:8]:
+        question, chosen, rejected = (" ".join(random.choice(WORDS, count)) for count in random.integers([2, 1, 1], [9, 12, 12]))
+        turn = {"from": "human", "value": f"<image>\n{question}"}
+        rows.append({**row, "conversations": [turn, {"from": "gpt", "value": chosen}],
+                     "rejected_conversations": [turn, {"from": "gpt", "value": rejected}]})
+    return rows
+
+
+def wake(model: torch.nn.Module) -> None:
+    """Move LoRA and projector off their start, where half of the gradients are zero."""
+    generator = torch.Generator().manual_seed(0)
+    for _, parameter in sorted(model.named_parameters(), key=lambda item: item[0]):
+        if parameter.requires_grad:
+            parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+
+
+def first_step(run: MMedPOTrainer) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The pairs' recorded values, in rising order of their loss, and the gradients of the first optimiser step."""
+    gradients, records, record = {}, [], run._record
+
+    class Watch(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **others):
+            gradients.update({name: parameter.grad.clone() for name, parameter in model.named_parameters()
+                              if parameter.requires_grad})
+
+    run._record = lambda pairs: records.append(pairs) or record(pairs)
+    run.add_callback(Watch())
+    wake(run.model)
+    run.train()
+    pairs = torch.cat(records)
+    return pairs[pairs[:, 0].argsort()], gradients
+
+
+def first_step_by_hand(run: MMedPOTrainer) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The same with one answer at a time, by transformers and PEFT alone, and the loss written out."""
+    wake(run.model)
+    model, processor, pairs = run.model, run.processing_class, []
+
+    def logp(pair, answer, image):
+        answer = pair[answer][: run.args.max_length - len(pair["prompt_ids"])]
+        ids = torch.tensor([[*pair["prompt_ids"], *answer]])
+        pixels = processor.image_processor(Image.open(pair[image]).convert("RGB"), return_tensors="pt")["pixel_values"]
+        found = model(input_ids=ids, pixel_values=pixels).logits[0, -len(answer) - 1:-1].log_softmax(-1)
+        return found.gather(1, torch.tensor(answer)[:, None]).sum()
+
+    for pair in run.train_dataset:
+        policy = [logp(pair, "chosen_ids", "image"), logp(pair, "rejected_ids", "rejected_image")]
+        with torch.no_grad(), model.disable_adapter():
+            reference = [logp(pair, "chosen_ids", "image"), logp(pair, "rejected_ids", "rejected_image")]
+        margin = policy[0] - reference[0] - policy[1] + reference[1]
+        pairs.append(torch.stack([pair["weight"] * torch.log1p(torch.exp(-run.beta * margin)), *policy, *reference]))
+    pairs = torch.stack(pairs)
+    pairs[:, 0].mean().backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return pairs[pairs[:, 0].argsort()].detach(), gradients
+
+
+SWITCHES = [{}, PLAIN, *({key: False} for key in PLAIN), {"attention": "eager"}, {"train_sampling_strategy": "group_by_length"}]
+
+
+@pytest.mark.parametrize("max_length", [64, 17])
+def test_every_switch_gives_the_losses_and_gradients_of_one_answer_at_a_time(tiny, tmp_path, max_length):
+    def made(**switches):
+        return trainer(tiny, tmp_path, uneven_rows(tiny), np.linspace(0.75, 1.25, 8), max_length=max_length, max_steps=1,
+                       gradient_accumulation_steps=2, max_grad_norm=0.0, **switches)
+
+    cut = [len(pair["prompt_ids"]) + len(pair["chosen_ids"]) > max_length for pair in made().train_dataset]
+    assert any(cut) == (max_length < 64)
+    expected, expected_gradients = first_step_by_hand(made())
+    assert min(gradient.abs().max() for gradient in expected_gradients.values()) > 1e-4, "no gradient is trivially zero"
+    for switches in SWITCHES:
+        pairs, gradients = first_step(made(**switches))
+        torch.testing.assert_close(pairs[:, :5], expected, atol=1e-5, rtol=1e-6)
+        assert gradients.keys() == expected_gradients.keys()
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(gradient, expected_gradients[name], atol=1e-5, rtol=0, msg=f"{switches} {name}")
 
 
 def test_the_first_loss_is_the_mean_weight_times_ln_2(tiny, tmp_path):
@@ -206,22 +331,31 @@ def test_the_first_loss_is_the_mean_weight_times_ln_2(tiny, tmp_path):
 
 def test_with_the_adapter_off_the_trained_model_is_the_one_before_training(tiny, tmp_path):
     run = trainer(tiny, tmp_path)
-    batch = run.data_collator([run.train_dataset[number] for number in range(8)])
-    batch = {key: batch[key] for key in batch if key not in ("weights", "visual")}
-    policy = {"input_ids", "attention_mask", "pixel_values"}
-    before = torch.cat(run.compute_ref_log_probs(run.model, batch))
+    batch = batch_of(run, 8)
+    before = torch.cat(run.reference_logps(batch))
+    torch.testing.assert_close(torch.cat(run.policy_logps(run.model, batch)).detach(), before, atol=1e-6, rtol=0)
     projector = {name: value.clone() for name, value in run.model.named_parameters() if "multi_modal_projector" in name}
-    with torch.no_grad():
-        untrained = run.model(**{key: batch[key] for key in policy}).logits
     run.train()
-    after = torch.cat(run.compute_ref_log_probs(run.model, batch))
-    torch.testing.assert_close(after, before, atol=1e-6, rtol=0)
-    with torch.no_grad():
-        assert (run.model(**{key: batch[key] for key in policy}).logits - untrained).abs().max() > 1e-2
-        with run.model.disable_adapter():
-            torch.testing.assert_close(run.model(**{key: batch[key] for key in policy}).logits, untrained, atol=1e-6, rtol=0)
+    torch.testing.assert_close(torch.cat(run.reference_logps(batch)), before, atol=1e-6, rtol=0)
+    assert (torch.cat(run.policy_logps(run.model, batch)) - before).abs().max() > 1e-2
     moved = {name: not torch.equal(value, dict(run.model.named_parameters())[name]) for name, value in projector.items()}
     assert all(changed == ("modules_to_save" in name) for name, changed in moved.items()) and any(moved.values())
+
+
+def test_the_released_reference_drifts_with_the_projector_and_with_nothing_else(tiny, tmp_path):
+    run = trainer(tiny, tmp_path, reference="released")
+    batch = batch_of(run, 8)
+    before = torch.cat(run.reference_logps(batch))
+    assert losses(run)[0] == pytest.approx(losses(trainer(tiny, tmp_path))[0], abs=1e-6)
+    after = torch.cat(run.reference_logps(batch))
+    assert (after - before).abs().max() > 1e-3 and not after.requires_grad and not run.known_reference
+    by_hand = LlavaForConditionalGeneration.from_pretrained(tiny["model"])
+    trained = run.model.get_base_model().model.multi_modal_projector.modules_to_save["default"].state_dict()
+    by_hand.model.multi_modal_projector.load_state_dict(trained)
+    torch.testing.assert_close(answer_logps(by_hand, batch), after, atol=1e-5, rtol=0)
+    still = trainer(tiny, tmp_path, reference="released", trains=["lora"])
+    still.train()
+    torch.testing.assert_close(torch.cat(still.reference_logps(batch)), before, atol=1e-6, rtol=0)
 
 
 def test_lora_sits_on_the_language_model_only_and_the_projector_has_its_own_rate(tiny, tmp_path):
@@ -238,15 +372,14 @@ def test_lora_sits_on_the_language_model_only_and_the_projector_has_its_own_rate
     assert all(torch.equal(value, dict(frozen.model.named_parameters())[name]) for name, value in before.items())
 
 
-def test_sft_is_the_mean_negative_log_probability_of_the_chosen_tokens(tiny, tmp_path):
-    stock = trainer(tiny, tmp_path, loss_type="sft", weights=np.linspace(0.5, 1.5, 24), max_steps=1,
-                    per_device_train_batch_size=24)
-    batch = stock.data_collator([stock.train_dataset[number] for number in range(24)])
-    chosen = {key: batch[key][:24] for key in ("input_ids", "attention_mask", "pixel_values")}
-    labels = batch["input_ids"][:24].masked_fill(batch["completion_mask"][:24] == 0, -100)
-    with torch.no_grad():
-        expected = LlavaForConditionalGeneration.from_pretrained(tiny["model"])(**chosen, labels=labels).loss
-    assert losses(stock) == pytest.approx([expected.item()], abs=1e-5)
+@pytest.mark.parametrize("shared_prefix", [False, True])
+def test_sft_is_the_mean_negative_log_probability_of_the_chosen_tokens(tiny, tmp_path, shared_prefix):
+    run = trainer(tiny, tmp_path, loss_type="sft", weights=np.linspace(0.5, 1.5, 24), max_steps=1,
+                  per_device_train_batch_size=24, shared_prefix=shared_prefix)
+    batch = batch_of(run, 24)
+    chosen = answer_logps(LlavaForConditionalGeneration.from_pretrained(tiny["model"]), batch)[:24]
+    expected = -chosen.sum() / (batch["answer_owners"] < 24).sum()
+    assert losses(run) == pytest.approx([expected.item()], abs=1e-5)
 
 
 def test_validation_pairs_are_scored_in_the_same_terms(tiny, tmp_path):
@@ -260,10 +393,9 @@ def test_validation_pairs_are_scored_in_the_same_terms(tiny, tmp_path):
 
 def test_the_reference_cache_is_read_checked_and_extended(tiny, tmp_path, monkeypatch):
     def run(rows):
-        made = trainer(tiny, tmp_path, rows)
-        made.reference_cache, scored = tmp_path / "reference.json", []
-        compute = made._reference_logps
-        monkeypatch.setattr(made, "_reference_logps", lambda pairs: scored.append(len(pairs)) or compute(pairs))
+        made, scored = trainer(tiny, tmp_path, rows, reference_cache=tmp_path / "reference.json"), []
+        compute = made._reference_of
+        monkeypatch.setattr(made, "_reference_of", lambda pairs: scored.append(len(pairs)) or compute(pairs))
         made.precompute_reference()
         return made, sum(scored)
 
@@ -271,12 +403,136 @@ def test_the_reference_cache_is_read_checked_and_extended(tiny, tmp_path, monkey
     assert scored == 16
     second, scored = run(tiny["rows"])
     assert scored == 4 + 8, "four known pairs are checked, eight new ones computed"
-    for column in ("ref_chosen_logps", "ref_rejected_logps"):
-        assert second.train_dataset[column][:16] == first.train_dataset[column][:]
+    assert len(second.known_reference) == 24 and first.known_reference.items() <= second.known_reference.items()
     wrong = {key: [value + 1 for value in pair] for key, pair in json.loads((tmp_path / "reference.json").read_text()).items()}
     (tmp_path / "reference.json").write_text(json.dumps(wrong))
     third, scored = run(tiny["rows"])
     assert scored == 4 + 24, "values of another model are not used"
-    assert third.train_dataset["ref_chosen_logps"][:] == pytest.approx(second.train_dataset["ref_chosen_logps"][:], abs=1e-4)
-    keys = pair_keys(first.train_dataset, 64)
-    assert len(set(keys)) == 16 and keys == pair_keys(first.train_dataset, 64) != pair_keys(first.train_dataset, 63)
+    for key, values in second.known_reference.items():
+        assert third.known_reference[key] == pytest.approx(values, abs=1e-4)
+    (tmp_path / "reference.json").write_text('{"half')
+    assert run(tiny["rows"])[1] == 24, "a damaged file is written anew"
+    assert len(json.loads((tmp_path / "reference.json").read_text())) == 24
+    data = first.train_dataset
+    assert len(set(data["key"])) == 16 and data["key"] == pair_keys(data, 64) != pair_keys(data, 63)
+
+
+@pytest.mark.parametrize("trains", [("lora",), ("projector",), ("lora", "projector")])
+def test_lora_or_projector_can_be_trained_alone_and_the_adapter_loads_in_peft(tiny, tmp_path, trains):
+    run = trainer(tiny, tmp_path, trains=trains)
+    batch = batch_of(run, 8)
+    assert {PROJECTOR if PROJECTOR in name else "lora" for name, parameter in run.model.named_parameters()
+            if parameter.requires_grad} == {"projector": {PROJECTOR}, "lora": {"lora"}}.get(trains[-1], {"lora"}) | (
+                {"lora"} if "lora" in trains else set())
+    before = torch.cat(run.reference_logps(batch))
+    values = losses(run)
+    assert values[0] == pytest.approx(math.log(2), abs=1e-6) and abs(values[-1] - values[0]) > 1e-3
+    torch.testing.assert_close(torch.cat(run.reference_logps(batch)), before, atol=1e-6, rtol=0)
+    run.model.save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(LlavaForConditionalGeneration.from_pretrained(tiny["model"]), tmp_path / "adapter")
+    found = torch.cat(run.policy_logps(run.model, batch)).detach()
+    torch.testing.assert_close(answer_logps(loaded, batch), found, atol=1e-5, rtol=0)
+    assert (found - before).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("reentrant", [False, True])  # TRL sets it under ZeRO stage 3
+def test_gradient_checkpointing_changes_nothing(tiny, tmp_path, reentrant):
+    plain, checkpointed = (first_step(trainer(tiny, tmp_path, uneven_rows(tiny), max_steps=1, **changes)) for changes in (
+        PLAIN, {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant},
+                "cache_reference": False}))
+    torch.testing.assert_close(checkpointed[0][:, :7], plain[0][:, :7], atol=1e-5, rtol=1e-6)
+    for name, gradient in plain[1].items():
+        torch.testing.assert_close(checkpointed[1][name], gradient, atol=1e-5, rtol=0)
+
+
+def test_the_log_tells_each_source_apart_and_counts_the_tokens_read(tiny, tmp_path):
+    rows, weights = uneven_rows(tiny), np.linspace(0.75, 1.25, 8)
+    run = trainer(tiny, tmp_path, rows, weights, evaluation=rows, eval_strategy="steps", eval_steps=1, max_steps=1,
+                  per_device_train_batch_size=3, gradient_accumulation_steps=3, per_device_eval_batch_size=3)
+    records, record = [], run._record
+    run._record = lambda pairs: records.append((run.model.training, pairs)) or record(pairs)
+    run.train()
+    logs = {"": run.state.log_history[0], "eval_": run.state.log_history[1]}
+    for prefix, log in logs.items():
+        pairs = torch.cat([pairs for training, pairs in records if training == (prefix == "")])
+        loss, chosen, rejected, reference_chosen, reference_rejected, weight, visual, tokens = pairs.unbind(1)
+        rewards = {"chosen_reward": 0.3 * (chosen - reference_chosen), "rejected_reward": 0.3 * (rejected - reference_rejected)}
+        rewards["margin"] = rewards["chosen_reward"] - rewards["rejected_reward"]
+        whole = {"weight": weight, "chosen_logp": chosen, "rejected_logp": rejected, **rewards}
+        assert len(pairs) == 8
+        for key, value in whole.items():
+            assert log[prefix + key] == pytest.approx(value.mean().item(), abs=1e-5)
+        for number, source in enumerate(("text", "visual")):
+            for key, value in {"loss": loss, "chosen_logp": chosen, **rewards}.items():
+                assert log[f"{prefix}{source}_{key}"] == pytest.approx(value[visual == number].mean().item(), abs=1e-5)
+            assert 0 <= log[f"{prefix}{source}_accuracy"] <= 1
+        data = run.train_dataset
+        real = sum(len(pair["prompt_ids"]) * (2 if pair["visual"] else 1) + len(pair["chosen_ids"]) + len(pair["rejected_ids"])
+                   for pair in data)
+        assert log[prefix + "tokens"] == real
+
+
+def test_pairs_of_like_length_come_together_in_an_order_that_seed_and_epoch_decide(tiny, tmp_path):
+    rows = uneven_rows(tiny) * 5
+    run = trainer(tiny, tmp_path, [{**row, "id": number} for number, row in enumerate(rows)],
+                  train_sampling_strategy="group_by_length", max_steps=1)
+    lengths, order = run.train_dataset["length"], {}
+    for epoch in (0, 1):
+        run.state.epoch = float(epoch)
+        torch.rand(epoch + 1)
+        order[epoch] = list(run._get_train_sampler())
+        assert sorted(order[epoch]) == list(range(40)) and list(run._get_train_sampler()) == order[epoch]
+    spread = [max(lengths[n] for n in batch) - min(lengths[n] for n in batch)
+              for batch in (order[0][start:start + 4] for start in range(0, 40, 4))]
+    assert order[0] != order[1] and np.mean(spread) < 0.5 * (max(lengths) - min(lengths))
+    for pair, length in zip(run.train_dataset, lengths):
+        assert length == run.data_collator([pair])["input_ids"].shape[1]
+
+
+def test_flex_attention_on_a_cpu_is_refused(tiny, tmp_path):
+    with pytest.raises(InputError, match="training.attention.*GPU.*sdpa"):
+        trainer(tiny, tmp_path, attention="flex_attention")
+
+
+def test_attention_that_reaches_less_than_a_row_back_is_refused_with_shared_rows(tiny, tmp_path, monkeypatch):
+    window = LlavaForConditionalGeneration.from_pretrained(tiny["model"])
+    window.config.text_config.sliding_window = 16
+    monkeypatch.setattr(LlavaForConditionalGeneration, "from_pretrained", lambda *_: window)
+    with pytest.raises(InputError, match="training.shared_prefix.*16 tokens"):
+        trainer(tiny, tmp_path)
+
+
+def test_a_resumed_run_has_the_reference_of_the_model_before_training(tiny, tmp_path):
+    first = trainer(tiny, tmp_path, max_steps=2, save_strategy="steps", save_steps=2)
+    first.train()
+    resumed = trainer(tiny, tmp_path, max_steps=3)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert resumed.known_reference.keys() == first.known_reference.keys()
+    for key, values in first.known_reference.items():
+        assert resumed.known_reference[key] == pytest.approx(values, abs=1e-6)
+    assert resumed.state.global_step == 3
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles FlexAttention with a C++ compiler")
+def test_flex_attention_gives_the_same_log_probabilities(tiny, tmp_path):
+    sdpa, flex = (trainer(tiny, tmp_path, uneven_rows(tiny)) for _ in range(2))
+    flex.model.get_base_model().model.language_model.set_attn_implementation("flex_attention")
+    flex.attention = "flex_attention"
+    batch = batch_of(sdpa, 8)
+    torch.testing.assert_close(torch.cat(flex.reference_logps(batch)), torch.cat(sdpa.reference_logps(batch)), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("strategy", ["random", "group_by_length"])
+def test_a_run_resumed_within_its_second_epoch_sees_the_pairs_that_it_would_have_seen(tiny, tmp_path, strategy):
+    def made(steps):
+        return trainer(tiny, tmp_path, uneven_rows(tiny) * 2, max_steps=steps, train_sampling_strategy=strategy,
+                       save_strategy="steps", save_steps=6)
+
+    whole, resumed = made(8), made(8)
+    expected = losses(whole)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    found = [event["loss"] for event in resumed.state.log_history if "loss" in event]
+    assert found == pytest.approx(expected, abs=1e-6) and len(found) == 8
+    for name, parameter in whole.model.named_parameters():
+        torch.testing.assert_close(resumed.model.get_parameter(name), parameter, atol=1e-6, rtol=0)
