@@ -1,5 +1,6 @@
 # make run    every notebook, in order, on the synthetic phantom world; fills figures/
 # make test   the tests, all notebooks at smoke size among them
+# make test-all   these and the slow ones: ZeRO stages against each other, processes killed at random points, two launchers
 # On Linux without a GPU, add TORCH_INDEX=https://download.pytorch.org/whl/cpu to get torch's small CPU build.
 
 PYTHON ?= python3
@@ -8,13 +9,16 @@ TORCH_INDEX ?=
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: run test lab results base-models bench
+.PHONY: run test test-all lab results base-models bench
 
 run: .venv/installed
 	$(BIN)/python -m mmedpo_utils.tutorial --profile $(PROFILE)
 
 test: .venv/installed
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+test-all: .venv/installed
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m ''
 
 lab: .venv/installed
 	$(BIN)/jupyter lab notebooks/00_start_here.ipynb

@@ -12,7 +12,8 @@ from typing import Any
 from .errors import InputError
 from .loaders import LAYOUTS, Questions, read_layout
 from .manifests import resolve_image
-from .profiles import IMAGE_FOLDERS, build_section, nearest, read_yaml, repository_root
+from .profiles import IMAGE_FOLDERS
+from .schema import build_section, nearest, read_yaml, repository_root
 
 COUNT = {"low": 0, "high": 10**9}
 FOLDERS = {"phantom": ("folder", "data"), "vqa-rad-mini": ("folder", "")}

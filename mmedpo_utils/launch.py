@@ -27,7 +27,8 @@ from IPython.display import Image, Pretty, display
 
 from . import plots
 from .errors import InputError
-from .profiles import Profile, check_device, repository_root
+from .profiles import Profile, check_device
+from .schema import repository_root
 from .train import FAILED, manifest_path, run_digest
 
 REFRESH_SECONDS = 1.5
@@ -134,7 +135,7 @@ def _checked_manifest(profile: Profile, variant: str) -> Path:
     if variant not in profile.training.variants:
         raise InputError(f"variant {variant!r}: unknown; profile {profile.name} has {', '.join(profile.training.variants)}")
     check_device(profile.lvlm.device)
-    manifest = manifest_path(profile)
+    manifest = manifest_path(profile, variant)
     if not manifest.is_file():
         raise InputError(f"{_short(manifest)}: there are no preference pairs yet; run notebook 03 with profile {profile.name}")
     return manifest

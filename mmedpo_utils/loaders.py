@@ -35,7 +35,8 @@ from .manifests import (
     resolve_image,
 )
 from .phantom.texts import SPLITS
-from .profiles import IMAGE_FOLDERS, nearest
+from .profiles import IMAGE_FOLDERS
+from .schema import nearest
 
 OTHER_NAMES = {"val": "validation", "validate": "validation", "valid": "validation"}
 REPORT_QUESTION = "Provide a detailed description of the given image"  # one of the 16 prompts of the released IU-Xray rows

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -142,12 +142,25 @@ def quiet_loading() -> Iterator[None]:
 
 
 def model_digest(model: torch.nn.Module) -> str:
-    """SHA-256 over up to 1,024 evenly spaced values of every tensor of the model, with its name and shape."""
+    """SHA-256 over up to 1,024 evenly spaced values of every tensor of the model, with its name and shape.
+
+    What DeepSpeed has divided among processes is gathered, one tensor at a time; all of them have to call.
+    """
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        values = tensor.detach().flatten()[:: max(1, tensor.numel() // 1024)].float().cpu().numpy()
-        digest.update(f"{name} {tuple(tensor.shape)}".encode() + values.tobytes())
+    for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
+        with _whole(tensor):
+            values = tensor.detach().flatten()[:: max(1, tensor.numel() // 1024)].float().cpu().numpy()
+            digest.update(f"{name} {tuple(tensor.shape)}".encode() + values.tobytes())
     return digest.hexdigest()
+
+
+def _whole(tensor: torch.Tensor) -> AbstractContextManager:
+    """Inside, a parameter that ZeRO stage 3 divided is whole."""
+    if not hasattr(tensor, "ds_id"):
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters([tensor])
 
 
 def prompt(processor: Any, question: str) -> str:

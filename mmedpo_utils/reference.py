@@ -23,7 +23,8 @@ from .files import write_json
 from .launch import train
 from .medklip import load_medklip, score_medklip
 from .phantom.texts import SPLITS
-from .profiles import Profile, load_profile, repository_root
+from .profiles import Profile, load_profile
+from .schema import repository_root
 
 SEEDS = (0, 1, 2)
 PAIRS = (("mmedpo", "base"), ("mmedpo", "sft"), ("mmedpo", "dpo"), ("mmedpo", "stage1"), ("mmedpo", "stage2"),

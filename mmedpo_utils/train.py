@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import LoraConfig
 from transformers import PrinterCallback, TrainerCallback
 from transformers.utils import logging as transformers_logging
 from trl import DPOConfig
@@ -33,7 +32,7 @@ from .lvlm import load_lvlm, model_digest
 from .manifests import read_manifest, row_source
 from .profiles import Profile, Variant, check_device, load_profile
 from .relevance import normalise
-from .trainer import PROJECTOR, MMedPOTrainer, PreferenceCollator, preference_dataset
+from .trainer import MMedPOTrainer, PreferenceCollator, adapter_config, preference_dataset
 
 VALIDATION_SHARE = 0.1
 VALIDATION_PAIRS = 64
@@ -48,9 +47,9 @@ def run_digest(profile: Profile, variant: str, seed: int, manifest: Path) -> str
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def manifest_path(profile: Profile) -> Path:
-    """The preference manifest that training reads: what notebook 03 writes."""
-    return profile.output / "pairs" / "train.json"
+def manifest_path(profile: Profile, variant: str) -> Path:
+    """The preference manifest that ``variant`` trains on; notebook 03 writes train.json."""
+    return profile.output / "pairs" / f"{profile.training.variants[variant].pairs}.json"
 
 
 def training_weights(rows: Sequence[dict[str, Any]], variant: Variant, profile: Profile) -> np.ndarray:
@@ -124,6 +123,10 @@ class EventWriter(TrainerCallback):
                  "pairs_per_second": round(step * self.pairs_per_step / max(seconds, 1e-9), 2)}
         event |= {key.replace("eval_", "validation_"): float(value) for key, value in logs.items()
                   if not key.endswith(("runtime", "per_second")) and np.isfinite(value)}
+        if "eval_tokens" in logs:
+            event["validation_tokens_per_second"] = round(logs["eval_tokens"] / logs["eval_runtime"], 1)
+        elif "tokens" in logs:
+            event["tokens_per_second"] = round(logs["tokens"] / max(seconds, 1e-9), 1)
         with open(self.path, "a", encoding="utf-8") as stream:
             stream.write(json.dumps(event) + "\n")
 
@@ -134,6 +137,7 @@ def build_trainer(profile: Profile, variant: Variant, seed: int, folder: Path, r
     arguments = training_arguments(profile, variant, seed, folder, bool(validation.any()))
     values, nf4 = profile.training, profile.lvlm.quantization == "nf4"
     lvlm = load_lvlm(profile.lvlm.model, profile.lvlm.device if nf4 else "cpu", quantization=profile.lvlm.quantization)
+    lvlm.llava.model.language_model.set_attn_implementation(values.attention)
 
     def dataset(chosen: np.ndarray) -> Any:
         return preference_dataset([row for row, keep in zip(rows, chosen) if keep], weights[chosen], lvlm.processor,
@@ -141,13 +145,13 @@ def build_trainer(profile: Profile, variant: Variant, seed: int, folder: Path, r
 
     trainer = MMedPOTrainer(
         lvlm.model, projector_learning_rate=values.projector_learning_rate, args=arguments,
+        reuse_vision_features=values.reuse_vision_features, reference=values.reference, cache_reference=values.cache_reference,
         reference_cache=profile.output / "reference" / f"{model_digest(lvlm.model)[:16]}.json",
         train_dataset=dataset(~validation), eval_dataset=dataset(validation) if validation.any() else None,
-        data_collator=PreferenceCollator(lvlm.processor.tokenizer.pad_token_id, values.max_length, processor=lvlm.processor),
+        data_collator=PreferenceCollator(lvlm.processor.tokenizer.pad_token_id, values.max_length, lvlm.processor,
+                                         shared_prefix=values.shared_prefix),
         processing_class=lvlm.processor,
-        peft_config=LoraConfig(r=values.lora_rank, lora_alpha=values.lora_alpha, lora_dropout=values.lora_dropout,
-                               target_modules="all-linear", modules_to_save=[PROJECTOR],
-                               exclude_modules=rf".*(vision_tower|{PROJECTOR}).*"),
+        peft_config=adapter_config(values.lora_rank, values.lora_alpha, values.lora_dropout, variant.trains),
         callbacks=[EventWriter(folder, arguments.train_batch_size * arguments.gradient_accumulation_steps
                                * arguments.world_size)])
     trainer.remove_callback(PrinterCallback)
@@ -170,7 +174,7 @@ def run(profile: Profile, name: str, seed: int, folder: Path) -> None:
     Raises:
         InputError: the manifest or an image cannot be used, or no pair is of the variant's sources.
     """
-    began, variant, manifest = time.monotonic(), profile.training.variants[name], manifest_path(profile)
+    began, variant, manifest = time.monotonic(), profile.training.variants[name], manifest_path(profile, name)
     rows = [row for row in read_manifest(manifest) if row_source(row) in variant.sources]
     if not rows:
         raise InputError(f"{manifest}: has no pairs of the sources {', '.join(variant.sources)} that variant {name!r} trains on; "
@@ -181,8 +185,6 @@ def run(profile: Profile, name: str, seed: int, folder: Path) -> None:
         for earlier in ("result.json", "events.jsonl"):
             (folder / earlier).unlink(missing_ok=True)
         write_json(folder / "versions.json", {**versions(), "platform": platform.platform()})
-    if profile.training.zero_stage < 3 or not trainer.is_deepspeed_enabled:
-        trainer.precompute_reference()
     ready = time.monotonic()
     trainer.train()
     trained = time.monotonic()

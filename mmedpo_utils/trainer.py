@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
-from PIL import Image
-from transformers import PreTrainedModel, ProcessorMixin
-from transformers.utils import ModelOutput
+from peft import LoraConfig
+from peft.utils import AuxiliaryTrainingWrapper
+from peft.utils.constants import DUMMY_TARGET_MODULES
+from transformers import PreTrainedModel, TrainerCallback
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import DPOTrainer
-from trl.data_utils import apply_chat_template
-from trl.trainer.dpo_trainer import DataCollatorForPreference
+from trl.models.utils import disable_gradient_checkpointing
 
+from . import prefix
 from .errors import InputError
 from .files import write_json
-from .manifests import answer_text, open_image, question_text, resolve_image, row_source
+from .preferences import PreferenceCollator, image_token_count, pair_keys, preference_dataset
 
+__all__ = ["PROJECTOR", "MMedPOTrainer", "PreferenceCollator", "adapter_config", "image_token_count", "pair_keys",
+           "preference_dataset", "preference_loss"]
 PROJECTOR = "multi_modal_projector"
-CACHED_IMAGES = 2048
+LENGTH = "length"
 
 
 def preference_loss(policy_chosen_logps: torch.Tensor, policy_rejected_logps: torch.Tensor,
@@ -51,200 +54,273 @@ def preference_loss(policy_chosen_logps: torch.Tensor, policy_rejected_logps: to
     return -weights * F.logsigmoid(beta * margins)
 
 
-def image_token_count(processor: ProcessorMixin) -> int:
-    """How many image tokens one ``<image>`` mark becomes."""
-    batch = processor(images=Image.new("RGB", (64, 64)), text=processor.image_token, return_tensors="pt")
-    return int((batch["input_ids"] == processor.image_token_id).sum())
+def adapter_config(rank: int, alpha: int, dropout: float, trains: Sequence[str] = ("lora", "projector")) -> LoraConfig:
+    """LoRA on every linear layer of the language model except lm_head, the projector beside it, or one of the two alone."""
+    return LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout,
+                      target_modules="all-linear" if "lora" in trains else DUMMY_TARGET_MODULES,
+                      modules_to_save=[PROJECTOR] if "projector" in trains else None,
+                      exclude_modules=rf".*(vision_tower|{PROJECTOR}).*")
 
 
-def preference_dataset(rows: Sequence[dict[str, Any]], weights: Sequence[float], processor: ProcessorMixin,
-                       image_root: Path, rejected_root: Path, max_length: int) -> Dataset:
-    """Tokenised preference pairs; images stay on disk, as paths.
+class FrozenTower:
+    """A frozen vision tower that remembers what it last said, until `clear`: policy and reference read one batch."""
 
-    Args:
-        rows: manifest rows. Length: N.
-        weights: normalised relevance s' of each row. Length: N.
-        processor: the LLaVA processor; its chat template writes prompt and answer.
-        image_root: folder of ``image``.
-        rejected_root: folder of ``rejected_image``; a row without one is rejected on its own ``image``.
-        max_length: tokens of prompt (image tokens included) and answer that the model is given at most.
+    def __init__(self, tower: torch.nn.Module) -> None:
+        self.encode, self.pixels, self.states = tower.forward, None, None
+        tower.forward = self.forward
 
-    Raises:
-        InputError: an image is missing, or a prompt leaves no room for an answer within ``max_length``.
-    """
-    patches, pairs = processor.image_token * image_token_count(processor), []
-    for row, weight in zip(rows, weights, strict=True):
-        turn = [{"type": "image"}, {"type": "text", "text": question_text(row)}]
-        answers = {key: [{"role": "assistant", "content": [{"type": "text", "text": answer_text(row, key == "rejected")}]}]
-                   for key in ("chosen", "rejected")}
-        texts = apply_chat_template({"prompt": [{"role": "user", "content": turn}], **answers}, processor)
-        texts["prompt"] = texts["prompt"].replace(processor.image_token, patches)
-        pair: dict[str, Any] = {f"{key}_ids": processor.tokenizer(texts[key], add_special_tokens=False)["input_ids"]
-                                for key in ("prompt", "chosen", "rejected")}
-        if len(pair["prompt_ids"]) >= max_length:
-            raise InputError(f"pair {row['id']}: its prompt has {len(pair['prompt_ids'])} tokens, image included, and leaves no "
-                             f"room for an answer; raise the profile's `training.max_length` ({max_length})")
-        image, rejected = resolve_image(image_root, row["image"]), row.get("rejected_image")
-        pairs.append({**pair, "image": str(image), "weight": float(weight), "visual": row_source(row) == "visual",
-                      "rejected_image": str(resolve_image(rejected_root, rejected) if rejected else image)})
-    return Dataset.from_list(pairs)
+    def forward(self, pixel_values: torch.Tensor, **options: Any) -> BaseModelOutputWithPooling:
+        """The tower's hidden states, without gradient; from memory for the images of the call before. [I, 3, H, W]."""
+        if self.pixels is None or not torch.equal(self.pixels, pixel_values):
+            with torch.no_grad():
+                self.states = self.encode(pixel_values, **options).hidden_states
+            self.pixels = pixel_values
+        return BaseModelOutputWithPooling(hidden_states=self.states)
+
+    def clear(self) -> None:
+        """Forget."""
+        self.pixels = self.states = None
 
 
-def pair_keys(pairs: Dataset, max_length: int) -> list[str]:
-    """What decides the reference log-probabilities of each pair besides the model: tokens and images, as SHA-256."""
-    digest = lru_cache(maxsize=None)(lambda path: hashlib.sha256(Path(path).read_bytes()).hexdigest())
-    return [hashlib.sha256(json.dumps([max_length, *(pair[f"{part}_ids"] for part in ("prompt", "chosen", "rejected")),
-                                       digest(pair["image"]), digest(pair["rejected_image"])]).encode()).hexdigest()
-            for pair in pairs]
+def spread_images(model: torch.nn.Module, arguments: tuple, options: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """Hook before the LLaVA model: encode each different image once, give every row its own by ``image_rows`` [R]."""
+    rows = options.pop("image_rows", None)
+    if rows is not None:
+        images = model.get_image_features(options.pop("pixel_values"), return_dict=True)
+        images.pooler_output = list(torch.stack(images.pooler_output)[rows])
+        options["mm_encoder_outputs"] = {"image": images}
+    return arguments, options
 
 
-@dataclass
-class PreferenceCollator(DataCollatorForPreference):
-    """TRL's preference collator, plus images and weights: the first half of the batch is chosen, the second rejected.
-
-    Adds to ``input_ids``, ``attention_mask`` and ``completion_mask`` [2B, T]: ``pixel_values`` [2B, 3, H, W] (the second
-    half holds the rejected images), ``weights`` [B] and ``visual`` [B] (1 for a visual pair).
-    """
-
-    processor: ProcessorMixin | None = None
-
-    def __post_init__(self) -> None:
-        self.pixels = lru_cache(maxsize=CACHED_IMAGES)(self.read_pixels)
-
-    def read_pixels(self, path: str) -> torch.Tensor:
-        """The image at ``path`` as the vision tower takes it. Shape: [3, H, W]."""
-        image = open_image(path).convert("RGB")
-        return self.processor.image_processor(images=image, return_tensors="pt")["pixel_values"][0]
-
-    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Collate B rows of `preference_dataset`."""
-        batch = super().torch_call(examples)
-        paths = [example[key] for key in ("image", "rejected_image") for example in examples]
-        batch["pixel_values"] = torch.stack([self.pixels(path) for path in paths])
-        batch["weights"] = torch.tensor([example["weight"] for example in examples])
-        batch["visual"] = torch.tensor([float(example["visual"]) for example in examples])
-        return batch
+def keep_answers(_: torch.nn.Module, __: tuple, options: dict[str, Any], output: Any) -> Any:
+    """Hook after the language model: keep the positions that predict answer tokens, [1, N] of [R, T]; lm_head sees no other."""
+    if "answer_rows" in options:
+        output.last_hidden_state = output.last_hidden_state[options["answer_rows"], options["answer_positions"]][None]
+    return output
 
 
-def share_images(vision_tower: torch.nn.Module) -> None:
-    """Make a frozen tower encode an image once where the rejected half of a batch [2B, 3, H, W] repeats the chosen half."""
-    rows: list[torch.Tensor] = []
+class SeededLengthSampler(LengthGroupedSampler):
+    """Pairs of like length together, in an order that seed and epoch alone decide: every process and a resumed run agree."""
 
-    def before(_: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
-        chosen, rejected = arguments[0].chunk(2)
-        own = (chosen != rejected).flatten(1).any(1)
-        first = torch.arange(len(chosen), device=own.device)
-        rows.append(torch.cat([first, torch.where(own, len(chosen) - 1 + own.cumsum(0), first)]))
-        return (torch.cat([chosen, rejected[own]]),)
+    def __init__(self, batch_size: int, lengths: list[int], seed: int) -> None:
+        super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
+        self.seed, self.epoch = seed, 0
 
-    def after(_: torch.nn.Module, arguments: tuple[torch.Tensor, ...], output: ModelOutput) -> None:
-        place = rows.pop()
-        output.hidden_states = tuple(None if states is None else states[place] for states in output.hidden_states)
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch of the next pass."""
+        self.epoch = epoch
 
-    vision_tower.register_forward_pre_hook(before)
-    vision_tower.register_forward_hook(after)
+    def __iter__(self) -> Iterator[int]:
+        self.generator.manual_seed(self.seed + self.epoch)
+        return super().__iter__()
+
+
+class ReferenceCallback(TrainerCallback):
+    """Computes the reference when training begins: the model is where it trains then, also inside DeepSpeed's engine."""
+
+    def __init__(self, trainer: MMedPOTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        """Compute, or read, what `MMedPOTrainer.precompute_reference` gives."""
+        self.trainer.precompute_reference()
 
 
 class MMedPOTrainer(DPOTrainer):
     """TRL's DPO trainer with a weight per pair, rejected images, and a learning rate for the projector.
 
-    The reference is the model before training: with the adapter off, PEFT restores both the language model (LoRA) and
-    the projector (``modules_to_save``). ``loss_type="sft"`` trains on the chosen half alone and ignores the weights.
-    Rows come from `preference_dataset`, batches from `PreferenceCollator`. ``reference_cache`` is a JSON file of reference
-    log-probabilities that `precompute_reference` reads and extends; one file belongs to one model.
+    ``loss_type="sft"`` trains on the chosen answers alone and ignores the weights. Rows come from `preference_dataset`,
+    batches from `PreferenceCollator`, whose ``shared_prefix`` halves the work of a pair with one image.
+
+    Args:
+        model: the Med-LVLM before training; ``peft_config`` (`adapter_config`) says what is trained.
+        projector_learning_rate: of the projector; ``args.learning_rate`` is LoRA's.
+        reuse_vision_features: read each image of a batch once with a frozen tower, for policy and reference together.
+        reference: "initial": the model before training (adapter off, the projector as it was); "released": adapter off,
+            but the projector as trained so far, as the released code does, so that the reference drifts.
+        cache_reference: compute the initial reference once, when training begins, instead of in every step.
+        reference_cache: JSON file that keeps the reference between runs; one file belongs to one model.
+        arguments: TRL's own.
+
+    Raises:
+        InputError: rows share their prompt, and the model's attention reaches less than ``max_length`` tokens back.
     """
 
-    def __init__(self, model: PreTrainedModel, *, projector_learning_rate: float, reference_cache: Path | None = None,
+    def __init__(self, model: PreTrainedModel, *, projector_learning_rate: float, reuse_vision_features: bool = True,
+                 reference: str = "initial", cache_reference: bool = True, reference_cache: Path | None = None,
                  **arguments: Any) -> None:
-        self.projector_learning_rate, self.reference_cache = projector_learning_rate, reference_cache
+        self.projector_learning_rate, self.reference = projector_learning_rate, reference
+        self.reference_cache, self.known_reference = reference_cache, {}
+        self.reuse_vision_features = reuse_vision_features
         super().__init__(model, **arguments)
-        share_images(self.model.get_base_model().model.vision_tower)
+        llava = self.model.get_base_model().model
+        frozen = not any(parameter.requires_grad for parameter in llava.vision_tower.parameters())
+        self.tower = FrozenTower(llava.vision_tower) if reuse_vision_features and frozen else None
+        llava.register_forward_pre_hook(spread_images, with_kwargs=True)
+        llava.language_model.register_forward_hook(keep_answers, with_kwargs=True)
+        self._prepare_attention(llava.language_model)
+        self.train_tokens = 0
+        if cache_reference and reference == "initial":
+            self._add_column("key", lambda data: pair_keys(data, self.args.max_length))
+            self.add_callback(ReferenceCallback(self))
+        self._add_column(LENGTH, lambda data: [max(len(row) for row, _ in self.data_collator.rows(pair)) for pair in data])
+
+    def _add_column(self, name: str, values: Any) -> None:
+        for attribute in ("train_dataset", "eval_dataset"):
+            data = getattr(self, attribute)
+            if data is not None:
+                setattr(self, attribute, data.add_column(name, values(data)))
+
+    def _prepare_attention(self, language_model: PreTrainedModel) -> None:
+        """Choose the attention that fits shared rows."""
+        config = language_model.config
+        window = getattr(config, "sliding_window", None)
+        if self.data_collator.shared_prefix and window and window < self.args.max_length:
+            raise InputError(f"training.shared_prefix: the model's attention window is {window} tokens, fewer than "
+                             f"`training.max_length` ({self.args.max_length}); set training.shared_prefix to false")
+        if config._attn_implementation == "sdpa":
+            language_model.set_attn_implementation(prefix.PREFIX_ATTENTION)
+        self.attention = config._attn_implementation
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> torch.utils.data.Sampler | None:
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        data = self.train_dataset if train_dataset is None else train_dataset
+        return SeededLengthSampler(self.args.train_batch_size * self.args.gradient_accumulation_steps, data[LENGTH],
+                                   self.args.seed)
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW with two groups: the LoRA weights at ``learning_rate``, the projector at its own rate."""
+        """The optimiser of ``args.optim`` with two groups: LoRA at ``learning_rate``, the projector at its own rate."""
         if self.optimizer is None:
             groups: dict[bool, list[torch.nn.Parameter]] = {False: [], True: []}
             for name, parameter in self.model.named_parameters():
                 if parameter.requires_grad:
                     groups[PROJECTOR in name].append(parameter)
             rates = {False: self.args.learning_rate, True: self.projector_learning_rate}
-            self.optimizer = torch.optim.AdamW(
-                [{"params": group, "lr": rates[key]} for key, group in groups.items() if group],
-                betas=(self.args.adam_beta1, self.args.adam_beta2), eps=self.args.adam_epsilon,
-                weight_decay=self.args.weight_decay)
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            self.optimizer = kind([{"params": group, "lr": rates[key]} for key, group in groups.items() if group],
+                                  **options, weight_decay=self.args.weight_decay)
         return self.optimizer
 
     def precompute_reference(self) -> None:
-        """Give every pair the columns ``ref_chosen_logps`` and ``ref_rejected_logps``, once, shared between the processes.
+        """Know the reference log-probabilities of every pair, computed once, shared between the processes.
 
-        The reference never changes, so each later epoch saves a forward pass, and each later run all of them: what is
+        The reference never changes, so each step saves a forward pass, and each later run all of them: what is
         computed goes to ``reference_cache``. What is read from there is checked on a few pairs first; where it does not
-        hold, everything is computed anew. Not for ZeRO stage 3, where no process holds the whole model.
+        hold, everything is computed anew. All processes make the same number of forward passes, as ZeRO stage 3 needs.
         """
-        self.model.to(self.args.device).eval()
-        datasets = {name: data for name in ("train_dataset", "eval_dataset") if (data := getattr(self, name)) is not None}
-        pairs = {key: pair for data in datasets.values() for key, pair in zip(pair_keys(data, self.args.max_length), data)}
+        self.model.eval()
+        datasets = [data for data in (self.train_dataset, self.eval_dataset) if data is not None]
+        pairs = dict(sorted(((pair["key"], pair) for data in datasets for pair in data), key=lambda item: item[1][LENGTH]))
         known = self._read_reference(pairs)
         missing, found = [key for key in pairs if key not in known], {}
         size, rank, world = self.args.per_device_eval_batch_size, self.args.process_index, self.args.world_size
-        for start in range(rank * size, len(missing), world * size):
-            batch = missing[start : start + size]
-            found |= zip(batch, self._reference_logps([pairs[key] for key in batch]), strict=True)
+        for start in range(0, len(missing), world * size):
+            batch = missing[start + rank * size : start + (rank + 1) * size] or missing[:1]
+            found |= zip(batch, self._reference_of([pairs[key] for key in batch]), strict=True)
         known |= dict(gather_object(list(found.items())))
         if missing and self.reference_cache and self.is_world_process_zero():
             write_json(self.reference_cache, known)
-        for name, data in datasets.items():
-            columns = zip(*(known[key] for key in pair_keys(data, self.args.max_length)), strict=True)
-            for column, values in zip(("ref_chosen_logps", "ref_rejected_logps"), columns, strict=True):
-                data = data.add_column(column, list(values))
-            setattr(self, name, data)
+        self.known_reference = known
 
     def _read_reference(self, pairs: dict[str, dict[str, Any]]) -> dict[str, list[float]]:
         """The cache's values, or none where they are not what the model says of up to four of ``pairs``."""
-        if not (self.reference_cache and self.reference_cache.is_file()):
-            return {}
-        known = json.loads(self.reference_cache.read_text(encoding="utf-8"))
+        stored = [{}]
+        if self.reference_cache and self.reference_cache.is_file() and self.is_world_process_zero():
+            stored = [json.loads(self.reference_cache.read_text(encoding="utf-8"))]
+        known = broadcast_object_list(stored)[0]
         probe = [key for key in pairs if key in known][:4]
         if not probe:
             return known
-        again = torch.tensor(self._reference_logps([pairs[key] for key in probe]))
-        return known if torch.allclose(again, torch.tensor([known[key] for key in probe]), atol=1e-3) else {}
+        again, precision = torch.tensor(self._reference_of([pairs[key] for key in probe])), torch.finfo(self.model.dtype).eps
+        near = torch.allclose(again, torch.tensor([known[key] for key in probe]), 10 * precision, max(1e-3, 64 * precision))
+        holds = broadcast_object_list([near])
+        return known if holds[0] else {}
 
-    def _reference_logps(self, pairs: list[dict[str, Any]]) -> list[list[float]]:
+    def _reference_of(self, pairs: list[dict[str, Any]]) -> list[list[float]]:
         """Reference log-probabilities [chosen, rejected] of a batch of pairs."""
-        batch = self._prepare_inputs(self.data_collator(pairs))
-        logps = self.compute_ref_log_probs(self.model, {key: batch[key] for key in batch if key not in EXTRA})
+        with self.accelerator.autocast():
+            logps = self.reference_logps(self._prepare_inputs(self.data_collator(pairs)))
+        self._forget_images()
         return torch.stack(logps, dim=1).tolist()
 
-    def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
-        weights, visual = inputs["weights"], inputs["visual"].bool()
-        inputs = {key: value for key, value in inputs.items() if key not in EXTRA}
-        reference = inputs.pop("ref_chosen_logps", None), inputs.pop("ref_rejected_logps", None)
-        if reference[0] is None:
-            reference = self.compute_ref_log_probs(self.model, inputs)
-        answer = inputs.pop("completion_mask")
-        labels = inputs["input_ids"].masked_fill(answer == 0, -100)
-        outputs = model(**inputs, labels=labels, use_cache=False, fused_lm_head=True)
-        chosen, rejected = outputs.log_probs.sum(dim=1).chunk(2)
-        if self.loss_types == ["sft"]:
-            loss = -chosen.sum() / answer[: len(chosen)].sum()
+    @contextmanager
+    def reference_model(self) -> Iterator[None]:
+        """Inside, the model is the reference and nothing has a gradient."""
+        checkpointing = disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
+        with torch.no_grad(), checkpointing, self.model.disable_adapter():
+            for module in self.model.modules():
+                if self.reference == "released" and isinstance(module, AuxiliaryTrainingWrapper):
+                    module.enable_adapters(True)
+            yield
+
+    def reference_logps(self, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probabilities of chosen and rejected answers under the reference. Shape: [B] each."""
+        with self.reference_model():
+            return self.policy_logps(self.model, inputs)
+
+    def policy_logps(self, model: torch.nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probabilities (sums over answer tokens) of chosen and rejected answers, in one forward pass. Shape: [B] each."""
+        images = ({"pixel_values": inputs["pixel_values"], "image_rows": inputs["image_rows"]} if self.reuse_vision_features
+                  else {"pixel_values": inputs["pixel_values"][inputs["image_rows"]]})
+        outputs = model(input_ids=inputs["input_ids"], **images, **self._attention_inputs(inputs),
+                        answer_rows=inputs["answer_rows"], answer_positions=inputs["answer_positions"],
+                        shift_labels=inputs["answer_ids"][None], use_cache=False, fused_lm_head=True)
+        sums = outputs.log_probs.new_zeros(2 * len(inputs["weights"]))
+        return sums.index_add(0, inputs["answer_owners"], outputs.log_probs[0]).chunk(2)
+
+    def _attention_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Mask and positions; none where no row has two answers: padding is on the right, so that causal attention is enough."""
+        branches = inputs["branches"]
+        start = prefix.first_branching(branches)
+        if start == branches.shape[1]:
+            return {}
+        if self.attention == "flex_attention":
+            mask = prefix.block_mask(branches)
+        elif self.attention == prefix.PREFIX_ATTENTION:
+            mask = prefix.attention_mask(branches, start)
         else:
-            loss = preference_loss(chosen, rejected, *reference, self.beta, weights).mean()
-        self._record(torch.stack([chosen, rejected, *reference, weights, visual.float()], dim=1).detach())
-        return (loss, outputs) if return_outputs else loss
+            lowest = torch.finfo(self.model.dtype).min
+            mask = torch.where(prefix.attention_mask(branches), 0.0, lowest).to(self.model.dtype)
+        return {"attention_mask": mask, "position_ids": inputs["position_ids"]}
+
+    def _forget_images(self) -> None:
+        if self.tower:
+            self.tower.clear()
+
+    def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        keys = inputs.get("pair_keys")
+        if keys and self.known_reference:
+            values = torch.tensor([self.known_reference[key] for key in keys], device=inputs["weights"].device)
+            reference = values.unbind(1)
+        else:
+            reference = self.reference_logps(inputs)
+        chosen, rejected = self.policy_logps(model, inputs)
+        self._forget_images()
+        losses = preference_loss(chosen, rejected, *reference, self.beta, inputs["weights"])
+        if self.loss_types == ["sft"]:
+            loss = -chosen.sum() / (inputs["answer_owners"] < len(chosen)).sum()
+        else:
+            loss = losses.mean()
+        columns = [losses, chosen, rejected, *reference, inputs["weights"], inputs["visual"], inputs["tokens"]]
+        self._record(torch.stack(columns, dim=1).detach())
+        return (loss, {"logps": torch.stack([chosen, rejected])}) if return_outputs else loss
 
     def _record(self, pairs: torch.Tensor) -> None:
-        """Keep the batch's means for the next log. ``pairs`` holds the columns of `_compute_loss`. Shape: [B, 6]."""
+        """Keep every pair's values for the next log, which averages them. ``pairs``: as `_compute_loss` stacks them. [B, 8]."""
         pairs = self.accelerator.gather_for_metrics(pairs)
-        chosen, rejected, reference_chosen, reference_rejected, weights, visual = pairs.unbind(1)
+        losses, chosen, rejected, reference_chosen, reference_rejected, weights, visual, tokens = pairs.unbind(1)
         rewards = self.beta * (chosen - reference_chosen), self.beta * (rejected - reference_rejected)
-        right = (rewards[0] > rewards[1]).float()
         values = {"chosen_logp": chosen, "rejected_logp": rejected, "chosen_reward": rewards[0], "rejected_reward": rewards[1],
-                  "margin": rewards[0] - rewards[1], "accuracy": right, "weight": weights,
-                  "text_accuracy": right[visual == 0], "visual_accuracy": right[visual == 1]}
-        for key, value in values.items():
-            if len(value):
-                self._metrics["train" if self.model.training else "eval"][key].append(value.mean().item())
-
-
-EXTRA = ("weights", "visual")
+                  "margin": rewards[0] - rewards[1], "accuracy": (rewards[0] > rewards[1]).float()}
+        mode = "train" if self.model.training else "eval"
+        for key, value in ({"weight": weights} | values).items():
+            self._metrics[mode][key] += value.tolist()
+        for number, source in enumerate(("text", "visual")):
+            for key, value in ({"loss": losses} | values).items():
+                if (visual == number).any():
+                    self._metrics[mode][f"{source}_{key}"] += value[visual == number].tolist()
+        if mode == "train":
+            self.train_tokens += int(tokens.sum())
+        self._metrics[mode]["tokens"] = [self.train_tokens if mode == "train" else
+                                         sum(self._metrics[mode]["tokens"], tokens.sum().item())]

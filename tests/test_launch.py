@@ -100,7 +100,7 @@ def test_an_interrupt_leaves_no_process_and_no_result(workspace):
     finally:
         signal.signal(signal.SIGINT, usual)
     assert len(seen) == 4 and not processes_of(folder)
-    assert load_run(folder, run_digest(profile, "dpo", 0, manifest_path(profile))) is None
+    assert load_run(folder, run_digest(profile, "dpo", 0, manifest_path(profile, "dpo"))) is None
 
 
 def test_a_crash_raises_with_the_workers_own_error_and_can_be_repeated(workspace, tmp_path):
@@ -146,7 +146,7 @@ def test_half_a_line_of_events_is_left_for_the_next_look(tmp_path):
 
 def test_every_input_changes_the_digest(workspace, tmp_path):
     profile, other = tiny_profile(workspace), tmp_path / "other.json"
-    manifest = manifest_path(profile)
+    manifest = manifest_path(profile, "dpo")
     other.write_bytes(manifest.read_bytes() + b"\n")
     changed = tiny_profile(workspace, **{"training.beta": 0.2})
     digests = {run_digest(profile, "dpo", 0, manifest), run_digest(profile, "sft", 0, manifest),

@@ -3,25 +3,47 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
 import yaml
 
-from mmedpo_utils import profiles
+from mmedpo_utils import profiles, schema
 from mmedpo_utils.errors import InputError
-from mmedpo_utils.profiles import check_device, load_profile, profile_names, repository_root
+from mmedpo_utils.profiles import check_device, load_profile, profile_names
+from mmedpo_utils.schema import repository_root
 
-SMOKE = profiles.PROFILE_FOLDER / "phantom-smoke.yaml"
+PHANTOM = profiles.PROFILE_FOLDER / "phantom.yaml"
 
 
 @pytest.mark.parametrize("name", profile_names())
 def test_shipped_profile_parses_and_every_key_is_explained(name: str) -> None:
     profile = load_profile(name)
     assert profile.name == name
-    assert {"sft", "dpo", "stage1", "stage2", "mmedpo"} <= set(profile.training.variants)
+    compared = {"sft"} if name.endswith("-sft") else {"sft", "dpo", "stage1", "stage2", "mmedpo"}
+    assert compared <= set(profile.training.variants)
     lines = (profiles.PROFILE_FOLDER / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
-    assert [line for line in lines if ":" in line and not line.rstrip().endswith(":") and "  #" not in line] == []
+    assert [line for line in lines if ":" in line and not line.rstrip().endswith(":") and " # " not in line and line[0] != "#"] == []
+
+
+RECIPE = {"learning_rate": 1e-7, "projector_learning_rate": 2e-5, "lora_rank": 128, "lora_alpha": 256, "lora_dropout": 0.05, "epochs": 3,
+          "weight_decay": 0, "warmup_ratio": 0.03, "scheduler": "cosine", "max_length": 1024, "beta": 0.1, "precision": "bf16",
+          "tf32": True, "gradient_checkpointing": True, "group_by_length": True, "logging_steps": 1, "report_to": "tensorboard"}
+
+
+@pytest.mark.parametrize("name", [name for name in profile_names() if name.startswith(("paper", "qlora", "zero3", "multi"))])
+def test_recipes_keep_the_papers_values_and_its_global_batch(name: str) -> None:
+    training = load_profile(name).training
+    changed = {"learning_rate"} if name.endswith("-sft") else set()
+    assert {key for key, value in RECIPE.items() if getattr(training, key) != value} == changed
+    assert training.processes * training.gradient_accumulation_steps * training.per_device_batch_size == 4
+
+
+def test_recipes_train_on_as_many_pairs_as_table_5_says(shared: Path) -> None:
+    rows = json.loads((shared / "paper" / "tables.json").read_text(encoding="utf-8"))["table5"]["rows"]
+    for dataset, (_, text, _) in rows.items():
+        assert load_profile(f"paper-{dataset.lower()}").curation.text_pairs == text
 
 
 def test_the_three_profiles_of_the_tutorial_are_shipped() -> None:
@@ -34,6 +56,28 @@ def test_resolved_profile_reads_back_equal(tmp_path: Path) -> None:
     assert load_profile(tmp_path / "profile.yaml") == profile
     assert profile.training.max_steps == 7
     assert profile.image_root == tmp_path / "run" / "data" / "images"
+
+
+def test_a_profile_extends_a_shipped_one(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("name: mine\nextends: phantom\ntraining:\n  beta: 0.3\n  variants:\n    one: {objective: dpo, pairs: train, "
+                    "sources: [text], weights: none, trains: [projector]}\n", encoding="utf-8")
+    mine, phantom = load_profile(file), load_profile("phantom")
+    assert mine.training.beta == 0.3 and list(mine.training.variants) == ["one"]
+    assert dataclasses.replace(mine, name="phantom", training=phantom.training) == phantom
+    file.write_text("name: mine\nextends: fantom\n", encoding="utf-8")
+    with pytest.raises(InputError, match="mine.yaml: key `extends`.*'fantom'.*`phantom`"):
+        load_profile(file)
+
+
+@pytest.mark.parametrize("changes, key", [
+    ({"training.epochs": 3}, "training.max_steps"), ({"training.max_steps": None}, "training.max_steps"),
+    ({"training.nodes": 3}, "training.processes"), ({"training.hostfile": "hosts"}, "training.hostfile"),
+    ({"training.offload": "cpu", "training.zero_stage": 1}, "training.offload"),
+    ({"training.reference": "released"}, "training.cache_reference")])
+def test_settings_that_contradict_each_other_are_refused(changes: dict, key: str) -> None:
+    with pytest.raises(InputError, match=f"key `{key}`: expected"):
+        load_profile("phantom", changes)
 
 
 def test_digest_follows_the_named_sections_only() -> None:
@@ -54,11 +98,11 @@ def _keys(values: dict, prefix: str = "") -> list[str]:
 
 
 def test_each_missing_key_is_named(tmp_path: Path) -> None:
-    text = SMOKE.read_text(encoding="utf-8")
+    text = PHANTOM.read_text(encoding="utf-8")
     named_freely = "training.variants."
     keys = [key for key in _keys(yaml.safe_load(text)) if not (key.startswith(named_freely) and key.count(".") == 2)]
     for key in keys:
-        values = yaml.load(text, Loader=profiles._Loader)
+        values = yaml.load(text, Loader=schema._Loader)
         *parents, last = key.split(".")
         section = values
         for parent in parents:
@@ -73,7 +117,7 @@ def test_each_missing_key_is_named(tmp_path: Path) -> None:
 
 def test_exponent_without_a_point_is_a_number(tmp_path: Path) -> None:
     file = tmp_path / "p.yaml"
-    file.write_text(SMOKE.read_text(encoding="utf-8").replace("3e-5", "1e-7"), encoding="utf-8")
+    file.write_text(PHANTOM.read_text(encoding="utf-8").replace("2e-4", "1e-7"), encoding="utf-8")
     assert load_profile(file).training.learning_rate == 1e-7
 
 
@@ -93,7 +137,7 @@ def test_data_root_comes_from_the_environment(tmp_path: Path, monkeypatch: pytes
 
 
 def test_repository_root_holds_the_package() -> None:
-    assert (profiles.repository_root() / "mmedpo_utils").is_dir()
+    assert (repository_root() / "mmedpo_utils").is_dir()
 
 
 def test_gpu_is_refused_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,11 +29,11 @@ from mmedpo_utils.errors import InputError
 from mmedpo_utils.trainer import (
     MMedPOTrainer,
     PreferenceCollator,
+    adapter_config,
     image_token_count,
     pair_keys,
     preference_dataset,
     preference_loss,
-    share_images,
 )
 
 TEMPLATE = ("{% for message in messages %}{{ 'USER: ' if message['role'] == 'user' else 'ASSISTANT: ' }}"
@@ -58,7 +58,7 @@ def tiny_lvlm(folder: Path) -> Path:
     set_seed(0)
     model = LlavaForConditionalGeneration(LlavaConfig(
         vision_config=CLIPVisionConfig(**width, image_size=28, patch_size=14),
-        text_config=MistralConfig(**width, num_key_value_heads=2, vocab_size=len(names), initializer_range=0.2,
+        text_config=MistralConfig(**width, num_key_value_heads=1, vocab_size=len(names), initializer_range=0.2,
                                   max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2),
         image_token_index=4, image_seq_length=4, vision_feature_select_strategy="default", vision_feature_layer=-2))
     model.save_pretrained(folder)
@@ -89,8 +89,7 @@ def tiny(tmp_path_factory) -> dict:
 
 
 def lora() -> LoraConfig:
-    return LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", modules_to_save=["multi_modal_projector"],
-                      exclude_modules=r".*(vision_tower|multi_modal_projector).*")
+    return adapter_config(rank=4, alpha=8, dropout=0.0)
 
 
 def arguments(folder: Path, **changes) -> DPOConfig:
@@ -102,17 +101,45 @@ def arguments(folder: Path, **changes) -> DPOConfig:
     return DPOConfig(output_dir=str(folder), **{**values, **changes})
 
 
-def trainer(tiny: dict, folder: Path, rows=None, weights=None, projector_rate=1e-2, evaluation=None, **changes) -> MMedPOTrainer:
+PLAIN = {"shared_prefix": False, "reuse_vision_features": False, "cache_reference": False}
+
+
+def trainer(tiny: dict, folder: Path, rows=None, weights=None, projector_rate=1e-2, evaluation=None, shared_prefix=True,
+            reuse_vision_features=True, cache_reference=True, reference="initial", reference_cache=None, max_length=64,
+            trains=("lora", "projector"), attention="sdpa", **changes) -> MMedPOTrainer:
     def dataset(rows, weights):
-        return preference_dataset(rows, weights, tiny["processor"], tiny["images"], tiny["noised"], 64)
+        return preference_dataset(rows, weights, tiny["processor"], tiny["images"], tiny["noised"], max_length)
 
     rows = tiny["rows"] if rows is None else rows
+    model = LlavaForConditionalGeneration.from_pretrained(tiny["model"])
+    model.model.language_model.set_attn_implementation(attention)
     return MMedPOTrainer(
-        LlavaForConditionalGeneration.from_pretrained(tiny["model"]), projector_learning_rate=projector_rate,
-        args=arguments(folder, **changes), train_dataset=dataset(rows, np.ones(len(rows)) if weights is None else weights),
+        model, projector_learning_rate=projector_rate, reuse_vision_features=reuse_vision_features, reference=reference,
+        cache_reference=cache_reference, reference_cache=reference_cache,
+        args=arguments(folder, max_length=max_length, **changes),
+        train_dataset=dataset(rows, np.ones(len(rows)) if weights is None else weights),
         eval_dataset=dataset(evaluation, np.ones(len(evaluation))) if evaluation else None,
-        data_collator=PreferenceCollator(0, max_length=64, processor=tiny["processor"]),
-        processing_class=tiny["processor"], peft_config=lora())
+        data_collator=PreferenceCollator(0, max_length, tiny["processor"], shared_prefix=shared_prefix),
+        processing_class=tiny["processor"], peft_config=adapter_config(4, 8, 0.0, trains))
+
+
+def batch_of(run: MMedPOTrainer, count: int) -> dict:
+    return run.data_collator([run.train_dataset[number] for number in range(count)])
+
+
+def answer_logps(model: LlavaForConditionalGeneration, batch: dict) -> torch.Tensor:
+    """Log-probabilities by transformers alone, one answer at a time, without padding or masks. Shape: [2B]."""
+    sums = []
+    for owner in range(2 * len(batch["weights"])):
+        mine = batch["answer_owners"] == owner
+        row, first = int(batch["answer_rows"][mine][0]), int(batch["answer_positions"][mine][0])
+        prompt, answer = batch["input_ids"][row][: first + 1], batch["answer_ids"][mine]
+        with torch.no_grad():
+            logits = model(input_ids=torch.cat([prompt, answer])[None],
+                           pixel_values=batch["pixel_values"][batch["image_rows"][row]][None]).logits[0]
+        found = logits[first:-1].log_softmax(-1)
+        sums.append(found.gather(1, answer[:, None]).sum())
+    return torch.stack(sums)
 
 
 def losses(run: DPOTrainer, key: str = "loss") -> list[float]:
@@ -135,39 +162,53 @@ def test_preference_loss_and_its_gradient_match_the_closed_form():
     torch.testing.assert_close(preference_loss(equal, equal, equal, equal, beta), torch.full((3,), math.log(2)))
 
 
-def test_the_collator_gives_each_half_its_own_image(tiny):
+@pytest.mark.parametrize("shared_prefix", [False, True])
+def test_the_collator_gives_each_answer_its_own_image(tiny, shared_prefix):
     rows = tiny["rows"][:4]
     pairs = preference_dataset(rows, [0.8, 0.9, 1.0, 1.1], tiny["processor"], tiny["images"], tiny["noised"], 64)
-    collator = PreferenceCollator(0, max_length=64, processor=tiny["processor"])
+    collator = PreferenceCollator(0, 64, tiny["processor"], shared_prefix=shared_prefix)
     batch = collator([pairs[number] for number in range(4)])
-    for place, folder in ((0, "images"), (1, "noised")):
+    assert len(batch["input_ids"]) == (6 if shared_prefix else 8) and len(batch["pixel_values"]) == 6
+    for owner, folder in ((1, "images"), (5, "noised")):  # the chosen and the rejected answer of a visual pair
         image = Image.open(tiny[folder] / "1.png").convert("RGB")
         whole = tiny["processor"](images=image, text="USER: <image>\nis there a effusion ? ASSISTANT: yes . left zone</s>",
                                   return_tensors="pt")
-        torch.testing.assert_close(batch["pixel_values"][1 + 4 * place], whole["pixel_values"][0])
-        kept = batch["attention_mask"][1 + 4 * place].bool()
-        assert batch["input_ids"][1 + 4 * place][kept].tolist() == whole["input_ids"][0].tolist()
-    torch.testing.assert_close(batch["pixel_values"][0], batch["pixel_values"][4])
-    answer = batch["input_ids"][4][batch["completion_mask"][4].bool()]
+        row = int(batch["answer_rows"][batch["answer_owners"] == owner][0])
+        torch.testing.assert_close(batch["pixel_values"][batch["image_rows"][row]], whole["pixel_values"][0])
+        length = whole["input_ids"].shape[1]
+        assert batch["input_ids"][row][:length].tolist() == whole["input_ids"][0].tolist()
+        assert not batch["input_ids"][row][length:].any()
+    answer = batch["answer_ids"][batch["answer_owners"] == 4]
     assert tiny["processor"].tokenizer.decode(answer).replace(" ", "") == "no.</s>"
     assert batch["weights"].tolist() == pytest.approx([0.8, 0.9, 1.0, 1.1]) and batch["visual"].tolist() == [0, 1, 0, 1]
+    assert int(batch["tokens"].sum()) == int((batch["input_ids"] != 0).sum())
     assert image_token_count(tiny["processor"]) == 4
 
 
-def test_an_image_that_both_halves_share_is_encoded_once(tiny):
-    tower = LlavaForConditionalGeneration.from_pretrained(tiny["model"]).model.vision_tower.eval()
-    chosen = torch.randn(4, 3, 28, 28, generator=torch.Generator().manual_seed(0))
-    rejected = chosen.clone()
-    rejected[1], rejected[3] = rejected[1].flip(-1), rejected[3] + 1e-3
-    batch, encoded = torch.cat([chosen, rejected]), []
-    with torch.no_grad():
-        expected = tower(batch, output_hidden_states=True).hidden_states
-        tower.embeddings.register_forward_pre_hook(lambda module, arguments: encoded.append(len(arguments[0])))
-        share_images(tower)
-        found = tower(batch, output_hidden_states=True).hidden_states
-    assert encoded == [6] and len(found) == len(expected)
-    for one, other in zip(found, expected):
-        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
+@pytest.mark.parametrize(("switches", "encoded"), [
+    ({}, [6, 6]), ({"cache_reference": False}, [6, 6]), ({"reuse_vision_features": False}, [6, 6]),
+    ({"reuse_vision_features": False, "cache_reference": False}, [6, 6, 6, 6]),
+    ({**PLAIN, "cache_reference": True}, [8, 8])])
+def test_a_frozen_tower_reads_each_image_of_a_step_once(tiny, tmp_path, switches, encoded):
+    run, seen = trainer(tiny, tmp_path, tiny["rows"][:4], max_steps=2, **switches), []
+    embeddings, compute = run.model.get_base_model().model.vision_tower.embeddings, run.compute_loss
+
+    def watched(*arguments, **options):
+        with embeddings.register_forward_pre_hook(lambda module, arguments: seen.append(len(arguments[0]))):
+            return compute(*arguments, **options)
+
+    run.compute_loss = watched
+    run.train()
+    assert seen == encoded
+    assert run.tower is None or run.tower.states is None
+
+
+def test_a_tower_that_is_trained_is_never_remembered(tiny, tmp_path):
+    model = LlavaForConditionalGeneration.from_pretrained(tiny["model"])
+    assert MMedPOTrainer(model, projector_learning_rate=1.0, args=arguments(tmp_path), train_dataset=trainer(
+        tiny, tmp_path).train_dataset.remove_columns(["key", "length"]), processing_class=tiny["processor"],
+        data_collator=PreferenceCollator(0, 64, tiny["processor"]), peft_config=LoraConfig(
+            target_modules=["q_proj"], modules_to_save=["vision_tower"])).tower is None
 
 
 def test_a_prompt_that_leaves_no_room_for_an_answer_is_refused(tiny):
@@ -190,9 +231,8 @@ def test_with_equal_images_and_weights_of_one_every_loss_is_trls(tiny, tmp_path)
     ours = trainer(tiny, tmp_path, rows)
     assert losses(ours) == pytest.approx(expected, abs=1e-5) and len(expected) == 5
     assert expected[0] == pytest.approx(math.log(2), abs=1e-5) and abs(expected[-1] - expected[0]) > 1e-2
-    precomputed = trainer(tiny, tmp_path, rows)
-    precomputed.precompute_reference()
-    assert losses(precomputed) == pytest.approx(expected, abs=1e-5)
+    plain = trainer(tiny, tmp_path, rows, **PLAIN)
+    assert losses(plain) == pytest.approx(expected, abs=1e-5)
 
 
 def test_the_first_loss_is_the_mean_weight_times_ln_2(tiny, tmp_path):
@@ -206,22 +246,31 @@ def test_the_first_loss_is_the_mean_weight_times_ln_2(tiny, tmp_path):
 
 def test_with_the_adapter_off_the_trained_model_is_the_one_before_training(tiny, tmp_path):
     run = trainer(tiny, tmp_path)
-    batch = run.data_collator([run.train_dataset[number] for number in range(8)])
-    batch = {key: batch[key] for key in batch if key not in ("weights", "visual")}
-    policy = {"input_ids", "attention_mask", "pixel_values"}
-    before = torch.cat(run.compute_ref_log_probs(run.model, batch))
+    batch = batch_of(run, 8)
+    before = torch.cat(run.reference_logps(batch))
+    torch.testing.assert_close(torch.cat(run.policy_logps(run.model, batch)).detach(), before, atol=1e-6, rtol=0)
     projector = {name: value.clone() for name, value in run.model.named_parameters() if "multi_modal_projector" in name}
-    with torch.no_grad():
-        untrained = run.model(**{key: batch[key] for key in policy}).logits
     run.train()
-    after = torch.cat(run.compute_ref_log_probs(run.model, batch))
-    torch.testing.assert_close(after, before, atol=1e-6, rtol=0)
-    with torch.no_grad():
-        assert (run.model(**{key: batch[key] for key in policy}).logits - untrained).abs().max() > 1e-2
-        with run.model.disable_adapter():
-            torch.testing.assert_close(run.model(**{key: batch[key] for key in policy}).logits, untrained, atol=1e-6, rtol=0)
+    torch.testing.assert_close(torch.cat(run.reference_logps(batch)), before, atol=1e-6, rtol=0)
+    assert (torch.cat(run.policy_logps(run.model, batch)) - before).abs().max() > 1e-2
     moved = {name: not torch.equal(value, dict(run.model.named_parameters())[name]) for name, value in projector.items()}
     assert all(changed == ("modules_to_save" in name) for name, changed in moved.items()) and any(moved.values())
+
+
+def test_the_released_reference_drifts_with_the_projector_and_with_nothing_else(tiny, tmp_path):
+    run = trainer(tiny, tmp_path, reference="released")
+    batch = batch_of(run, 8)
+    before = torch.cat(run.reference_logps(batch))
+    assert losses(run)[0] == pytest.approx(losses(trainer(tiny, tmp_path))[0], abs=1e-6)
+    after = torch.cat(run.reference_logps(batch))
+    assert (after - before).abs().max() > 1e-3 and not after.requires_grad and not run.known_reference
+    by_hand = LlavaForConditionalGeneration.from_pretrained(tiny["model"])
+    trained = run.model.get_base_model().model.multi_modal_projector.modules_to_save["default"].state_dict()
+    by_hand.model.multi_modal_projector.load_state_dict(trained)
+    torch.testing.assert_close(answer_logps(by_hand, batch), after, atol=1e-5, rtol=0)
+    still = trainer(tiny, tmp_path, reference="released", trains=["lora"])
+    still.train()
+    torch.testing.assert_close(torch.cat(still.reference_logps(batch)), before, atol=1e-6, rtol=0)
 
 
 def test_lora_sits_on_the_language_model_only_and_the_projector_has_its_own_rate(tiny, tmp_path):
@@ -238,15 +287,14 @@ def test_lora_sits_on_the_language_model_only_and_the_projector_has_its_own_rate
     assert all(torch.equal(value, dict(frozen.model.named_parameters())[name]) for name, value in before.items())
 
 
-def test_sft_is_the_mean_negative_log_probability_of_the_chosen_tokens(tiny, tmp_path):
-    stock = trainer(tiny, tmp_path, loss_type="sft", weights=np.linspace(0.5, 1.5, 24), max_steps=1,
-                    per_device_train_batch_size=24)
-    batch = stock.data_collator([stock.train_dataset[number] for number in range(24)])
-    chosen = {key: batch[key][:24] for key in ("input_ids", "attention_mask", "pixel_values")}
-    labels = batch["input_ids"][:24].masked_fill(batch["completion_mask"][:24] == 0, -100)
-    with torch.no_grad():
-        expected = LlavaForConditionalGeneration.from_pretrained(tiny["model"])(**chosen, labels=labels).loss
-    assert losses(stock) == pytest.approx([expected.item()], abs=1e-5)
+@pytest.mark.parametrize("shared_prefix", [False, True])
+def test_sft_is_the_mean_negative_log_probability_of_the_chosen_tokens(tiny, tmp_path, shared_prefix):
+    run = trainer(tiny, tmp_path, loss_type="sft", weights=np.linspace(0.5, 1.5, 24), max_steps=1,
+                  per_device_train_batch_size=24, shared_prefix=shared_prefix)
+    batch = batch_of(run, 24)
+    chosen = answer_logps(LlavaForConditionalGeneration.from_pretrained(tiny["model"]), batch)[:24]
+    expected = -chosen.sum() / (batch["answer_owners"] < 24).sum()
+    assert losses(run) == pytest.approx([expected.item()], abs=1e-5)
 
 
 def test_validation_pairs_are_scored_in_the_same_terms(tiny, tmp_path):
@@ -260,10 +308,9 @@ def test_validation_pairs_are_scored_in_the_same_terms(tiny, tmp_path):
 
 def test_the_reference_cache_is_read_checked_and_extended(tiny, tmp_path, monkeypatch):
     def run(rows):
-        made = trainer(tiny, tmp_path, rows)
-        made.reference_cache, scored = tmp_path / "reference.json", []
-        compute = made._reference_logps
-        monkeypatch.setattr(made, "_reference_logps", lambda pairs: scored.append(len(pairs)) or compute(pairs))
+        made, scored = trainer(tiny, tmp_path, rows, reference_cache=tmp_path / "reference.json"), []
+        compute = made._reference_of
+        monkeypatch.setattr(made, "_reference_of", lambda pairs: scored.append(len(pairs)) or compute(pairs))
         made.precompute_reference()
         return made, sum(scored)
 
@@ -271,12 +318,12 @@ def test_the_reference_cache_is_read_checked_and_extended(tiny, tmp_path, monkey
     assert scored == 16
     second, scored = run(tiny["rows"])
     assert scored == 4 + 8, "four known pairs are checked, eight new ones computed"
-    for column in ("ref_chosen_logps", "ref_rejected_logps"):
-        assert second.train_dataset[column][:16] == first.train_dataset[column][:]
+    assert len(second.known_reference) == 24 and first.known_reference.items() <= second.known_reference.items()
     wrong = {key: [value + 1 for value in pair] for key, pair in json.loads((tmp_path / "reference.json").read_text()).items()}
     (tmp_path / "reference.json").write_text(json.dumps(wrong))
     third, scored = run(tiny["rows"])
     assert scored == 4 + 24, "values of another model are not used"
-    assert third.train_dataset["ref_chosen_logps"][:] == pytest.approx(second.train_dataset["ref_chosen_logps"][:], abs=1e-4)
-    keys = pair_keys(first.train_dataset, 64)
-    assert len(set(keys)) == 16 and keys == pair_keys(first.train_dataset, 64) != pair_keys(first.train_dataset, 63)
+    for key, values in second.known_reference.items():
+        assert third.known_reference[key] == pytest.approx(values, abs=1e-4)
+    data = first.train_dataset
+    assert len(set(data["key"])) == 16 and data["key"] == pair_keys(data, 64) != pair_keys(data, 63)
