@@ -308,19 +308,20 @@ class MMedPOTrainer(DPOTrainer):
 
     def _record(self, pairs: torch.Tensor) -> None:
         """Keep every pair's values for the next log, which averages them. ``pairs``: as `_compute_loss` stacks them. [B, 8]."""
-        pairs = self.accelerator.gather_for_metrics(pairs)
+        training = self.model.training  # the batches of a step are fetched ahead, so none of them knows that it is the last
+        pairs = self.accelerator.gather(pairs) if training else self.accelerator.gather_for_metrics(pairs)
         losses, chosen, rejected, reference_chosen, reference_rejected, weights, visual, tokens = pairs.unbind(1)
         rewards = self.beta * (chosen - reference_chosen), self.beta * (rejected - reference_rejected)
         values = {"chosen_logp": chosen, "rejected_logp": rejected, "chosen_reward": rewards[0], "rejected_reward": rewards[1],
                   "margin": rewards[0] - rewards[1], "accuracy": (rewards[0] > rewards[1]).float()}
-        mode = "train" if self.model.training else "eval"
+        mode = "train" if training else "eval"
         for key, value in ({"weight": weights} | values).items():
             self._metrics[mode][key] += value.tolist()
         for number, source in enumerate(("text", "visual")):
             for key, value in ({"loss": losses} | values).items():
                 if (visual == number).any():
                     self._metrics[mode][f"{source}_{key}"] += value[visual == number].tolist()
-        if mode == "train":
+        if training:
             self.train_tokens += int(tokens.sum())
-        self._metrics[mode]["tokens"] = [self.train_tokens if mode == "train" else
+        self._metrics[mode]["tokens"] = [self.train_tokens if training else
                                          sum(self._metrics[mode]["tokens"], tokens.sum().item())]
