@@ -12,6 +12,7 @@ import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,6 @@ import numpy as np
 import torch
 from datasets import Dataset, List
 from datasets import Image as Picture
-from peft import LoraConfig
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -44,7 +44,7 @@ sys.path.insert(0, str(ROOT))
 from mmedpo_utils.environment import versions  # noqa: E402
 from mmedpo_utils.lvlm import MedLVLM, load_lvlm, model_digest  # noqa: E402
 from mmedpo_utils.manifests import Row, answer_text, question_text, read_manifest, write_manifest  # noqa: E402
-from mmedpo_utils.trainer import PROJECTOR, MMedPOTrainer, PreferenceCollator, preference_dataset  # noqa: E402
+from mmedpo_utils.trainer import MMedPOTrainer, PreferenceCollator, adapter_config, preference_dataset  # noqa: E402
 
 PATCH, MAX_LENGTH, SEED, BETA = 14, 1024, 3, 0.1
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>", "USER", "ASSISTANT", ":")
@@ -77,7 +77,7 @@ class Shape:
 
 
 SHAPES = {
-    "small": Shape(384, 1344, 4, 6, 2, 2000, 128, 512, 3, 2),
+    "small": Shape(384, 1344, 6, 6, 2, 1000, 64, 256, 3, 2),
     "tiny": Shape(32, 48, 2, 2, 1, 200, 32, 48, 3, 2, image_size=56),
     "llava-med-1.5": Shape(4096, 14336, 32, 32, 8, 32000, 1024, 4096, 24, 16)}
 
@@ -87,7 +87,7 @@ class Job:
     """One training to measure. ``side`` is trl or ours; the switches are ours alone.
 
     Attributes:
-        data: text, mixed (text and visual pairs by turns) or lengths (text pairs from a word to a report).
+        data: text, mixed (text and visual pairs by turns) or lengths (text pairs, a short answer or a report).
         pairs: how many pairs, ``epochs``: how often each is seen, ``batch_size``: how many in a step.
         lora_rank: rank of the adapter; its alpha is twice as much.
         quantization, device, gradient_checkpointing, optimizer: as in a profile.
@@ -134,7 +134,7 @@ def save_lvlm(folder: Path, shape: Shape, device: str) -> None:
         text_config=MistralConfig(
             hidden_size=shape.hidden_size, intermediate_size=shape.intermediate_size, num_hidden_layers=shape.layers,
             num_attention_heads=shape.heads, num_key_value_heads=shape.key_value_heads, vocab_size=shape.vocabulary,
-            max_position_embeddings=2 * MAX_LENGTH, pad_token_id=0, bos_token_id=1, eos_token_id=2),
+            max_position_embeddings=2 * MAX_LENGTH, sliding_window=None, pad_token_id=0, bos_token_id=1, eos_token_id=2),
         image_token_index=SPECIAL.index("<image>"), image_seq_length=shape.image_tokens,
         vision_feature_select_strategy="default", vision_feature_layer=-2)
     set_seed(SEED)
@@ -160,7 +160,7 @@ def draw_pairs(folder: Path, job: Job, shape: Shape) -> None:
         film("images", number)
         film("noised", number)
         question, visual = {"from": "human", "value": f"<image>\n{text(10, 20)}"}, job.data == "mixed" and number % 2 == 1
-        length = (1, 250) if job.data == "lengths" else (3, 12)
+        length = (100, 200) if job.data == "lengths" and rng.random() < 0.5 else (3, 12)
         chosen, rejected = text(*length), text(*length)
         rows.append({"id": number, "image": f"{number}.png", "rejected_image": f"{number}.png" if visual else None,
                      "conversations": [question, {"from": "gpt", "value": chosen}], "weighted_score": 1.0,
@@ -193,12 +193,6 @@ def arguments(job: Job, folder: Path) -> DPOConfig:
         logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True)
 
 
-def lora(job: Job) -> LoraConfig:
-    """LoRA on the language model's linear layers, the projector trained whole; no dropout, so that losses compare."""
-    return LoraConfig(r=job.lora_rank, lora_alpha=2 * job.lora_rank, target_modules="all-linear", modules_to_save=[PROJECTOR],
-                      exclude_modules=rf".*(vision_tower|{PROJECTOR}).*")
-
-
 def trl_dataset(rows: list[Row], folder: Path, two_images: bool) -> Dataset:
     """The pairs as TRL documents them: images, and prompt, chosen and rejected as messages."""
     def message(role: str, content: str) -> list[dict[str, str]]:
@@ -218,60 +212,73 @@ def trl_dataset(rows: list[Row], folder: Path, two_images: bool) -> Dataset:
     return dataset
 
 
-def build(job: Job, lvlm: MedLVLM, rows: list[Row], folder: Path, callbacks: list[TrainerCallback]) -> tuple[DPOTrainer, float]:
-    """The side's trainer over ``rows``, and the seconds that it took to make its data set. It writes to ``folder``."""
-    began, processor, data = time.perf_counter(), lvlm.processor, folder.parent / job.data
-    same = {"args": arguments(job, folder / "run"), "processing_class": processor, "peft_config": lora(job),
-            "callbacks": callbacks}
+def build(job: Job, lvlm: MedLVLM, rows: list[Row], folder: Path, callbacks: list[TrainerCallback]) -> DPOTrainer:
+    """The side's trainer over ``rows``; it writes to ``folder``."""
+    processor, data = lvlm.processor, folder.parent / job.data
+    same = {"args": arguments(job, folder / "run"), "processing_class": processor, "callbacks": callbacks,
+            "peft_config": adapter_config(job.lora_rank, 2 * job.lora_rank, dropout=0.0)}
     if job.side == "trl":
         dataset = trl_dataset(rows, data, job.data == "mixed")
-        prepared = time.perf_counter() - began
         collator = TwoImageCollator(processor, max_length=MAX_LENGTH) if job.data == "mixed" else None
         trainer = DPOTrainer(lvlm.model, train_dataset=dataset, data_collator=collator, **same)
     else:
         dataset = preference_dataset(rows, np.ones(len(rows)), processor, data / "images", data / "noised", MAX_LENGTH)
-        prepared = time.perf_counter() - began
         trainer = MMedPOTrainer(
             lvlm.model, projector_learning_rate=job.learning_rate, reuse_vision_features=job.reuse_vision_features,
             cache_reference=job.cache_reference, reference_cache=folder / "reference.json", train_dataset=dataset,
             data_collator=PreferenceCollator(processor.tokenizer.pad_token_id, MAX_LENGTH, processor, job.shared_prefix), **same)
     trainer.remove_callback(PrinterCallback)
-    return trainer, prepared
+    return trainer
 
 
 class Clock(TrainerCallback):
-    """Seconds of every step, in order."""
+    """Seconds before the first step, then of every step, its batch included."""
 
     def __init__(self) -> None:
-        self.seconds: list[float] = []
+        self.times: list[float] = []
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        """Start."""
-        self.began = time.perf_counter()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        """Stop, once a GPU has finished the step."""
+    def note(self) -> None:
+        """Keep the time at which a GPU has finished what it was given."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        self.seconds.append(time.perf_counter() - self.began)
+        self.times.append(time.perf_counter())
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        """Begin, before a reference is computed ahead."""
+        self.note()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        """The first step begins."""
+        if len(self.times) == 1:
+            self.note()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        """A step is done."""
+        self.note()
 
 
 def train_once(job: Job, folder: Path, rows: list[Row]) -> dict[str, Any]:
     """Train a fresh model on ``rows`` with the job's side.
 
     Returns:
-        ``seconds``: the data set, the reference where it is computed ahead, and all steps; ``step_seconds`` and ``losses``
-        of every step; ``initial``: a digest of the untrained model.
+        ``seconds``: the data set, the trainer around the loaded model, the reference where it is computed ahead, all steps;
+        ``ahead_seconds`` before the first step; ``step_seconds`` and ``losses`` of every step; ``initial``: a digest of the
+        untrained model.
     """
     cache, clock = folder / "reference.json", Clock()
     cache.unlink(missing_ok=True)
     lvlm = load_lvlm(folder.parent / "model", job.device, quantization=job.quantization)
-    trainer, prepared = build(job, lvlm, rows, folder, [clock])
-    initial, began = model_digest(trainer.model), time.perf_counter()
+    if job.attention != "sdpa":
+        lvlm.llava.model.language_model.set_attn_implementation(job.attention)
+    began = time.perf_counter()
+    trainer = build(job, lvlm, rows, folder, [clock])
+    built = time.perf_counter()
+    initial, ready = model_digest(trainer.model), time.perf_counter()
     trainer.train()
     ended = time.perf_counter()
-    losses = [event["loss"] for event in trainer.state.log_history if "loss" in event]
-    return {"seconds": prepared + ended - began, "step_seconds": clock.seconds, "losses": losses, "initial": initial}
+    ahead, *steps = (after - before for before, after in pairwise(clock.times))
+    return {"seconds": built - began + ended - ready, "ahead_seconds": ahead, "step_seconds": steps, "initial": initial,
+            "losses": [event["loss"] for event in trainer.state.log_history if "loss" in event]}
 
 
 def peak_bytes(device: str) -> int:
@@ -283,13 +290,14 @@ def peak_bytes(device: str) -> int:
 
 
 def work(job: Job, folder: Path, threads: int, pipe: Connection) -> None:
-    """A worker's life: warm up on two steps, then one training per message, until the pipe is closed."""
+    """A worker's life: on the CPU two steps to warm up, then one training per message, until the pipe is closed."""
     log = os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT)
     os.dup2(log, 1)
     os.dup2(log, 2)
     torch.set_num_threads(threads)
     rows = read_manifest(folder.parent / job.data / "pairs.json")[: job.pairs]
-    train_once(replace(job, epochs=1), folder, rows[: 2 * job.batch_size])
+    if job.device == "cpu":
+        train_once(replace(job, epochs=1), folder, rows[: 2 * job.batch_size])
     pipe.send("ready")
     with suppress(EOFError):
         while pipe.recv():

@@ -6,10 +6,10 @@ with its own vision collator and data format, and by ``MMedPOTrainer``: same wei
 - text: text pairs, once through, the reference recomputed at every step on both sides;
 - mixed: text and visual pairs by turns, three epochs. TRL's collator is taught to carry the second image, no more; its vision
   path cannot compute the reference ahead. Ours computes it once, and that is in its time;
-- lengths: text pairs from a word to a report, ours alone, in their own order and grouped by length.
+- lengths: text pairs, some answers short and some reports, ours alone, in their own order and grouped by length.
 
-A time is that of the data set, the reference and all steps; the model is loaded and wrapped outside of it. Each configuration
-is a process of its own; those of one group take turns, round by round, and a ratio is the median over the rounds.
+A time is that of the data set, the trainer, the reference and all steps; the model is loaded before it begins. Each
+configuration is a process of its own; those of one group take turns, round by round, and a ratio is the median over the rounds.
 """
 
 from __future__ import annotations
@@ -23,15 +23,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import ROOT, SHAPES, Job, Worker, draw_pairs, provenance, save_lvlm
+from common import ROOT, SHAPES, Job, Shape, Worker, draw_pairs, provenance, save_lvlm
+from flops import row_flops, tower_flops
 
 from mmedpo_utils.files import write_json
 
 CORES = 2
 SWITCHES = {"shared_prefix": ("text", "without_shared_prefix"), "reuse_vision_features": ("text", "without_reuse"),
             "cache_reference": ("mixed", "without_cache"), "group_by_length": ("lengths", "without_grouping")}
-MEASURED_ON = {"shared_prefix": "text pairs, reference recomputed", "reuse_vision_features": "text pairs, reference recomputed",
-               "cache_reference": "text and visual pairs, three epochs", "group_by_length": "text pairs, a word to a report"}
+MEASURED_ON = {"text": "text pairs, the reference recomputed", "mixed": "text and visual pairs, three epochs",
+               "lengths": "text pairs, short answers and reports, in batches of four"}
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,12 @@ class Size:
     mixed_pairs: int
     length_pairs: int
     batch_size: int
+    length_batch_size: int
     lora_rank: int
     rounds: int
 
 
-SIZES = {"full": Size("small", 16, 8, 16, 2, 16, 3), "quick": Size("tiny", 4, 4, 8, 2, 4, 1)}
+SIZES = {"full": Size("small", 16, 8, 16, 2, 4, 16, 3), "quick": Size("tiny", 4, 4, 8, 2, 4, 4, 1)}
 EPOCHS, LEARNING_RATE = 3, 1e-3
 
 
@@ -56,7 +58,8 @@ def groups(size: Size) -> dict[str, dict[str, Job]]:
     text = Job("trl", "text", size.text_pairs, 1, size.batch_size, size.lora_rank, LEARNING_RATE)
     mixed = replace(text, data="mixed", pairs=size.mixed_pairs, epochs=EPOCHS)
     ours, cached = replace(text, side="ours"), replace(mixed, side="ours", cache_reference=True)
-    lengths = replace(ours, data="lengths", pairs=size.length_pairs, group_by_length=True)
+    lengths = replace(ours, data="lengths", pairs=size.length_pairs, batch_size=size.length_batch_size,
+                      group_by_length=True)
     return {
         "text": {"trl": text, "ours": ours, "without_shared_prefix": replace(ours, shared_prefix=False),
                  "without_reuse": replace(ours, reuse_vision_features=False)},
@@ -96,6 +99,15 @@ def loss_difference(taken: dict[str, list[dict[str, Any]]]) -> float:
                for one, other in zip(result["losses"], baseline["losses"], strict=True))
 
 
+def shares(shape: Shape) -> dict[str, float]:
+    """Vision tower and lm_head (at every position) over the language model's layers, in operations of a forward pass."""
+    tokens = shape.image_tokens + 30
+    layers = row_flops(shape, tokens, (), 0)
+    head = 2 * tokens * shape.hidden_size * shape.vocabulary
+    total = layers["linear"] + layers["attention"]
+    return {"vision_tower": round(tower_flops(shape) / total, 4), "lm_head": round(head / total, 4)}
+
+
 def summary(taken: dict[str, dict[str, list[dict[str, Any]]]], size: Size) -> dict[str, Any]:
     """The result file's own numbers."""
     memory = {group: {name: results[0]["peak_bytes"] for name, results in taken[group].items()} for group in taken}
@@ -104,7 +116,7 @@ def summary(taken: dict[str, dict[str, list[dict[str, Any]]]], size: Size) -> di
         "text_ratio": ratio(taken["text"]["trl"], taken["text"]["ours"]),
         "mixed_ratio": ratio(taken["mixed"]["trl"], taken["mixed"]["ours"]),
         "switches": {name: ratio(taken[group][without], taken[group]["ours"]) for name, (group, without) in SWITCHES.items()},
-        "switches_measured_on": MEASURED_ON,
+        "switches_measured_on": {name: MEASURED_ON[group] for name, (group, _) in SWITCHES.items()},
         "max_loss_difference": max(loss_difference(taken[group]) for group in ("text", "mixed")),
         "memory_ratio": round(max(memory[group]["ours"] / memory[group]["trl"] for group in ("text", "mixed")), 3),
         "pairs_per_second": {group: {name: [round(passes[group] / result["seconds"], 3) for result in results]
@@ -133,8 +145,9 @@ def main() -> None:
     result = {**summary(taken, size), "rounds": size.rounds, "learning_rate": LEARNING_RATE, "epochs_of_mixed": EPOCHS,
               "model": {**asdict(SHAPES[size.shape]), "image_tokens": SHAPES[size.shape].image_tokens,
                         "precision": "float32", "lora_rank": size.lora_rank, "gradient_checkpointing": False},
+              "shares": {name: shares(SHAPES[name]) for name in (size.shape, "llava-med-1.5")},
               "pairs": {"text": size.text_pairs, "mixed": size.mixed_pairs, "lengths": size.length_pairs,
-                        "batch_size": size.batch_size}, **provenance(threads)}
+                        "batch_size": size.batch_size, "batch_size_of_lengths": size.length_batch_size}, **provenance(threads)}
     write_json(options.output, result)
     print(f"text pairs {result['text_ratio']} times TRL's pairs per second, text and visual {result['mixed_ratio']} times; "
           f"losses differ by {result['max_loss_difference']:.1e} at most; peak memory {result['memory_ratio']} times; "
