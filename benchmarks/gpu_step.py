@@ -4,7 +4,7 @@ A LLaVA of LLaVA-Med-1.5's shape with random weights (they cost as much) is trai
 gradient checkpointing, one pair at a time: in bf16, and in 4 bits (NF4, double quantisation, paged 8-bit AdamW). Stock
 ``trl.DPOTrainer`` and ``MMedPOTrainer`` take the same pairs, each in a process of its own:
 
-- text: text pairs, the reference recomputed on both sides; ours also with FlexAttention;
+- text: text pairs, the reference recomputed on both sides; ours also with FlexAttention, which trains on GPUs only;
 - mixed: text and visual pairs by turns, three epochs; ours computes the reference once, and that is in its time.
 
 Model FLOP utilisation is what a pair needs at least (`flops.pair_flops`, the same for both sides) per second, over the card's
@@ -54,7 +54,8 @@ def sides(text: Job) -> dict[str, dict[str, Job]]:
     """The configurations of a method, by data and side."""
     mixed = replace(text, data="mixed", pairs=8, epochs=EPOCHS)
     ours = replace(text, side="ours")
-    return {"text": {"trl": text, "ours": ours, "ours_flex_attention": replace(ours, attention="flex_attention")},
+    flex = {"ours_flex_attention": replace(ours, attention="flex_attention")} if text.device == "cuda" else {}
+    return {"text": {"trl": text, "ours": ours, **flex},
             "mixed": {"trl": mixed, "ours": replace(mixed, side="ours", cache_reference=True)}}
 
 
