@@ -187,8 +187,8 @@ def arguments(job: Job, folder: Path) -> DPOConfig:
     return DPOConfig(
         output_dir=str(folder), seed=SEED, beta=BETA, learning_rate=job.learning_rate, lr_scheduler_type="constant",
         num_train_epochs=job.epochs, per_device_train_batch_size=job.batch_size, per_device_eval_batch_size=job.batch_size,
-        max_length=MAX_LENGTH, bf16=cuda, use_cpu=not cuda, dataloader_pin_memory=cuda, optim=job.optimizer,
-        gradient_checkpointing=job.gradient_checkpointing, remove_unused_columns=False,
+        max_length=MAX_LENGTH, bf16=cuda or job.quantization == "nf4", use_cpu=not cuda, dataloader_pin_memory=cuda,
+        optim=job.optimizer, gradient_checkpointing=job.gradient_checkpointing, remove_unused_columns=False,
         train_sampling_strategy="group_by_length" if job.group_by_length else "sequential",
         logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True)
 
