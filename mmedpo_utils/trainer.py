@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -225,10 +225,11 @@ class MMedPOTrainer(DPOTrainer):
 
     def _read_reference(self, pairs: dict[str, dict[str, Any]]) -> dict[str, list[float]]:
         """The cache's values, or none where they are not what the model says of up to four of ``pairs``."""
-        stored = [{}]
+        stored = {}
         if self.reference_cache and self.reference_cache.is_file() and self.is_world_process_zero():
-            stored = [json.loads(self.reference_cache.read_text(encoding="utf-8"))]
-        known = broadcast_object_list(stored)[0]
+            with suppress(ValueError):  # a damaged file is as good as none
+                stored = json.loads(self.reference_cache.read_text(encoding="utf-8"))
+        known = broadcast_object_list([stored])[0]
         probe = [key for key in pairs if key in known][:4]
         if not probe:
             return known

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -408,6 +409,9 @@ def test_the_reference_cache_is_read_checked_and_extended(tiny, tmp_path, monkey
     assert scored == 4 + 24, "values of another model are not used"
     for key, values in second.known_reference.items():
         assert third.known_reference[key] == pytest.approx(values, abs=1e-4)
+    (tmp_path / "reference.json").write_text('{"half')
+    assert run(tiny["rows"])[1] == 24, "a damaged file is written anew"
+    assert len(json.loads((tmp_path / "reference.json").read_text())) == 24
     data = first.train_dataset
     assert len(set(data["key"])) == 16 and data["key"] == pair_keys(data, 64) != pair_keys(data, 63)
 
@@ -430,9 +434,11 @@ def test_lora_or_projector_can_be_trained_alone_and_the_adapter_loads_in_peft(ti
     assert (found - before).abs().max() > 1e-3
 
 
-def test_gradient_checkpointing_changes_nothing(tiny, tmp_path):
+@pytest.mark.parametrize("reentrant", [False, True])  # TRL sets it under ZeRO stage 3
+def test_gradient_checkpointing_changes_nothing(tiny, tmp_path, reentrant):
     plain, checkpointed = (first_step(trainer(tiny, tmp_path, uneven_rows(tiny), max_steps=1, **changes)) for changes in (
-        PLAIN, {"gradient_checkpointing": True, "cache_reference": False}))
+        PLAIN, {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant},
+                "cache_reference": False}))
     torch.testing.assert_close(checkpointed[0][:, :7], plain[0][:, :7], atol=1e-5, rtol=1e-6)
     for name, gradient in plain[1].items():
         torch.testing.assert_close(checkpointed[1][name], gradient, atol=1e-5, rtol=0)
@@ -492,3 +498,22 @@ def test_attention_that_reaches_less_than_a_row_back_is_refused_with_shared_rows
     monkeypatch.setattr(LlavaForConditionalGeneration, "from_pretrained", lambda *_: window)
     with pytest.raises(InputError, match="training.shared_prefix.*16 tokens"):
         trainer(tiny, tmp_path)
+
+
+def test_a_resumed_run_has_the_reference_of_the_model_before_training(tiny, tmp_path):
+    first = trainer(tiny, tmp_path, max_steps=2, save_strategy="steps", save_steps=2)
+    first.train()
+    resumed = trainer(tiny, tmp_path, max_steps=3)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert resumed.known_reference.keys() == first.known_reference.keys()
+    for key, values in first.known_reference.items():
+        assert resumed.known_reference[key] == pytest.approx(values, abs=1e-6)
+    assert resumed.state.global_step == 3
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles FlexAttention with a C++ compiler")
+def test_flex_attention_gives_the_same_log_probabilities(tiny, tmp_path):
+    sdpa, flex = (trainer(tiny, tmp_path, uneven_rows(tiny), attention=name) for name in ("sdpa", "flex_attention"))
+    batch = batch_of(sdpa, 8)
+    torch.testing.assert_close(torch.cat(flex.reference_logps(batch)), torch.cat(sdpa.reference_logps(batch)), atol=1e-5, rtol=0)
