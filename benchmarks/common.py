@@ -42,7 +42,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from mmedpo_utils.environment import versions  # noqa: E402
-from mmedpo_utils.lvlm import MedLVLM, load_lvlm, model_digest  # noqa: E402
+from mmedpo_utils.lvlm import MedLVLM, generate, load_lvlm, model_digest  # noqa: E402
 from mmedpo_utils.manifests import Row, answer_text, question_text, read_manifest, write_manifest  # noqa: E402
 from mmedpo_utils.trainer import MMedPOTrainer, PreferenceCollator, adapter_config, preference_dataset  # noqa: E402
 
@@ -168,17 +168,30 @@ def draw_pairs(folder: Path, job: Job, shape: Shape) -> None:
     write_manifest(folder / "pairs.json", rows)
 
 
-@dataclass
+class RejectedImages:
+    """TRL's collator repeats the images for the rejected half of a batch; this processor takes others there, and no more."""
+
+    def __init__(self, processor: LlavaProcessor, images: list[list[Image.Image]]) -> None:
+        self.processor, self.images = processor, images
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.processor, name)
+
+    def __call__(self, images: list[list[Image.Image]] | None = None, **others: Any) -> Any:
+        return self.processor(images=images and images[: len(self.images)] + self.images, **others)
+
+
 class TwoImageCollator(DataCollatorForVisionPreference):
     """TRL's vision collator, with the one thing that it cannot do: the rejected half of a batch has images of its own."""
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """Collate rows that carry ``rejected_images`` beside TRL's own columns."""
-        rejected = [example.pop("rejected_images") for example in examples]
-        batch = super().torch_call(examples)
-        pixels = self.processor.image_processor(images=rejected, return_tensors="pt")["pixel_values"]
-        batch["pixel_values"][len(examples):] = pixels
-        return batch
+        processor, self.processor = self.processor, RejectedImages(
+            self.processor, [example.pop("rejected_images") for example in examples])
+        try:
+            return super().torch_call(examples)
+        finally:
+            self.processor = processor
 
 
 def arguments(job: Job, folder: Path) -> DPOConfig:
@@ -268,6 +281,7 @@ def train_once(job: Job, folder: Path, rows: list[Row]) -> dict[str, Any]:
     cache, clock = folder / "reference.json", Clock()
     cache.unlink(missing_ok=True)
     lvlm = load_lvlm(folder.parent / "model", job.device, quantization=job.quantization)
+    generate(lvlm, [Image.new("L", (64, 64))], [word(0)], max_new_tokens=1, batch_size=1)  # a GPU loads its kernels
     if job.attention != "sdpa":
         lvlm.llava.model.language_model.set_attn_implementation(job.attention)
     began = time.perf_counter()

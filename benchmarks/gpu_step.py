@@ -75,16 +75,14 @@ def seconds_per_pair(job: Job, taken: dict[str, Any]) -> float:
     return step / job.batch_size + taken["ahead_seconds"] / (job.pairs * job.epochs)
 
 
-def measure(name: str, job: Job, folder: Path, flops: float, peak: int | None) -> dict[str, Any] | None:
-    """One training in a process of its own; None where the GPU's memory is not enough."""
+def measure(name: str, job: Job, folder: Path, flops: float, peak: int | None) -> dict[str, Any]:
+    """One training in a process of its own; the ``error`` alone where it fails, as where the GPU's memory is not enough."""
     try:
         worker = Worker(name, job, folder, torch.get_num_threads())
         taken = worker.run()
         worker.close()
     except RuntimeError as error:
-        if "OutOfMemoryError" in str(error):
-            return None
-        raise
+        return {"error": str(error).strip().splitlines()[-1]}
     seconds = seconds_per_pair(job, taken)
     return {"seconds_per_pair": round(seconds, 4), "peak_gib": round(taken["peak_bytes"] / 2**30, 2),
             "model_flop_utilisation": round(flops / seconds / (peak * 1e12), 4) if peak else None,
@@ -105,11 +103,11 @@ def measure_all(shape: Shape, device: str, rank: int, card: str, folder: Path) -
             flops = least_flops(jobs["trl"], shape, folder)
             found = {side: measure(f"{method}-{data}-{side}", job, folder, flops, peak_tflops(card))
                      for side, job in jobs.items()}
-            trl, ours = found["trl"], found["ours"]
-            results.setdefault(method, {})[data] = {
-                "ratio": round(trl["seconds_per_pair"] / ours["seconds_per_pair"], 3) if trl and ours else None,
-                "tflop_per_pair": round(flops / 1e12, 6), **found}
-            print(method, data, {side: numbers and numbers["seconds_per_pair"] for side, numbers in found.items()}, flush=True)
+            seconds = {side: numbers.get("seconds_per_pair", numbers.get("error")) for side, numbers in found.items()}
+            known = "error" not in found["trl"] | found["ours"]
+            results.setdefault(method, {})[data] = {"ratio": round(seconds["trl"] / seconds["ours"], 3) if known else None,
+                                                    "tflop_per_pair": round(flops / 1e12, 6), **found}
+            print(method, data, seconds, flush=True)
     return results
 
 
