@@ -116,6 +116,20 @@ def word(number: int) -> str:
     return f"word{number}"
 
 
+def lvlm_config(shape: Shape) -> LlavaConfig:
+    """A LLaVA's configuration: features of the tower's last layer but one, without its class token."""
+    return LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=shape.tower_hidden_size, intermediate_size=shape.tower_intermediate_size, image_size=shape.image_size,
+            num_hidden_layers=shape.tower_layers, num_attention_heads=shape.tower_heads, patch_size=PATCH),
+        text_config=MistralConfig(
+            hidden_size=shape.hidden_size, intermediate_size=shape.intermediate_size, num_hidden_layers=shape.layers,
+            num_attention_heads=shape.heads, num_key_value_heads=shape.key_value_heads, vocab_size=shape.vocabulary,
+            max_position_embeddings=2 * MAX_LENGTH, sliding_window=None, pad_token_id=0, bos_token_id=1, eos_token_id=2),
+        image_token_index=SPECIAL.index("<image>"), image_seq_length=shape.image_tokens,
+        vision_feature_select_strategy="default", vision_feature_layer=-2)
+
+
 def save_lvlm(folder: Path, shape: Shape, device: str) -> None:
     """Write a LLaVA of random weights with its processor, in the Hugging Face layout: bf16 from a GPU, else float32."""
     names = [*SPECIAL, *(word(number) for number in range(shape.vocabulary - len(SPECIAL)))]
@@ -127,19 +141,10 @@ def save_lvlm(folder: Path, shape: Shape, device: str) -> None:
     images = CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
     LlavaProcessor(images, tokenizer, patch_size=PATCH, vision_feature_select_strategy="default", image_token="<image>",
                    num_additional_image_tokens=1, chat_template=TEMPLATE).save_pretrained(folder)
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(
-            hidden_size=shape.tower_hidden_size, intermediate_size=shape.tower_intermediate_size, image_size=size,
-            num_hidden_layers=shape.tower_layers, num_attention_heads=shape.tower_heads, patch_size=PATCH),
-        text_config=MistralConfig(
-            hidden_size=shape.hidden_size, intermediate_size=shape.intermediate_size, num_hidden_layers=shape.layers,
-            num_attention_heads=shape.heads, num_key_value_heads=shape.key_value_heads, vocab_size=shape.vocabulary,
-            max_position_embeddings=2 * MAX_LENGTH, sliding_window=None, pad_token_id=0, bos_token_id=1, eos_token_id=2),
-        image_token_index=SPECIAL.index("<image>"), image_seq_length=shape.image_tokens,
-        vision_feature_select_strategy="default", vision_feature_layer=-2)
     set_seed(SEED)
     with torch.device(device):
-        model = LlavaForConditionalGeneration._from_config(config, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
+        model = LlavaForConditionalGeneration._from_config(
+            lvlm_config(shape), dtype=torch.bfloat16 if device == "cuda" else torch.float32)
     model.save_pretrained(folder, max_shard_size="2GB")
 
 

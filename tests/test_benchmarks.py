@@ -21,7 +21,7 @@ from mmedpo_utils.trainer import adapter_config
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
-from common import SHAPES, save_lvlm  # noqa: E402
+from common import SHAPES, lvlm_config, save_lvlm  # noqa: E402
 from flops import lora_weights, pair_flops, row_flops  # noqa: E402
 from gpu_step import methods as gpu_methods  # noqa: E402
 from gpu_step import peak_tflops, seconds_per_pair, sides  # noqa: E402
@@ -87,6 +87,17 @@ def test_the_closed_form_is_what_a_forward_and_backward_pass_costs(tmp_path):
     assert 2 * (counter.get_total_flops() - hidden_half // 3) == both - policy
     adapters = sum(value.numel() for name, value in model.named_parameters() if "lora_" in name)
     assert adapters == shape.layers * lora_weights(shape, rank)
+
+
+def test_the_large_shape_is_llava_meds():
+    shape = SHAPES["llava-med-1.5"]
+    with torch.device("meta"):
+        model = LlavaForConditionalGeneration(lvlm_config(shape))
+    sizes = {name: sum(value.numel() for value in part.parameters()) for name, part in model.model.named_children()}
+    assert sizes["language_model"] + model.lm_head.weight.numel() == 7_241_732_096, "Mistral-7B"
+    assert sizes["vision_tower"] == 303_507_456 and shape.image_tokens == 576, "CLIP ViT-L/14 at 336 pixels"
+    assert sizes["multi_modal_projector"] == 1024 * 4096 + 4096 + 4096 * 4096 + 4096
+    assert model.lm_head.weight is not model.get_input_embeddings().weight
 
 
 def test_two_answers_see_what_the_shared_mask_lets_them_see():
