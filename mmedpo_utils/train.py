@@ -28,6 +28,7 @@ from trl import DPOConfig
 
 from .environment import versions
 from .errors import InputError
+from .export import write_model_card
 from .files import write_json
 from .lvlm import load_profile_lvlm, model_digest
 from .manifests import read_manifest, row_source
@@ -192,6 +193,7 @@ def run(profile: Profile, name: str, seed: int, folder: Path) -> None:
         last: dict[str, float] = {}
         for event in events:
             last |= event
+        write_model_card(folder, profile, name, seed, rows)
         weights = trainer.train_dataset["weight"]
         write_json(folder / "result.json", {
             "digest": run_digest(profile, name, seed, manifest), "variant": name, "seed": seed,
