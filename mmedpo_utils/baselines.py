@@ -218,8 +218,9 @@ def sima_style(ingredients: Ingredients) -> list[Row]:
     """The Med-LVLM's greedy and one sampled response; it prefers the one for which it finds more `visual_evidence`.
 
     SIMA asks the model in words which response is better, with the true answer and three criteria of what is seen in the
-    prompt. A small model with a vocabulary of words answers such a prompt no better than chance (the same pairs: 53% and 51%).
-    So the question is put in numbers: does the image speak for the response? (73% and 88%.) The true answer is not used.
+    prompt. A small model with a vocabulary of words answers "Is this answer right?" no better than chance (phantom, 300
+    questions: 53% of closed, 51% of open pairs in the right order). So the question is put in numbers: does the image speak
+    for the response? (The same pairs: 73% and 88%.) The true answer is not used.
     """
     greedy, sampled = ingredients.samples(1, 0.0), ingredients.samples(1, ingredients.profile.curation.temperature)
     responses = [first + second for first, second in zip(greedy, sampled, strict=True)]

@@ -289,7 +289,7 @@ def test_the_program_builds_trains_evaluates_and_writes_one_table(tmp_path, monk
 @pytest.mark.slow
 def test_every_variant_of_the_profile_trains(tmp_path, monkeypatch):
     names = list(load_profile("phantom-baselines").training.variants)
-    table = run_program(tmp_path, monkeypatch, as_dict(names), ["0", "1"])
+    table = run_program(tmp_path, monkeypatch, as_dict(names), ["0"])
     assert list(table["models"]) == ["base", *names]
     assert {f"mmedpo - {name}" for name in names if name != "mmedpo"} < set(table["differences"])
-    assert all(len(run["seconds"]) == 2 for run in table["training"].values())
+    assert all(len(run["seconds"]) == 1 for run in table["training"].values())

@@ -157,6 +157,19 @@ def test_an_adapter_of_one_part_alone_merges_too(finished, tmp_path, trains):
     assert (logits(plain, processor) - logits(untouched, processor)).abs().max() > 1e-3
 
 
+def test_an_adapter_of_4_bit_weights_merges_into_the_full_ones(finished, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    base = finished[1]
+    small = load_lvlm(base, "cpu", quantization="nf4").model
+    tuned = get_peft_model(small, LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=False))
+    tuned.save_pretrained(tmp_path / "adapter")
+    merged = load_lvlm(merge(tmp_path / "adapter", tmp_path / "merged", base=str(base)), "cpu")
+    expected = load_lvlm(base, "cpu", adapter=tmp_path / "adapter")
+    found, wanted = (logits(lvlm.model, lvlm.processor) for lvlm in (merged, expected))
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
+    assert getattr(merged.model.config, "quantization_config", None) is None
+
+
 def test_a_failing_merge_leaves_nothing_and_a_full_folder_is_kept(finished, tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
