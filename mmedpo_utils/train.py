@@ -33,6 +33,7 @@ from trl import DPOConfig
 from .environment import versions
 from .errors import InputError
 from .estimate import accumulation, total_steps
+from .export import write_model_card
 from .files import write_json
 from .lvlm import load_profile_lvlm, model_digest
 from .manifests import read_manifest, row_source
@@ -273,6 +274,7 @@ def run(profile: Profile, name: str, seed: int, folder: Path) -> None:
         if trainer.is_world_process_zero():
             seconds = {"start": writer.first_step - began, "steps": trained - writer.first_step,
                        "total": time.monotonic() - began}
+            write_model_card(folder, profile, name, seed, rows)
             write_result(trainer, folder, {"digest": digest, "variant": name, "seed": seed, "seconds": seconds,
                                            "resumed_from": int(checkpoint.rpartition("-")[2]) if checkpoint else None})
 
