@@ -225,6 +225,25 @@ def describe(profile: Profile, variant: str, rows: Sequence[dict[str, Any]], cou
     return "\n".join([*lines, *_describe_time(profile, config, size, counts, processes, sum(memory.values()), cores)])
 
 
+def summary(profile: Profile, variant: str, gpu: str = "RTX A6000") -> dict[str, Any]:
+    """The estimate of a variant as numbers, on ``profile.training.processes`` GPUs and as many pairs as curation aims at.
+
+    Returns:
+        ``gib``: of one GPU; ``parts``: the same by part; ``hours`` on this kind of ``gpu``, a key of `GPUS`, or None where the
+        profile trains on the CPU.
+    """
+    training, sources = profile.training, profile.training.variants[variant].sources
+    config, processes = model_config(profile.lvlm.model)[0], training.processes
+    size, pairs = pair_size(config, [], training.max_length), len(sources) * profile.curation.text_pairs
+    parts = memory_per_gpu(config, training, profile.lvlm.quantization, training.variants[variant].trains, size, processes)
+    parts = {part: value / GIB for part, value in parts.items() if part != "cpu"}
+    steps = total_steps(training, pairs, processes)
+    epochs = max(1.0, steps * training.per_device_batch_size * training.gradient_accumulation_steps * training.processes / pairs)
+    flops = [flops_per_pair(config, training, size, source == "visual", epochs) for source in sources]
+    seconds = seconds_per_step(config, training, sum(flops) / len(flops), processes, GPUS[gpu][0], epochs)
+    return {"gib": sum(parts.values()), "parts": parts, "hours": steps * seconds / 3600 if profile.lvlm.device == "cuda" else None}
+
+
 def _describe_time(profile: Profile, config: LlavaConfig, size: PairSize, counts: dict[str, int], processes: int, memory: float,
                    cores: int | None) -> list[str]:
     training, pairs = profile.training, max(1, sum(counts.values()))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 
-from mmedpo_utils import profiles, schema
+from mmedpo_utils import estimate, profiles, schema
 from mmedpo_utils.errors import InputError
 from mmedpo_utils.profiles import check_device, load_profile, profile_names
 from mmedpo_utils.schema import repository_root
@@ -40,6 +41,14 @@ def test_recipes_keep_the_papers_values_and_its_global_batch(name: str) -> None:
     changed = {"learning_rate"} if name.endswith("-sft") else set()
     assert {key for key, value in RECIPE.items() if getattr(training, key) != value} == changed
     assert training.processes * training.gradient_accumulation_steps * training.per_device_batch_size == 4
+
+
+@pytest.mark.parametrize("name", [name for name in profile_names() if load_profile(name).lvlm.device == "cuda"])
+def test_the_head_of_each_recipe_states_what_it_is_reckoned_to_take(name: str) -> None:
+    head = re.search(r"^# Estimated: (\S+) GiB on each GPU, (\S+) hours on \w+ RTX A6000 for `(\w+)`",
+                     (profiles.PROFILE_FOLDER / f"{name}.yaml").read_text(encoding="utf-8"), re.MULTILINE)
+    takes = estimate.summary(load_profile(name), head[3])
+    assert (f"{takes['gib']:.1f}", f"{takes['hours']:.1f}") == (head[1], head[2])
 
 
 def test_recipes_train_on_as_many_pairs_as_table_5_says(shared: Path) -> None:
