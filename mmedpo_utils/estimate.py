@@ -241,7 +241,8 @@ def summary(profile: Profile, variant: str, gpu: str = "RTX A6000") -> dict[str,
     epochs = max(1.0, steps * training.per_device_batch_size * training.gradient_accumulation_steps * training.processes / pairs)
     flops = [flops_per_pair(config, training, size, source == "visual", epochs) for source in sources]
     seconds = seconds_per_step(config, training, sum(flops) / len(flops), processes, GPUS[gpu][0], epochs)
-    return {"gib": sum(parts.values()), "parts": parts, "hours": steps * seconds / 3600 if profile.lvlm.device == "cuda" else None}
+    hours = steps * seconds / 3600 if profile.lvlm.device == "cuda" else None
+    return {"gib": sum(parts.values()), "parts": parts, "hours": hours}
 
 
 def _describe_time(profile: Profile, config: LlavaConfig, size: PairSize, counts: dict[str, int], processes: int, memory: float,
