@@ -26,7 +26,7 @@ from transformers.utils import logging as transformers_logging
 from .errors import InputError, first_line
 from .llava_checkpoint import converted, fetch, original_config
 from .llava_text import TEMPLATES
-from .profiles import check_device
+from .profiles import Profile, check_device
 
 PHANTOM_WEIGHTS = Path(__file__).parent / "phantom" / "weights" / "lvlm"
 QUANTIZATIONS = ("none", "nf4")
@@ -100,6 +100,12 @@ def load_lvlm(name_or_path: str | Path, device: str = "auto", adapter: str | Pat
     if adapter is not None:
         model = _with_adapter(model, adapter)
     return MedLVLM(model.eval(), processor, target)
+
+
+def load_profile_lvlm(profile: Profile, adapter: str | Path | None = None, device: str | None = None) -> MedLVLM:
+    """The Med-LVLM that a profile's section ``lvlm`` describes (see `load_lvlm`); ``device`` replaces the profile's."""
+    values = profile.lvlm
+    return load_lvlm(values.model, device or values.device, adapter, values.quantization, values.vision_tower, values.template)
 
 
 def _hugging_face_folder(name_or_path: str | Path, vision_tower: str) -> Path:

@@ -29,7 +29,7 @@ from trl import DPOConfig
 from .environment import versions
 from .errors import InputError
 from .files import write_json
-from .lvlm import load_lvlm, model_digest
+from .lvlm import load_profile_lvlm, model_digest
 from .manifests import read_manifest, row_source
 from .profiles import Profile, Variant, check_device, load_profile
 from .relevance import normalise
@@ -133,7 +133,7 @@ def build_trainer(profile: Profile, variant: Variant, seed: int, folder: Path, r
     weights, validation = training_weights(rows, variant, profile), held_out(rows, seed)
     arguments = training_arguments(profile, variant, seed, folder, bool(validation.any()))
     values, nf4 = profile.training, profile.lvlm.quantization == "nf4"
-    lvlm = load_lvlm(profile.lvlm.model, profile.lvlm.device if nf4 else "cpu", quantization=profile.lvlm.quantization)
+    lvlm = load_profile_lvlm(profile, device=profile.lvlm.device if nf4 else "cpu")
 
     def dataset(chosen: np.ndarray) -> Any:
         return preference_dataset([row for row, keep in zip(rows, chosen) if keep], weights[chosen], lvlm.processor,
