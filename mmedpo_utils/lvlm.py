@@ -9,6 +9,7 @@ linear layers are quantised; vision tower, projector and output layer keep their
 from __future__ import annotations
 
 import hashlib
+import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -97,6 +98,8 @@ def load_lvlm(name_or_path: str | Path, device: str = "auto", adapter: str | Pat
     processor.tokenizer.padding_side = "left"
     if quantization == "none":
         model = model.to(target)
+    else:
+        _keep_packing(model)
     if adapter is not None:
         model = _with_adapter(model, adapter)
     return MedLVLM(model.eval(), processor, target)
@@ -136,9 +139,20 @@ def nf4_config(precision: torch.dtype = torch.bfloat16) -> Any:
     """The `BitsAndBytesConfig` of 4-bit loading: NF4, double quantisation, computing in ``precision``."""
     from transformers import BitsAndBytesConfig
 
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of an optional CPU kernel
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
                               bnb_4bit_compute_dtype=precision,
-                              llm_int8_skip_modules=["vision_tower", "multi_modal_projector", "lm_head"])
+                              llm_int8_skip_modules=["model.vision_tower", "model.multi_modal_projector", "lm_head"])
+
+
+def _keep_packing(model: torch.nn.Module) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights on the CPU at the first look in eval mode.
+
+    Where the CPU computes in bfloat16, it would round the scales in place, and from then on no gradient passes.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _with_adapter(model: LlavaForConditionalGeneration, adapter: str | Path) -> Any:

@@ -158,6 +158,9 @@ class MMedPOTrainer(DPOTrainer):
                  **arguments: Any) -> None:
         self.projector_learning_rate, self.reference_cache = projector_learning_rate, reference_cache
         super().__init__(model, **arguments)
+        if getattr(model, "is_loaded_in_4bit", False):
+            for parameter in self.model.parameters():  # TRL makes them bfloat16, where steps of 1e-7 round to nothing
+                parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
         share_images(self.model.get_base_model().model.vision_tower)
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
