@@ -74,7 +74,7 @@ def fetch(name: str, weights: bool = True, cached: bool = False) -> Path:
     """
     try:
         folder = Path(snapshot_download(name, allow_patterns=TEXT_FILES + ["*.safetensors"] * weights, local_files_only=cached))
-        if weights and not weight_files(folder):
+        if weights and not any(folder.glob("*.safetensors")):
             snapshot_download(name, allow_patterns=[*TEXT_FILES, "pytorch_model*.bin"], local_files_only=cached)
     except (OSError, ValueError, HfHubHTTPError) as error:
         raise InputError(f"{name}: no readable model configuration: no such folder, and not to be had from the Hub "
@@ -153,6 +153,7 @@ def _convert(source: Path, config: dict[str, Any], tower: Path | None, target: P
             shutil.rmtree(leftover, ignore_errors=True)
         draft.mkdir()
         size = sum(file.stat().st_size for file in shards)
+        print(f"converting {record['source']} ({size / 1e9:.1f} GB), once, into {target}", flush=True)
         if shutil.disk_usage(draft).free < size:
             raise OSError(f"{size / 1e9:.1f} GB are needed and {shutil.disk_usage(draft).free / 1e9:.1f} GB are free")
         _processor(config, vision, mean_std, tokenizer, template).save_pretrained(draft)

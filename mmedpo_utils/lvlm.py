@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from safetensors import SafetensorError
+from tqdm import tqdm
 from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration
 from transformers.utils import logging as transformers_logging
 
@@ -32,6 +34,7 @@ from .profiles import Profile, check_device
 PHANTOM_WEIGHTS = Path(__file__).parent / "phantom" / "weights" / "lvlm"
 QUANTIZATIONS = ("none", "nf4")
 VISION_TOWERS = ("checkpoint", "config")
+PROGRESS_SECONDS = 30
 
 
 @dataclass(frozen=True)
@@ -245,7 +248,7 @@ def _embed(lvlm: MedLVLM, texts: Sequence[str], features: torch.Tensor) -> dict[
 @torch.inference_mode()
 def generate(lvlm: MedLVLM, images: Sequence[Image.Image], questions: Sequence[str], max_new_tokens: int,
              batch_size: int, temperature: float = 0.0, samples: int = 1, seed: int = 0) -> list[list[str]]:
-    """Answer each question about its image.
+    """Answer each question about its image, in left-padded batches; a bar is drawn where it takes long.
 
     Args:
         images: one per question; an image that comes again is encoded once.
@@ -274,7 +277,8 @@ def generate(lvlm: MedLVLM, images: Sequence[Image.Image], questions: Sequence[s
     answers: list[list[str]] = []
     with torch.random.fork_rng([lvlm.device] if lvlm.device.type == "cuda" else []):
         torch.manual_seed(seed)
-        for start in range(0, len(texts), batch_size):
+        for start in tqdm(range(0, len(texts), batch_size), "answers", unit="batch", delay=PROGRESS_SECONDS, leave=False,
+                          file=sys.stdout, disable=len(texts) <= batch_size):
             rows = index[start:start + batch_size]
             inputs = _embed(lvlm, texts[start:start + batch_size], features[rows])
             tokens = lvlm.llava.generate(
