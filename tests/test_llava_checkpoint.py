@@ -280,13 +280,18 @@ def test_the_known_tower_needs_no_network(tmp_path, state, monkeypatch):
     monkeypatch.setitem(KNOWN_TOWERS, name, {key: CLIP[key] for key in CLIP if key != "model_type"})
     source = write_original(tmp_path / "original", CONFIG | {"mm_vision_tower": name}, state)
     assert load_lvlm(source, "cpu").model.config.vision_config.hidden_size == 16
+    (tmp_path / "partly").mkdir()
+    monkeypatch.setattr(llava_checkpoint, "snapshot_download", lambda name, **others: str(tmp_path / "partly"))
+    assert load_lvlm(source, "cpu").model.config.vision_config.hidden_size == 16, "where the cache has no configuration of it"
+    monkeypatch.undo()
     with pytest.raises(InputError, match="mm_vision_tower.*not to be had from the Hub.*lvlm.vision_tower to checkpoint"):
         load_lvlm(source, "cpu", vision_tower="config")
 
 
-def test_a_llama_backbone_with_a_full_vocabulary(tmp_path):
+@pytest.mark.parametrize("model_type", ["llava_llama", "llava"])
+def test_a_llama_backbone_with_a_full_vocabulary(tmp_path, model_type):
     """LLaMA 3's shapes: grouped keys, another head size than Mistral's, a reserved token for the image."""
-    config = CONFIG | {"model_type": "llava_llama", "architectures": ["LlavaLlamaForCausalLM"], "rope_theta": 5e5,
+    config = CONFIG | {"model_type": model_type, "architectures": ["LlavaLlamaForCausalLM"], "rope_theta": 5e5,
                        "vocab_size": 260,
                        "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                                         "original_max_position_embeddings": 64}}
@@ -436,6 +441,12 @@ def test_a_torch_file_cannot_run_code(tmp_path, state):
     with pytest.raises(InputError, match="cannot be read as weights"):
         load_lvlm(source, "cpu")
     assert not (tmp_path / "ran").exists()
+    torch.save({"state_dict": state}, source / "pytorch_model.bin")
+    with pytest.raises(InputError, match="pytorch_model.bin: .*expected a dictionary of tensors by name"):
+        load_lvlm(source, "cpu")
+    (source / "pytorch_model.bin").unlink()
+    with pytest.raises(InputError, match="holds no weights"):
+        load_lvlm(source, "cpu")
 
 
 class Danger:
@@ -453,6 +464,10 @@ def test_no_room_on_the_disk(original, monkeypatch, cache):
     with pytest.raises(InputError, match="0.0 GB are free.*set HF_HOME"):
         load_lvlm(original, "cpu")
     assert not [path for path in cache.iterdir() if path.is_dir()]
+    monkeypatch.undo()
+    monkeypatch.setattr(constants, "HF_HOME", str(original / "config.json"))
+    with pytest.raises(InputError, match="cannot be written"):
+        load_lvlm(original, "cpu")
 
 
 STEPS = [("save_file", 1), ("save_file", 2), ("write_json", 1), ("write_json", 2), ("rename", 1), ("rename", 2)]
