@@ -79,16 +79,27 @@ def load_lvlm(name_or_path: str | Path, device: str = "auto", adapter: str | Pat
         if value not in known:
             raise InputError(f"lvlm.{key}: {value!r} is not known; expected one of {known}")
     source = _hugging_face_folder(name_or_path, vision_tower)
-    precision = torch.float32 if target.type == "cpu" else torch.bfloat16
+    model, processor = _read_folder(source, target, quantization)
+    if template is not None:
+        processor.chat_template = TEMPLATES[template]
+    processor.tokenizer.padding_side = "left"
+    if adapter is not None:
+        model = _with_adapter(model, adapter)
+    return MedLVLM(model.eval(), processor, target)
+
+
+def _read_folder(source: Path, target: torch.device, quantization: str) -> tuple[LlavaForConditionalGeneration, Any]:
+    """Model and processor of a Hugging Face folder, the model on ``target``."""
+    precision, small = torch.float32 if target.type == "cpu" else torch.bfloat16, quantization == "nf4"
     with quiet_loading():
         try:
             model, info = LlavaForConditionalGeneration.from_pretrained(
-                source, dtype=precision, device_map={"": target} if quantization == "nf4" else None,
-                quantization_config=nf4_config(precision) if quantization == "nf4" else None, output_loading_info=True)
+                source, dtype=precision, device_map={"": target} if small else None,
+                quantization_config=nf4_config(precision) if small else None, output_loading_info=True)
             processor = AutoProcessor.from_pretrained(source, backend="pil")  # the torchvision back end resizes otherwise
         except ImportError as error:
-            raise InputError("lvlm.quantization: nf4 needs bitsandbytes, which is not installed; install the package's extra "
-                             "`gpu`, or set lvlm.quantization to none") from error
+            raise InputError(f"lvlm.quantization: {quantization}: a library is missing ({first_line(error)}); install the "
+                             "package's extra `gpu`, or set lvlm.quantization to none") from error
         except (OSError, RuntimeError, ValueError, SafetensorError) as error:
             raise InputError(f"{source}: cannot be loaded as a LLaVA model ({first_line(error)}); the folder needs "
                              "config.json, model.safetensors and the processor's files") from error
@@ -96,16 +107,9 @@ def load_lvlm(name_or_path: str | Path, device: str = "auto", adapter: str | Pat
         missing = sorted(info["missing_keys"])
         raise InputError(f"{source}: {len(missing)} weights are missing, e.g. {missing[0]}; the checkpoint is "
                          "incomplete or of another architecture")
-    if template is not None:
-        processor.chat_template = TEMPLATES[template]
-    processor.tokenizer.padding_side = "left"
-    if quantization == "none":
-        model = model.to(target)
-    else:
+    if small:
         _keep_packing(model)
-    if adapter is not None:
-        model = _with_adapter(model, adapter)
-    return MedLVLM(model.eval(), processor, target)
+    return (model if small else model.to(target)), processor
 
 
 def load_profile_lvlm(profile: Profile, adapter: str | Path | None = None, device: str | None = None) -> MedLVLM:
