@@ -21,7 +21,15 @@ from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, LlavaForConditionalGeneration, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    CLIPConfig,
+    CLIPModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlavaForConditionalGeneration,
+    PreTrainedTokenizerFast,
+)
 from trl.data_utils import apply_chat_template
 
 from mmedpo_utils import llava_checkpoint
@@ -263,6 +271,19 @@ def test_the_two_towers(tmp_path, state):
         with pytest.warns(UserWarning, match=r"differs from clip in 3 of \d+ tensors \(largest difference 0.5\)"):
             tower = load_lvlm(source, "cpu", vision_tower=choice).model.model.vision_tower
         torch.testing.assert_close(tower.encoder.layers[1].mlp.fc1.bias, weights[f"{TOWER}encoder.layers.1.mlp.fc1.bias"])
+
+
+@pytest.mark.parametrize("kind", [CLIPVisionModel, CLIPModel])
+def test_a_tower_as_transformers_saves_it(tmp_path, state, kind):
+    vision = {key: value for key, value in CLIP.items() if key != "model_type"}
+    text = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 20}
+    model = kind(CLIPVisionConfig(**vision) if kind is CLIPVisionModel else CLIPConfig(text_config=text, vision_config=vision))
+    model.save_pretrained(tmp_path / "clip")
+    own = getattr(model, "vision_model", model).state_dict()
+    source = write_original(tmp_path / "original", CONFIG, state)
+    with pytest.warns(UserWarning, match="differs from clip"):
+        tower = load_lvlm(source, "cpu", vision_tower="config").model.model.vision_tower.state_dict()
+    assert tower.keys() == own.keys() and all(torch.equal(tower[name], own[name]) for name in own)
 
 
 def test_a_checkpoint_without_a_tower(tmp_path, state):
