@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import json
@@ -553,21 +554,19 @@ def large(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(large, tmp_path_factory) -> tuple[float, dict[str, str], float]:
-    """An uninterrupted conversion: its seconds, its shards' digests, its peak memory over the interpreter's in MB."""
+def whole(large, tmp_path_factory) -> tuple[dict[str, str], float]:
+    """An uninterrupted conversion: its shards' digests, and its peak memory over the interpreter's in MB."""
     home, peaks = tmp_path_factory.mktemp("whole"), []
     for convert in (False, True):
         with convert_process(large, home, convert) as process:
-            assert process.stdout.readline() == "ready\n"
-            began = time.monotonic()
             peaks.append(int(process.stdout.read().split()[-1]) / 1e3)
-    return time.monotonic() - began, digests(home), peaks[1] - peaks[0]
+    return digests(home), peaks[1] - peaks[0]
 
 
 def convert_process(source: Path, home: Path, convert: bool = True) -> subprocess.Popen:
-    """A process that says "ready" when its imports are done, converts, and prints its peak memory in kB."""
+    """A process that converts, or imports the same and does nothing, and prints its peak memory in kB."""
     code = ("import re, sys\nfrom pathlib import Path\nfrom mmedpo_utils.llava_checkpoint import converted, original_config\n"
-            "source = Path(sys.argv[1])\nprint('ready', flush=True)\n"
+            "source = Path(sys.argv[1])\n"
             + "converted(source, original_config(source), 'checkpoint', str(source))\n" * convert
             + "print(re.search(r'VmHWM:\\s*(\\d+)', Path('/proc/self/status').read_text())[1])")
     return subprocess.Popen([sys.executable, "-c", code, str(source)], stdout=subprocess.PIPE, text=True, cwd=REPOSITORY,
@@ -581,23 +580,34 @@ def digests(folder: Path) -> dict[str, str]:
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="peak memory is read from /proc")
 def test_a_large_checkpoint_needs_little_memory(whole):
-    print(f"{whole[0]:.1f} s, peak memory over the interpreter's: {whole[2]:.0f} MB")
-    assert len(whole[1]) == 4 and whole[2] < 600
+    print(f"peak memory over the interpreter's: {whole[1]:.0f} MB")
+    assert len(whole[0]) == 4 and whole[1] < 600
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("moment", [0.05, 0.15, 0.3, 0.5, 0.7, 0.9])
-def test_a_large_conversion_killed_at_any_moment(large, whole, tmp_path, moment, cache):
-    """``moment`` is the share of the time that a whole conversion takes."""
+@pytest.mark.parametrize("moment", [0.0, 0.1, 0.3, 0.5, 0.7, 0.9])
+def test_a_large_conversion_killed_at_any_moment(large, whole, tmp_path, moment, cache, capsys):
+    """``moment`` is the share of the weights that is written when the process is killed."""
+    total = sum(file.stat().st_size for file in large.glob("*.safetensors"))
     with convert_process(large, tmp_path / "cache") as process:
-        assert process.stdout.readline() == "ready\n"
-        time.sleep(moment * whole[0])
+        deadline = time.monotonic() + 120
+        while not (folders := [path for path in cache.glob("*") if path.is_dir()]) or moment > written(folders[0]) / total:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.002)
         process.kill()
-    for folder in [path for path in cache.iterdir() if path.is_dir()] if cache.is_dir() else []:
-        if (folder / "config.json").is_file():
-            assert digests(folder) == whole[1]
-        else:
-            with pytest.raises(InputError):
-                load_lvlm(folder, "cpu")
+    folders = [path for path in cache.iterdir() if path.is_dir()]
+    if moment > 0.5 and not folders[0].name.startswith("."):
+        assert digests(cache) == whole[0]
+        pytest.skip("the conversion was done before the kill: this machine is too busy")
+    assert [folder.name.startswith(".") for folder in folders] == [True]
+    with pytest.raises(InputError):
+        load_lvlm(folders[0], "cpu")
     load_lvlm(large, "cpu")
-    assert digests(cache) == whole[1]
+    assert "converting" in capsys.readouterr().out and digests(cache) == whole[0]
+
+
+def written(folder: Path) -> int:
+    """Bytes of weights in a folder that another process writes to."""
+    with contextlib.suppress(FileNotFoundError):
+        return sum(file.stat().st_blocks * 512 for file in folder.glob("*.safetensors"))
+    return 0
