@@ -17,7 +17,7 @@ from PIL import Image
 from .datasets import Dataset
 from .errors import InputError
 from .files import atomic_write, write_json, write_json_lines
-from .lvlm import MedLVLM, generate, image_attention, load_lvlm, model_digest
+from .lvlm import MedLVLM, generate, image_attention, load_profile_lvlm, model_digest
 from .manifests import ANSWER_TYPES, open_image, question_text, read_text, resolve_image, row_sha
 from .metrics import bootstrap_interval, paired_difference, patient_of, row_statistics
 from .phantom.texts import read_masks
@@ -256,14 +256,14 @@ def answer_test(profile: Profile, dataset: Dataset, label: str, adapter: Path | 
         adapter: a PEFT adapter folder; None is the base model.
         shuffle: ask each question about another patient's image.
     """
-    lvlm = load_lvlm(profile.lvlm.model, profile.lvlm.device, adapter, profile.lvlm.quantization)
+    lvlm = load_profile_lvlm(profile, adapter)
     return predict(lvlm, asked_questions(profile, dataset), dataset.image_root, profile.output / "evaluation" / f"{label}.jsonl",
                    profile.evaluation.batch_size, profile.lvlm.max_new_tokens, profile.seed if shuffle else None)
 
 
 def attend_test(profile: Profile, dataset: Dataset, adapter: Path | None) -> list[dict[str, Any]]:
     """One model's attention to the lesion on the open questions of the test split (see `lesion_attention`)."""
-    lvlm = load_lvlm(profile.lvlm.model, profile.lvlm.device, adapter, profile.lvlm.quantization)
+    lvlm = load_profile_lvlm(profile, adapter)
     rows = [row for row in asked_questions(profile, dataset) if row["answer_type"] == "OPEN"]
     return lesion_attention(lvlm, rows, dataset.image_root, dataset.masks_root, profile.evaluation.batch_size)
 
@@ -273,8 +273,7 @@ def attention_example(profile: Profile, dataset: Dataset, adapter: Path) -> tupl
     rows = asked_questions(profile, dataset)
     row = next((row for row in rows if row["answer_type"] == "OPEN"), rows[0])
     before, after = (
-        np.asarray(image_attention(load_lvlm(profile.lvlm.model, profile.lvlm.device, folder, profile.lvlm.quantization),
-                                   [dataset.image(row["image"])], [question_text(row)], 1)[0])
+        np.asarray(image_attention(load_profile_lvlm(profile, folder), [dataset.image(row["image"])], [question_text(row)], 1)[0])
         for folder in (None, adapter))
     return row, before, after
 

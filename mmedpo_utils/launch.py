@@ -1,16 +1,17 @@
-"""Start a training run from a cell, follow it, and stop it cleanly."""
+"""Start a training run from a cell or a terminal, follow it, stop it cleanly, and say beforehand what it will take.
+
+    python -m mmedpo_utils.launch --profile P --variant V [--seed S] [--dry-run]
+"""
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import io
-import json
 import os
 import re
-import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,18 +22,28 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
+import yaml
 from IPython import get_ipython
 from IPython.display import Image, Pretty, display
 
 from . import plots
+from .commands import commands, free_cores, printed, process_count, shorten, write_hostfile
 from .errors import InputError
-from .profiles import Profile, check_device
+from .estimate import describe
+from .manifests import read_manifest, row_source
+from .profiles import Profile, check_device, load_profile, profile_names
+from .run_folder import finished_result, newest_checkpoint, read_events, remove_half_written, run_lock
 from .schema import repository_root
 from .train import FAILED, manifest_path, run_digest
 
 REFRESH_SECONDS = 1.5
 PATIENCE_SECONDS = 10
+PORT_ATTEMPTS = 3
+PORT_TAKEN = re.compile("EADDRINUSE|address already in use", re.IGNORECASE)
+CAUSES = {r"No space left on device|File too large|Disk quota exceeded|disk is full|os error (27|28)|unexpected pos":
+          "the disk is full, or a file may not grow further; free some space",
+          r"return code = (-9|247|137)|Connection closed by peer|Connection reset by peer":
+          "a process was killed from outside: by a person, or by the system where memory ran out"}
 
 
 class TrainingError(RuntimeError):
@@ -61,110 +72,153 @@ class RunResult:
         return self.folder / "adapter"
 
 
-def process_count(profile: Profile) -> int:
-    """How many processes train: the profile's number, one per GPU at most, and one where DeepSpeed is not installed.
-
-    The number divides processes x accumulation steps, so that the global batch can stay the profile's.
-    """
-    if importlib.util.find_spec("deepspeed") is None:
-        return 1
-    cuda = check_device(profile.lvlm.device) == "cuda"
-    most = min(profile.training.processes, torch.cuda.device_count()) if cuda else profile.training.processes
-    total = profile.training.processes * profile.training.gradient_accumulation_steps
-    return next(count for count in range(most, 0, -1) if total % count == 0)
-
-
-def command(profile: Profile, variant: str, seed: int, run_folder: Path) -> list[str]:
-    """The command that trains: the deepspeed launcher on a free port, or plain Python where one process is enough.
-
-    Paths inside the repository are relative to it, so run it there. ``run_folder`` holds the resolved profile.yaml.
-    """
-    processes, folder = process_count(profile), _short(run_folder)
-    program = ["mmedpo_utils.train", "--profile", f"{folder}/profile.yaml", "--variant", variant, "--seed", str(seed),
-               "--run-folder", folder]
-    if processes == 1:
-        return [sys.executable, "-m", *program]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    return [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(processes), "--master_port", str(port),
-            "--hostfile", "none", "--no_local_rank", "--quiet", "--module", *program]
-
-
 def train(profile: Profile, variant: str, seed: int = 0, live: bool = True) -> RunResult:
-    """Train one variant, or read the finished run where all its inputs are the same.
+    """Train one variant, go on with it where it was interrupted, or read the finished run; for the same inputs each time.
 
     Args:
-        profile: where the pairs are (``output``/pairs/train.json), and every value of training.
+        profile: where the pairs are (``output``/pairs), and every value of training.
         variant: a name under ``training.variants``.
         seed: of the LoRA weights and of the order of the pairs.
-        live: redraw the curves in the notebook while it trains.
+        live: redraw the curves in the notebook, or print the logged steps in a terminal, while it trains.
 
-    An interrupt stops every process. A half-finished run folder is removed and trained again.
+    An interrupt stops every process and keeps the last checkpoint. Over several nodes that no hostfile names, it starts this one
+    as the first and prints the commands of the others.
 
     Raises:
-        InputError: no such variant, no manifest, or a GPU is asked for where there is none.
-        TrainingError: a process failed; the message carries its last lines.
+        InputError: no such variant, no manifest, a package or a GPU that is asked for is missing, or another process trains
+            into the same run folder.
+        TrainingError: a process failed; the message says why and carries its last lines.
     """
     digest = run_digest(profile, variant, seed, _checked_manifest(profile, variant))
-    folder = profile.output / "train" / f"{variant}-seed{seed}"
+    folder = folder_of(profile, variant, seed)
     found = load_run(folder, digest)
     if found:
-        print(f"{_short(folder)} is finished already, with the same inputs: loaded.")
+        print(f"{shorten(folder)} is finished already, with the same inputs: loaded.")
         return found
-    if folder.exists():
-        shutil.rmtree(folder)
-    profile.save(folder / "profile.yaml")
-    arguments = command(profile, variant, seed, folder)
-    if process_count(profile) < profile.training.processes:
-        print(f"{process_count(profile)} process trains instead of {profile.training.processes} (DeepSpeed is not installed, or "
-              "there are fewer GPUs); the global batch stays the same.")
-    print("$ " + shlex.join(["python", *arguments[1:]]))
-    with _started(arguments, folder / "train.log") as process:
-        _follow(process, folder, live)
-    found = load_run(folder, digest)
-    if process.returncode or found is None:
-        raise TrainingError(f"training of {folder.name} failed (exit code {process.returncode}); its last lines "
-                            f"(all of them: {_short(folder)}/train.log):\n{_last_words(folder / 'train.log')}")
+    with run_lock(folder, "launch"):
+        with run_lock(folder, "train"):
+            folder.mkdir(exist_ok=True)
+            profile.save(folder / "profile.yaml")
+        _say_how_it_begins(profile, folder, digest)
+        try:
+            returned = _run_commands(profile, variant, seed, folder, live)
+            found = load_run(folder, digest)
+            if returned or found is None:
+                raise TrainingError(_what_happened(folder, digest, returned))
+        except KeyboardInterrupt:
+            print(f"Interrupted. The same cell or command, run again, {_next_time(folder, digest)}.")
+            raise
+        finally:
+            remove_half_written(folder)
     seconds = found.result["seconds"]
     print(f"{folder.name}: {found.result['last']['step']} steps in {seconds['steps']:.0f} s, {seconds['total']:.0f} s in all.")
     return RunResult(folder, found.result, found.events, loaded=False)
 
 
+def folder_of(profile: Profile, variant: str, seed: int) -> Path:
+    """The folder of one run."""
+    return profile.output / "train" / f"{variant}-seed{seed}"
+
+
 def _checked_manifest(profile: Profile, variant: str) -> Path:
+    check_variant(profile, variant)
+    check_device(profile.lvlm.device)
+    package, manifest = profile.training.report_to, manifest_path(profile, variant)
+    if package != "none" and importlib.util.find_spec(package) is None:
+        raise InputError(f"profile key `training.report_to`: the package {package} is not installed; run "
+                         f"`pip install {package}`, or write none")
+    if profile.training.hostfile and shutil.which("pdsh") is None:
+        raise InputError("profile key `training.hostfile`: the launcher reaches the nodes through pdsh, which is not installed; "
+                         "install it, or write null: then each node gets a command of its own")
+    if not manifest.is_file():
+        raise InputError(f"{shorten(manifest)}: there are no preference pairs yet; run notebook 03 with profile {profile.name}")
+    return manifest
+
+
+def check_variant(profile: Profile, variant: str) -> None:
+    """Raises InputError: the profile has no such variant."""
     if variant not in profile.training.variants:
         raise InputError(f"variant {variant!r}: unknown; profile {profile.name} has {', '.join(profile.training.variants)}")
-    check_device(profile.lvlm.device)
-    manifest = manifest_path(profile, variant)
-    if not manifest.is_file():
-        raise InputError(f"{_short(manifest)}: there are no preference pairs yet; run notebook 03 with profile {profile.name}")
-    return manifest
+
+
+def dry_run(profile: Profile, variant: str, seed: int = 0) -> None:
+    """Print what `train` would run and what it takes: profile, pairs, memory, hours, commands. It starts and writes nothing.
+
+    It needs neither GPU nor weights nor pairs.
+
+    Raises:
+        InputError: no such variant, or a manifest that cannot be read.
+    """
+    check_variant(profile, variant)
+    manifest, sources = manifest_path(profile, variant), profile.training.variants[variant].sources
+    rows = [row for row in read_manifest(manifest) if row_source(row) in sources] if manifest.is_file() else []
+    counts = {source: sum(row_source(row) == source for row in rows) for source in sources}
+    if not rows:
+        counts = dict.fromkeys(sources, profile.curation.text_pairs)
+    cores = free_cores() if profile.lvlm.device != "cuda" and check_device(profile.lvlm.device) == "cpu" else None
+    print(yaml.safe_dump(profile.as_dict(), sort_keys=False, allow_unicode=True))
+    print(f"Pairs of {shorten(manifest)}: " + ", ".join(f"{count} {source}" for source, count in counts.items())
+          + ("" if rows else "; they are not made yet (notebook 03), reckoned with curation.text_pairs"))
+    print(describe(profile, variant, rows, counts, process_count(profile, dry_run=True), cores))
+    folder, several = folder_of(profile, variant, seed), profile.training.nodes > 1
+    shipped = profile.name in profile_names() and load_profile(profile.name) == profile
+    name = profile.name if shipped else f"{shorten(folder)}/profile.yaml"
+    print("\nThe cell, or this command in the repository's folder, writes the run folder")
+    print(f"$ python -m mmedpo_utils.launch --profile {name} --variant {variant} --seed {seed}")
+    for ssh in (True, False) if profile.training.hostfile else (False,):
+        where = "" if not several else " over ssh" if ssh else " on each node, one command each, without ssh"
+        print(f"and starts{where}")
+        print("\n".join("$ " + printed(line) for line in commands(profile, variant, seed, folder, ssh, dry_run=True)))
+
+
+def _say_how_it_begins(profile: Profile, folder: Path, digest: str) -> None:
+    processes, values = process_count(profile), profile.training
+    checkpoint = newest_checkpoint(folder, digest, processes)
+    if checkpoint:
+        print(f"{shorten(folder)} goes on from step {checkpoint.name.rpartition('-')[2]}.")
+    if processes < values.processes:
+        print(f"{processes} process trains instead of {values.processes} (DeepSpeed is not installed, or there are fewer GPUs); "
+              "the global batch stays the same.")
+    if values.optimizer == "paged_adamw_8bit" and check_device(profile.lvlm.device) == "cpu":
+        print("paged_adamw_8bit needs a GPU: AdamW trains instead.")
+
+
+def _run_commands(profile: Profile, variant: str, seed: int, folder: Path, live: bool) -> int:
+    """Start the training here and follow it to its end; try another port where the chosen one was taken meanwhile."""
+    if profile.training.nodes > 1 and not profile.training.hostfile:
+        write_hostfile(profile, folder)
+    for _ in range(PORT_ATTEMPTS):
+        first, *others = commands(profile, variant, seed, folder, ssh=bool(profile.training.hostfile))
+        print("$ " + printed(first))
+        if others:
+            print("This node is the first one. Start on each other node, in the repository's folder:")
+            print("\n".join("$ " + printed(other) for other in others))
+        with _started(first, folder / "train.log") as process:
+            _follow(process, folder, live)
+        if not process.returncode or not PORT_TAKEN.search(_text(folder / "train.log")):
+            break
+    return process.returncode
+
+
+def _what_happened(folder: Path, digest: str, returned: int) -> str:
+    """One message: what failed, what the same call does next, and the process's own last lines."""
+    log = _text(folder / "train.log")
+    last = _last_words(log)
+    evidence = last + "".join(re.findall(r"exits with return code = -\d+", log)) + f"return code = {returned}"
+    cause = next((f": {told}" for pattern, told in CAUSES.items() if re.search(pattern, evidence)), "")
+    return (f"training of {folder.name} failed (exit code {returned}){cause}. The same cell or command, run again, "
+            f"{_next_time(folder, digest)}. Its last lines (all of them: {shorten(folder)}/train.log):\n{last}")
+
+
+def _next_time(folder: Path, digest: str) -> str:
+    checkpoint = newest_checkpoint(folder, digest)
+    return f"goes on from step {checkpoint.name.rpartition('-')[2]}, whose checkpoint is whole" if checkpoint else "starts anew"
 
 
 def load_run(folder: Path, digest: str) -> RunResult | None:
     """The finished run in ``folder``, or None where it is absent, unfinished, or made from other inputs."""
-    try:
-        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    if result.get("digest") != digest or not (folder / "adapter" / "adapter_config.json").is_file():
-        return None
-    return RunResult(folder, result, read_events(folder), loaded=True)
-
-
-def read_events(folder: Path) -> list[dict[str, Any]]:
-    """The events that a run has written so far; a line that is still being written is left out."""
-    try:
-        text = (folder / "events.jsonl").read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return []
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
-
-
-def _short(path: Path) -> str:
-    """``path`` relative to the repository where it lies inside."""
-    root = repository_root()
-    return (path.relative_to(root) if path.is_relative_to(root) else path).as_posix()
+    result = finished_result(folder, digest)
+    return RunResult(folder, result, read_events(folder), loaded=True) if result else None
 
 
 @contextmanager
@@ -173,11 +227,17 @@ def _started(arguments: list[str], log: Path) -> Iterator[subprocess.Popen]:
     with open(log, "wb") as stream:
         process = subprocess.Popen(arguments, cwd=repository_root(), stdout=stream, stderr=subprocess.STDOUT,
                                    stdin=subprocess.DEVNULL, start_new_session=True,
-                                   env={**os.environ, "HF_HUB_DISABLE_TELEMETRY": "1"})
+                                   env={**os.environ, "HF_HUB_DISABLE_TELEMETRY": "1"} | _threads(arguments))
     try:
         yield process
     finally:
         _stop(process)
+
+
+def _threads(arguments: list[str]) -> dict[str, str]:
+    """OMP_NUM_THREADS that shares the command's cores between its processes."""
+    words = dict(zip(arguments, arguments[1:]))
+    return {"OMP_NUM_THREADS": str(max(1, int(words["--cores"]) // int(words.get("--num_accelerators", 1))))}
 
 
 def _stop(process: subprocess.Popen) -> None:
@@ -210,25 +270,61 @@ def _runs(group: int) -> bool:
 
 
 def _follow(process: subprocess.Popen, folder: Path, live: bool) -> None:
-    """Wait for the process; in a notebook, redraw the curves as events arrive."""
-    handle = display(Pretty("The processes are starting ..."), display_id=True) if live and get_ipython() else None
-    running, drawn = True, 0
+    """Wait for the process; as events arrive, redraw the curves in a notebook, or print the steps in a terminal."""
+    notebook = live and get_ipython() is not None
+    handle = display(Pretty("The processes are starting ..."), display_id=True) if notebook else None
+    running, shown = True, len(read_events(folder))
     while running:
         try:
             process.wait(REFRESH_SECONDS)
             running = False
         except subprocess.TimeoutExpired:
             pass
-        events = read_events(folder) if handle else []
-        if len(events) > drawn:
-            drawing, drawn = io.BytesIO(), len(events)
+        events = read_events(folder) if live else []
+        if len(events) == shown:
+            continue
+        if handle:
+            drawing = io.BytesIO()
             plots.training_curves(events).savefig(drawing, format="png", dpi=80, bbox_inches="tight")
             handle.update(Image(drawing.getvalue(), alt="Training curves so far: loss, log-probabilities, margin, accuracy"))
+        else:
+            for event in events[shown:]:
+                names = ("loss", "validation_loss", "pairs_per_second", "seconds_left")
+                values = "  ".join(f"{name} {event[name]:.4g}" for name in names if name in event)
+                print(f"step {event['step']}/{event['total_steps']}  {values}", flush=True)
+        shown = len(events)
 
 
-def _last_words(log: Path, lines: int = 15) -> str:
+def _text(log: Path) -> str:
+    return log.read_text(encoding="utf-8", errors="replace")
+
+
+def _last_words(log: str, lines: int = 15) -> str:
     """The end of the first traceback that a process wrote, or the log's last lines where none did."""
-    text = log.read_text(encoding="utf-8", errors="replace")
-    _, _, told = text.partition(FAILED)
+    _, _, told = log.partition(FAILED)
     block = re.split(rf"^\[\d{{4}}-|{re.escape(FAILED)}", told, maxsplit=1, flags=re.MULTILINE)[0]
-    return "\n".join((block or text).strip().splitlines()[-lines:])
+    return "\n".join((block or log).strip().splitlines()[-lines:])
+
+
+def main() -> int:
+    """Parse the command line and train, or say what training takes. Returns the exit status."""
+    parser = argparse.ArgumentParser(description="Train one variant of a profile, or go on with it.")
+    parser.add_argument("--profile", required=True, help="a profile's name, or the path of a profile")
+    parser.add_argument("--variant", required=True, help="a name under the profile's training.variants")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the LoRA weights and of the order of the pairs")
+    parser.add_argument("--dry-run", action="store_true", help="print what would run and what it takes; start nothing")
+    options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exit runs the clean-up that leaves no process behind
+    try:
+        (dry_run if options.dry_run else train)(load_profile(options.profile), options.variant, options.seed)
+    except (InputError, TrainingError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, InputError) else 1
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,12 +1,15 @@
 """The Med-LVLM: load it, write its prompt, generate answers in batches, read its attention to the image.
 
-Any `LlavaForConditionalGeneration` folder in the Hugging Face layout works (arXiv 2412.06141, Section 5.1 builds on
-LLaVA-Med 1.5: CLIP vision tower, two-layer projector, Mistral). "phantom" is the small one shipped with the package.
+Two layouts work: a Hugging Face folder of a `LlavaForConditionalGeneration`, and the original one, in which LLaVA-Med 1.5
+is published (arXiv 2412.06141, Section 5.1: CLIP vision tower, two-layer projector, Mistral). The latter is converted on
+first use. "phantom" is the small model shipped with the package. In 4 bits, on a GPU or the CPU, the language model's
+linear layers are quantised; vision tower, projector and output layer keep their precision.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -15,16 +18,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration
 from transformers.utils import logging as transformers_logging
 
-from .errors import InputError
-from .profiles import check_device
+from .errors import InputError, first_line
+from .llava_checkpoint import converted, fetch, original_config
+from .llava_text import TEMPLATES
+from .profiles import Profile, check_device
 
 PHANTOM_WEIGHTS = Path(__file__).parent / "phantom" / "weights" / "lvlm"
 QUANTIZATIONS = ("none", "nf4")
+VISION_TOWERS = ("checkpoint", "config")
 
 
 @dataclass(frozen=True)
@@ -48,67 +55,104 @@ class MedLVLM:
 
 
 def load_lvlm(name_or_path: str | Path, device: str = "auto", adapter: str | Path | None = None,
-              quantization: str = "none") -> MedLVLM:
+              quantization: str = "none", vision_tower: str = "checkpoint", template: str | None = None) -> MedLVLM:
     """Load a Med-LVLM for inference or as the start of training.
 
     Args:
-        name_or_path: "phantom", a folder in the Hugging Face LLaVA layout, or a model's name on the Hub.
+        name_or_path: "phantom", a folder in the Hugging Face or the original LLaVA layout, or a model's name on the Hub.
         device: auto | cpu | cuda. The CPU runs in float32, a GPU in bfloat16.
         adapter: a PEFT adapter folder to put on top.
-        quantization: none | nf4 (4 bits through bitsandbytes, needs a GPU).
+        quantization: none | nf4 (4 bits through bitsandbytes).
+        vision_tower: checkpoint | config: in the original layout, the tower's weights inside the checkpoint or those that
+            its configuration names. A Hugging Face folder has one tower, and this has no effect.
+        template: a name in `llava_text.TEMPLATES`; None is the folder's own chat template.
 
     Raises:
         InputError: no such folder, another architecture, no GPU where one is asked for, an adapter that does not fit.
     """
     target = torch.device(check_device(device))
-    if quantization not in QUANTIZATIONS:
-        raise InputError(f"lvlm.quantization: {quantization!r} is not known; expected one of {QUANTIZATIONS}")
-    if quantization == "nf4" and target.type != "cuda":
-        raise InputError("lvlm.quantization: nf4 needs a GPU and there is none in use; set lvlm.quantization to none")
-    source = PHANTOM_WEIGHTS if str(name_or_path) == "phantom" else name_or_path
-    _check_architecture(source)
+    for key, value, known in (("quantization", quantization, QUANTIZATIONS), ("vision_tower", vision_tower, VISION_TOWERS),
+                              ("template", template, (None, *TEMPLATES))):
+        if value not in known:
+            raise InputError(f"lvlm.{key}: {value!r} is not known; expected one of {known}")
+    source = _hugging_face_folder(name_or_path, vision_tower)
     precision = torch.float32 if target.type == "cpu" else torch.bfloat16
     with quiet_loading():
         try:
             model, info = LlavaForConditionalGeneration.from_pretrained(
                 source, dtype=precision, device_map={"": target} if quantization == "nf4" else None,
-                quantization_config=nf4_config() if quantization == "nf4" else None, output_loading_info=True)
-            processor = AutoProcessor.from_pretrained(source)
+                quantization_config=nf4_config(precision) if quantization == "nf4" else None, output_loading_info=True)
+            processor = AutoProcessor.from_pretrained(source, backend="pil")  # the torchvision back end resizes otherwise
+        except ImportError as error:
+            raise InputError("lvlm.quantization: nf4 needs bitsandbytes, which is not installed; install the package's extra "
+                             "`gpu`, or set lvlm.quantization to none") from error
         except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-            raise InputError(f"{source}: cannot be loaded as a LLaVA model ({_first_line(error)}); the folder needs "
+            raise InputError(f"{source}: cannot be loaded as a LLaVA model ({first_line(error)}); the folder needs "
                              "config.json, model.safetensors and the processor's files") from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise InputError(f"{source}: {len(missing)} weights are missing, e.g. {missing[0]}; the checkpoint is "
                          "incomplete or of another architecture")
+    if template is not None:
+        processor.chat_template = TEMPLATES[template]
     processor.tokenizer.padding_side = "left"
     if quantization == "none":
         model = model.to(target)
+    else:
+        _keep_packing(model)
     if adapter is not None:
         model = _with_adapter(model, adapter)
     return MedLVLM(model.eval(), processor, target)
 
 
-def _check_architecture(source: str | Path) -> None:
+def load_profile_lvlm(profile: Profile, adapter: str | Path | None = None, device: str | None = None) -> MedLVLM:
+    """The Med-LVLM that a profile's section ``lvlm`` describes (see `load_lvlm`); ``device`` replaces the profile's."""
+    values = profile.lvlm
+    return load_lvlm(values.model, device or values.device, adapter, values.quantization, values.vision_tower, values.template)
+
+
+def _hugging_face_folder(name_or_path: str | Path, vision_tower: str) -> Path:
+    """The folder to load from: an original checkpoint is converted first, a Hub repository fetched."""
+    source = PHANTOM_WEIGHTS if str(name_or_path) == "phantom" else Path(name_or_path)
+    if not source.is_dir():
+        source = fetch(str(name_or_path))
+    original = original_config(source)
+    if original is not None:
+        with quiet_loading():
+            source = converted(source, original, vision_tower, str(name_or_path))
+    _check_architecture(source)
+    return source
+
+
+def _check_architecture(source: Path) -> None:
     try:
         config = AutoConfig.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{source}: no readable model configuration ({_first_line(error)}); expected \"phantom\", a "
+    except (OSError, ValueError, StrictDataclassError) as error:
+        raise InputError(f"{source}: no readable model configuration ({first_line(error)}); expected \"phantom\", a "
                          "folder with a LLaVA config.json, or a model's name on the Hub") from error
     if config.model_type != "llava":
         raise InputError(f"{source}: config.json says model_type {config.model_type!r}; expected 'llava' "
                          "(LlavaForConditionalGeneration)")
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
-
-
-def nf4_config() -> Any:
-    """The `BitsAndBytesConfig` of 4-bit loading."""
+def nf4_config(precision: torch.dtype = torch.bfloat16) -> Any:
+    """The `BitsAndBytesConfig` of 4-bit loading: NF4, double quantisation, computing in ``precision``."""
     from transformers import BitsAndBytesConfig
 
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of an optional CPU kernel
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                              bnb_4bit_compute_dtype=precision,
+                              llm_int8_skip_modules=["model.vision_tower", "model.multi_modal_projector", "lm_head"])
+
+
+def _keep_packing(model: torch.nn.Module) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights on the CPU at the first look in eval mode.
+
+    Where the CPU computes in bfloat16, it would round the scales in place, and from then on no gradient passes.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _with_adapter(model: LlavaForConditionalGeneration, adapter: str | Path) -> Any:
@@ -122,7 +166,7 @@ def _with_adapter(model: LlavaForConditionalGeneration, adapter: str | Path) -> 
             warnings.simplefilter("ignore", FutureWarning)  # between peft and transformers; nothing a reader can do
             return PeftModel.from_pretrained(model, str(adapter))
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise InputError(f"{adapter}: the adapter does not fit this model ({_first_line(error)}); load the model that "
+        raise InputError(f"{adapter}: the adapter does not fit this model ({first_line(error)}); load the model that "
                          "it was trained on") from error
 
 

@@ -1,6 +1,8 @@
 """The training program: one variant, one seed. The deepspeed launcher starts it once per process, `launch` starts the launcher.
 
     python -m deepspeed.launcher.runner --num_accelerators 2 --module mmedpo_utils.train --profile P --variant V --run-folder R
+
+It goes on from the newest whole checkpoint of the same inputs; a finished run is left as it is.
 """
 
 from __future__ import annotations
@@ -16,35 +18,55 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list
+from datasets import Dataset
 from transformers import PrinterCallback, TrainerCallback
 from transformers.utils import logging as transformers_logging
 from trl import DPOConfig
 
 from .environment import versions
 from .errors import InputError
+from .estimate import accumulation, total_steps
 from .files import write_json
-from .lvlm import load_lvlm, model_digest
+from .lvlm import load_profile_lvlm, model_digest
 from .manifests import read_manifest, row_source
 from .profiles import Profile, Variant, check_device, load_profile
 from .relevance import normalise
+from .run_folder import (
+    CheckpointKeeper,
+    finished_result,
+    lock_holder,
+    newest_checkpoint,
+    prepare_folder,
+    read_events,
+    run_lock,
+)
 from .trainer import MMedPOTrainer, PreferenceCollator, adapter_config, preference_dataset
 
 VALIDATION_SHARE = 0.1
 VALIDATION_PAIRS = 64
-LOGGED_STEPS = 250
+NOT_DECIDING = ("logging_steps", "save_every", "report_to", "nodes", "hostfile")
+SHARED_DISK_SECONDS = 30
 FAILED = "=== a training process failed ==="
 
 
 def run_digest(profile: Profile, variant: str, seed: int, manifest: Path) -> str:
-    """SHA-256 (hexadecimal) of all that decides a run: the profile's sections, the variant, the seed, the manifest's bytes."""
-    parts = [profile.digest("seed", "data", "visual_tool", "noise", "lvlm", "relevance", "training"), variant, str(seed),
-             hashlib.sha256(manifest.read_bytes()).hexdigest()]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    """SHA-256 (hexadecimal) of all that decides a run: the profile's sections, the one variant, the seed, the manifest's bytes.
+
+    What is logged, what is saved on the way, and which machines do the work is left out.
+    """
+    values = profile.as_dict()
+    training = {key: value for key, value in values["training"].items() if key not in NOT_DECIDING}
+    deciding = {key: values[key] for key in ("seed", "data", "visual_tool", "noise", "lvlm", "relevance")}
+    deciding |= {"training": training | {"variants": {variant: training["variants"][variant]}}, "training_seed": seed,
+                 "manifest": hashlib.sha256(manifest.read_bytes()).hexdigest()}
+    return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
 
 
 def manifest_path(profile: Profile, variant: str) -> Path:
@@ -76,48 +98,69 @@ def held_out(rows: Sequence[dict[str, Any]], seed: int) -> np.ndarray:
     return np.isin(patients, np.random.default_rng(seed).permutation(names)[: int(share * len(names))])
 
 
-def deepspeed_config(zero_stage: int) -> dict[str, Any]:
+def deepspeed_config(profile: Profile) -> dict[str, Any]:
     """DeepSpeed's configuration; "auto" values follow the trainer's arguments."""
-    stage = {"stage3_gather_16bit_weights_on_model_save": True} if zero_stage == 3 else {"reduce_bucket_size": 50_000_000}
-    return {"zero_optimization": {"stage": zero_stage, **stage}, "zero_allow_untested_optimizer": True,
+    stage, offload = profile.training.zero_stage, profile.training.offload == "cpu"
+    zero = {"stage": stage} | ({"stage3_gather_16bit_weights_on_model_save": True} if stage == 3 else
+                               {"reduce_bucket_size": 50_000_000})
+    if offload:
+        zero |= {"offload_optimizer": {"device": "cpu"}} | ({"offload_param": {"device": "cpu"}} if stage == 3 else {})
+    return {"zero_optimization": zero, "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
             "bf16": {"enabled": "auto"}, "gradient_clipping": "auto", "gradient_accumulation_steps": "auto",
             "train_micro_batch_size_per_gpu": "auto", "train_batch_size": "auto"}
 
 
-def training_arguments(profile: Profile, variant: Variant, seed: int, folder: Path, validate: bool) -> DPOConfig:
-    """The trainer's arguments. The global batch stays the profile's, however many processes really run."""
+def training_arguments(profile: Profile, name: str, seed: int, folder: Path, pairs: int, validate: bool) -> DPOConfig:
+    """The trainer's arguments. Building them joins this process to the others, and prepares ZeRO stage 3 for loading.
+
+    Args:
+        name: the variant.
+        pairs: how many pairs are trained on.
+        validate: whether there are validation pairs.
+    """
     values, world = profile.training, int(os.environ.get("WORLD_SIZE", 1))
-    cuda = check_device(profile.lvlm.device) == "cuda"
+    cuda, steps = check_device(profile.lvlm.device) == "cuda", total_steps(values, pairs, world)
+    paged = cuda and values.optimizer == "paged_adamw_8bit"
     return DPOConfig(
-        output_dir=str(folder), seed=seed, beta=values.beta, loss_type="sft" if variant.objective == "sft" else "sigmoid",
-        learning_rate=values.learning_rate, lr_scheduler_type=values.scheduler, max_steps=values.max_steps,
-        warmup_steps=math.ceil(values.warmup_ratio * values.max_steps), max_length=values.max_length,
-        bf16=values.precision == "bf16", disable_dropout=False,
+        output_dir=str(folder), run_name=f"{profile.name}-{name}-seed{seed}", seed=seed, beta=values.beta,
+        loss_type="sft" if values.variants[name].objective == "sft" else "sigmoid",
+        learning_rate=values.learning_rate, lr_scheduler_type=values.scheduler, weight_decay=values.weight_decay,
+        optim="paged_adamw_8bit" if paged else "adamw_torch", max_steps=steps,
+        warmup_steps=math.ceil(values.warmup_ratio * steps), max_length=values.max_length,
+        bf16=values.precision == "bf16", tf32=values.tf32 if cuda else None, disable_dropout=False,
         per_device_train_batch_size=values.per_device_batch_size, per_device_eval_batch_size=2 * values.per_device_batch_size,
-        gradient_accumulation_steps=max(1, values.gradient_accumulation_steps * values.processes // world),
-        gradient_checkpointing=cuda, use_cpu=not cuda, dataloader_pin_memory=cuda, remove_unused_columns=False,
+        gradient_accumulation_steps=accumulation(values, world), gradient_checkpointing=values.gradient_checkpointing,
+        use_cpu=not cuda, dataloader_pin_memory=cuda, remove_unused_columns=False,
         eval_strategy="steps" if validate else "no", eval_steps=values.validation_every,
-        logging_steps=max(1, values.max_steps // LOGGED_STEPS), save_strategy="no", report_to="none", disable_tqdm=True,
-        deepspeed=deepspeed_config(values.zero_stage) if world > 1 else None)
+        logging_steps=values.logging_steps, report_to=values.report_to, disable_tqdm=True,
+        save_strategy="steps", save_steps=values.save_every,
+        train_sampling_strategy="group_by_length" if values.group_by_length else "random",
+        deepspeed=deepspeed_config(profile) if world > 1 else None)
 
 
 class EventWriter(TrainerCallback):
     """Append one JSON line per logged step to ``events.jsonl``: what the live plot draws."""
 
     def __init__(self, folder: Path, pairs_per_step: int) -> None:
-        self.path, self.pairs_per_step, self.began = folder / "events.jsonl", pairs_per_step, time.monotonic()
+        self.path, self.pairs_per_step = folder / "events.jsonl", pairs_per_step
+        self.first_step: float | None = None
+        self.earlier = {"seconds": 0.0, "tokens": 0.0}
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        """Start the clock at the first step."""
-        if state.global_step == 0:
-            self.began = time.monotonic()
+        """Start the clock at the first step, with the time that the earlier part of a resumed run took."""
+        if self.first_step is None:
+            self.first_step = time.monotonic()
+            for event in read_events(self.path.parent):
+                self.earlier |= {key: event[key] for key in self.earlier if key in event}
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **others: Any) -> None:
         """Write a training event, or a validation event whose values are named ``validation_*``."""
-        logs = logs or {}
+        logs = dict(logs or {})
         if not state.is_world_process_zero or not {"loss", "eval_loss"} & set(logs):
             return
-        seconds, step = time.monotonic() - self.began, state.global_step
+        if "tokens" in logs:
+            logs["tokens"] += self.earlier["tokens"]
+        seconds, step = self.earlier["seconds"] + time.monotonic() - self.first_step, state.global_step
         event = {"step": step, "total_steps": state.max_steps, "seconds": round(seconds, 2),
                  "seconds_left": round(seconds / max(step, 1) * (state.max_steps - step), 1),
                  "pairs_per_second": round(step * self.pairs_per_step / max(seconds, 1e-9), 2)}
@@ -131,15 +174,20 @@ class EventWriter(TrainerCallback):
             stream.write(json.dumps(event) + "\n")
 
 
-def build_trainer(profile: Profile, variant: Variant, seed: int, folder: Path, rows: Sequence[dict[str, Any]]) -> MMedPOTrainer:
-    """Model, LoRA, data and arguments put together. ``rows`` are the variant's pairs, validation pairs among them."""
-    weights, validation = training_weights(rows, variant, profile), held_out(rows, seed)
-    arguments = training_arguments(profile, variant, seed, folder, bool(validation.any()))
+def build_trainer(profile: Profile, variant: Variant, rows: Sequence[dict[str, Any]], validation: np.ndarray,
+                  arguments: DPOConfig, callbacks: list[TrainerCallback]) -> MMedPOTrainer:
+    """Model, LoRA and data put together.
+
+    Args:
+        rows: the variant's pairs, validation pairs among them. Length: N.
+        validation: true where a row is for validation. Shape: [N].
+    """
+    weights = training_weights(rows, variant, profile)
     values, nf4 = profile.training, profile.lvlm.quantization == "nf4"
-    lvlm = load_lvlm(profile.lvlm.model, profile.lvlm.device if nf4 else "cpu", quantization=profile.lvlm.quantization)
+    lvlm = load_profile_lvlm(profile, device=profile.lvlm.device if nf4 else "cpu")
     lvlm.llava.model.language_model.set_attn_implementation(values.attention)
 
-    def dataset(chosen: np.ndarray) -> Any:
+    def dataset(chosen: np.ndarray) -> Dataset:
         return preference_dataset([row for row, keep in zip(rows, chosen) if keep], weights[chosen], lvlm.processor,
                                   profile.image_root, profile.output / "pairs" / "noised", values.max_length)
 
@@ -152,15 +200,17 @@ def build_trainer(profile: Profile, variant: Variant, seed: int, folder: Path, r
                                          shared_prefix=values.shared_prefix),
         processing_class=lvlm.processor,
         peft_config=adapter_config(values.lora_rank, values.lora_alpha, values.lora_dropout, variant.trains),
-        callbacks=[EventWriter(folder, arguments.train_batch_size * arguments.gradient_accumulation_steps
-                               * arguments.world_size)])
+        callbacks=callbacks)
     trainer.remove_callback(PrinterCallback)
     return trainer
 
 
 def save_adapter(trainer: MMedPOTrainer, folder: Path) -> None:
     """Write the adapter (LoRA and projector, safetensors, PEFT's format) to ``folder``, whole or not at all."""
-    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if trainer.is_deepspeed_enabled and trainer.accelerator.deepspeed_plugin.zero_stage == 3:
+        state = trainer.deepspeed._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=True)
+    else:
+        state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if trainer.is_world_process_zero():
         draft = folder.with_name(".adapter")
         trainer.model.save_pretrained(draft, state_dict=state)
@@ -168,38 +218,74 @@ def save_adapter(trainer: MMedPOTrainer, folder: Path) -> None:
         draft.rename(folder)
 
 
+def begin(folder: Path, digest: str, arguments: DPOConfig) -> tuple[bool, str | None]:
+    """Rank 0 prepares the run folder; all processes learn how the run begins.
+
+    Returns:
+        finished: whether the run was finished before, with these inputs.
+        checkpoint: the folder that it goes on from, or None for a new run.
+
+    Raises:
+        InputError: a process on another node does not see the folder.
+    """
+    start: list[Any] = [None]
+    if arguments.process_index == 0:
+        checkpoint, finished = newest_checkpoint(folder, digest, arguments.world_size), finished_result(folder, digest)
+        if not finished:
+            prepare_folder(folder, checkpoint)
+            write_json(folder / "versions.json", {**versions(), "platform": platform.platform()})
+        start = [(bool(finished), str(checkpoint) if checkpoint else None, lock_holder(folder))]
+    if arguments.world_size > 1:
+        broadcast_object_list(start)
+    finished, checkpoint, holder = start[0]
+    deadline = time.monotonic() + SHARED_DISK_SECONDS
+    while lock_holder(folder) != holder:
+        if time.monotonic() > deadline:
+            raise InputError(f"{platform.node()}: {folder} is not the folder that the first process writes to; put the profile's "
+                             "`output` on a disk that all nodes share")
+        time.sleep(1)
+    return finished, checkpoint
+
+
 def run(profile: Profile, name: str, seed: int, folder: Path) -> None:
     """Train variant ``name`` and fill the run folder; ``result.json`` is written last.
 
     Raises:
-        InputError: the manifest or an image cannot be used, or no pair is of the variant's sources.
+        InputError: the manifest or an image cannot be used, no pair is of the variant's sources, or another process trains
+            into the folder.
     """
     began, variant, manifest = time.monotonic(), profile.training.variants[name], manifest_path(profile, name)
     rows = [row for row in read_manifest(manifest) if row_source(row) in variant.sources]
     if not rows:
         raise InputError(f"{manifest}: has no pairs of the sources {', '.join(variant.sources)} that variant {name!r} trains on; "
                          "run notebook 03, or change the variant's `sources`")
-    folder.mkdir(parents=True, exist_ok=True)
-    trainer = build_trainer(profile, variant, seed, folder, rows)
-    if trainer.is_world_process_zero():
-        for earlier in ("result.json", "events.jsonl"):
-            (folder / earlier).unlink(missing_ok=True)
-        write_json(folder / "versions.json", {**versions(), "platform": platform.platform()})
-    ready = time.monotonic()
-    trainer.train()
-    trained = time.monotonic()
-    save_adapter(trainer, folder / "adapter")
-    if trainer.is_world_process_zero():
-        events = [json.loads(line) for line in (folder / "events.jsonl").read_text(encoding="utf-8").splitlines()]
-        last: dict[str, float] = {}
-        for event in events:
-            last |= event
-        weights = trainer.train_dataset["weight"]
-        write_json(folder / "result.json", {
-            "digest": run_digest(profile, name, seed, manifest), "variant": name, "seed": seed,
-            "processes": trainer.args.world_size,
-            "pairs": len(weights), "validation_pairs": len(trainer.eval_dataset or ()), "mean_weight": float(np.mean(weights)),
-            "seconds": {"start": ready - began, "steps": trained - ready, "total": time.monotonic() - began}, "last": last})
+    validation, digest = held_out(rows, seed), run_digest(profile, name, seed, manifest)
+    arguments = training_arguments(profile, name, seed, folder, int((~validation).sum()), bool(validation.any()))
+    with run_lock(folder, "train") if arguments.process_index == 0 else nullcontext():
+        finished, checkpoint = begin(folder, digest, arguments)
+        if finished:
+            return print(f"{folder} is finished already, with the same inputs.")
+        writer = EventWriter(folder, arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size)
+        trainer = build_trainer(profile, variant, rows, validation, arguments, [CheckpointKeeper(folder, digest), writer])
+        trainer.train(resume_from_checkpoint=checkpoint)
+        trained = time.monotonic()
+        save_adapter(trainer, folder / "adapter")
+        if trainer.is_world_process_zero():
+            seconds = {"start": writer.first_step - began, "steps": trained - writer.first_step,
+                       "total": time.monotonic() - began}
+            write_result(trainer, folder, {"digest": digest, "variant": name, "seed": seed, "seconds": seconds,
+                                           "resumed_from": int(checkpoint.rpartition("-")[2]) if checkpoint else None})
+
+
+def write_result(trainer: MMedPOTrainer, folder: Path, values: dict[str, Any]) -> None:
+    """Write result.json: ``values``, the counts, and the last value of everything that was logged."""
+    last: dict[str, float] = {}
+    for event in read_events(folder):
+        last |= event
+    weights = trainer.train_dataset["weight"]
+    write_json(folder / "result.json", {
+        **values, "processes": trainer.args.world_size, "pairs": len(weights),
+        "validation_pairs": len(trainer.eval_dataset or ()), "mean_weight": float(np.mean(weights)), "last": last})
 
 
 def main() -> None:
@@ -209,9 +295,11 @@ def main() -> None:
     parser.add_argument("--variant", required=True, help="a name under the profile's training.variants")
     parser.add_argument("--seed", type=int, default=0, help="seed of the LoRA weights and of the order of the pairs")
     parser.add_argument("--run-folder", type=Path, required=True, help="folder that receives events, adapter and result")
+    parser.add_argument("--cores", type=int, default=os.cpu_count(), help="processor cores that all processes here share")
     options = parser.parse_args()
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    torch.set_num_threads(max(1, torch.get_num_threads() // world))
+    world, here = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_SIZE", 1))
+    torch.set_num_threads(max(1, options.cores // here))
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(options.run_folder / "tensorboard")
     transformers_logging.disable_progress_bar()
     try:
         profile = load_profile(options.profile)

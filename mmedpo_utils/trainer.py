@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_pt_utils import get_length_grouped_indices
 from trl import DPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 
@@ -99,20 +99,26 @@ def keep_answers(_: torch.nn.Module, __: tuple, options: dict[str, Any], output:
     return output
 
 
-class SeededLengthSampler(LengthGroupedSampler):
-    """Pairs of like length together, in an order that seed and epoch alone decide: every process and a resumed run agree."""
+class EpochOrder(torch.utils.data.Sampler):
+    """The order of the pairs in each epoch: seed and epoch alone decide, so that every process and a resumed run agree.
 
-    def __init__(self, batch_size: int, lengths: list[int], seed: int) -> None:
-        super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
-        self.seed, self.epoch = seed, 0
+    Args:
+        lengths: tokens of each pair. Length: N.
+        group: pairs of one step; with it, pairs of like length come together. None: any order.
+        epoch: tells the epoch that begins; the libraries' own samplers forget it where several processes resume.
+    """
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch of the next pass."""
-        self.epoch = epoch
+    def __init__(self, lengths: Sequence[int], group: int | None, seed: int, epoch: Callable[[], int]) -> None:
+        self.lengths, self.group, self.seed, self.epoch = lengths, group, seed, epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
 
     def __iter__(self) -> Iterator[int]:
-        self.generator.manual_seed(self.seed + self.epoch)
-        return super().__iter__()
+        generator = torch.Generator().manual_seed(self.seed + self.epoch())
+        if self.group:
+            return iter(get_length_grouped_indices(self.lengths, self.group, generator=generator))
+        return iter(torch.randperm(len(self.lengths), generator=generator).tolist())
 
 
 class ReferenceCallback(TrainerCallback):
@@ -143,7 +149,8 @@ class MMedPOTrainer(DPOTrainer):
         arguments: TRL's own.
 
     Raises:
-        InputError: rows share their prompt, and the model's attention reaches less than ``max_length`` tokens back.
+        InputError: rows share their prompt, and the model's attention reaches less than ``max_length`` tokens back; or
+            FlexAttention is asked for on a CPU.
     """
 
     def __init__(self, model: PreTrainedModel, *, projector_learning_rate: float, reuse_vision_features: bool = True,
@@ -153,6 +160,9 @@ class MMedPOTrainer(DPOTrainer):
         self.reference_cache, self.known_reference = reference_cache, {}
         self.reuse_vision_features = reuse_vision_features
         super().__init__(model, **arguments)
+        if getattr(model, "is_loaded_in_4bit", False):
+            for parameter in self.model.parameters():  # TRL makes them bfloat16, where steps of 1e-7 round to nothing
+                parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
         llava = self.model.get_base_model().model
         frozen = not any(parameter.requires_grad for parameter in llava.vision_tower.parameters())
         self.tower = FrozenTower(llava.vision_tower) if reuse_vision_features and frozen else None
@@ -178,16 +188,22 @@ class MMedPOTrainer(DPOTrainer):
         if self.data_collator.shared_prefix and window and window < self.args.max_length:
             raise InputError(f"training.shared_prefix: the model's attention window is {window} tokens, fewer than "
                              f"`training.max_length` ({self.args.max_length}); set training.shared_prefix to false")
+        if config._attn_implementation == "flex_attention" and self.args.device.type == "cpu":
+            raise InputError("training.attention: flex_attention needs a GPU to train; set training.attention to sdpa")
         if config._attn_implementation == "sdpa":
             language_model.set_attn_implementation(prefix.PREFIX_ATTENTION)
         self.attention = config._attn_implementation
 
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> torch.utils.data.Sampler | None:
-        if self.args.train_sampling_strategy != "group_by_length":
-            return super()._get_train_sampler(train_dataset)
-        data = self.train_dataset if train_dataset is None else train_dataset
-        return SeededLengthSampler(self.args.train_batch_size * self.args.gradient_accumulation_steps, data[LENGTH],
-                                   self.args.seed)
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> torch.utils.data.Sampler:
+        data, args = self.train_dataset if train_dataset is None else train_dataset, self.args
+        if args.train_sampling_strategy == "sequential":
+            return torch.utils.data.SequentialSampler(data)
+        step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return EpochOrder(data[LENGTH], step if args.train_sampling_strategy == "group_by_length" else None, args.seed,
+                          lambda: int(self.state.epoch or 0))
+
+    def _get_eval_sampler(self, eval_dataset: Dataset) -> torch.utils.data.Sampler | None:
+        return torch.utils.data.SequentialSampler(eval_dataset)
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimiser of ``args.optim`` with two groups: LoRA at ``learning_rate``, the projector at its own rate."""

@@ -17,12 +17,14 @@ import pytest
 import torch
 from PIL import Image
 
+from mmedpo_utils.commands import commands, process_count
 from mmedpo_utils.errors import InputError
-from mmedpo_utils.launch import TrainingError, command, load_run, process_count, read_events, train
+from mmedpo_utils.launch import TrainingError, load_run, train
 from mmedpo_utils.lvlm import load_lvlm
 from mmedpo_utils.manifests import write_manifest
 from mmedpo_utils.plots import training_curves
 from mmedpo_utils.profiles import load_profile
+from mmedpo_utils.run_folder import read_events
 from mmedpo_utils.train import deepspeed_config, held_out, manifest_path, run_digest, training_weights
 
 from .test_trainer import tiny_lvlm, tiny_pairs
@@ -132,9 +134,10 @@ def test_bad_requests_are_refused_before_anything_starts(workspace, tmp_path):
 
 def test_two_commands_take_different_ports_and_one_process_needs_no_launcher(workspace):
     profile = tiny_profile(workspace)
-    first, second = (command(profile, "dpo", 0, profile.output / "train" / "dpo-seed0") for _ in range(2))
+    folder = profile.output / "train" / "dpo-seed0"
+    first, second = (commands(profile, "dpo", 0, folder, ssh=False)[0] for _ in range(2))
     assert first[first.index("--master_port") + 1] != second[second.index("--master_port") + 1]
-    alone = command(tiny_profile(workspace, **{"training.processes": 1}), "dpo", 0, profile.output / "train" / "dpo-seed0")
+    alone = commands(tiny_profile(workspace, **{"training.processes": 1}), "dpo", 0, folder, ssh=False)[0]
     assert alone[1:3] == ["-m", "mmedpo_utils.train"] and "deepspeed" not in " ".join(alone)
 
 
@@ -158,7 +161,7 @@ def test_every_input_changes_the_digest(workspace, tmp_path):
 @pytest.mark.parametrize(("processes", "accumulation", "gpus", "expected"),
                          [(4, 1, 4, 4), (4, 1, 3, 2), (4, 3, 3, 3), (3, 1, 2, 1), (2, 1, 8, 2)])
 def test_the_number_of_processes_keeps_the_global_batch(workspace, monkeypatch, processes, accumulation, gpus, expected):
-    monkeypatch.setattr("mmedpo_utils.launch.check_device", lambda device: "cuda")
+    monkeypatch.setattr("mmedpo_utils.commands.check_device", lambda device: "cuda")
     monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
     profile = tiny_profile(workspace, **{"training.processes": processes, "training.gradient_accumulation_steps": accumulation})
     count = process_count(profile)
@@ -188,5 +191,5 @@ def test_no_patient_is_on_both_sides_of_the_validation_split(tmp_path):
 
 def test_keys_of_stage_3_are_left_out_below_it():
     for stage in range(4):
-        values = deepspeed_config(stage)["zero_optimization"]
+        values = deepspeed_config(load_profile("phantom", {"training.zero_stage": stage}))["zero_optimization"]
         assert values["stage"] == stage and any(key.startswith("stage3") for key in values) == (stage == 3)

@@ -225,16 +225,17 @@ def test_with_equal_images_and_weights_of_one_every_loss_is_trls(tiny, tmp_path)
         return [{"role": role, "content": row[key][role == "assistant"]["value"].replace("<image>\n", "")}]
 
     stock = DPOTrainer(
-        LlavaForConditionalGeneration.from_pretrained(tiny["model"]), args=arguments(tmp_path), peft_config=lora(),
+        LlavaForConditionalGeneration.from_pretrained(tiny["model"]),
+        args=arguments(tmp_path, train_sampling_strategy="sequential"), peft_config=lora(),
         processing_class=tiny["processor"], train_dataset=Dataset.from_list([
             {"images": [Image.open(tiny["images"] / row["image"]).convert("RGB")],
              "prompt": message("user", row, "conversations"), "chosen": message("assistant", row, "conversations"),
              "rejected": message("assistant", row, "rejected_conversations")} for row in rows]))
     expected = losses(stock)
-    ours = trainer(tiny, tmp_path, rows)
+    ours = trainer(tiny, tmp_path, rows, train_sampling_strategy="sequential")
     assert losses(ours) == pytest.approx(expected, abs=1e-5) and len(expected) == 5
     assert expected[0] == pytest.approx(math.log(2), abs=1e-5) and abs(expected[-1] - expected[0]) > 1e-2
-    plain = trainer(tiny, tmp_path, rows, **PLAIN)
+    plain = trainer(tiny, tmp_path, rows, **PLAIN, train_sampling_strategy="sequential")
     assert losses(plain) == pytest.approx(expected, abs=1e-5)
 
 
@@ -477,19 +478,20 @@ def test_pairs_of_like_length_come_together_in_an_order_that_seed_and_epoch_deci
                   train_sampling_strategy="group_by_length", max_steps=1)
     lengths, order = run.train_dataset["length"], {}
     for epoch in (0, 1):
-        sampler = run._get_train_sampler()
-        sampler.set_epoch(epoch)
+        run.state.epoch = float(epoch)
         torch.rand(epoch + 1)
-        order[epoch] = list(sampler)
-        assert sorted(order[epoch]) == list(range(40))
-        again = run._get_train_sampler()
-        again.set_epoch(epoch)
-        assert list(again) == order[epoch]
+        order[epoch] = list(run._get_train_sampler())
+        assert sorted(order[epoch]) == list(range(40)) and list(run._get_train_sampler()) == order[epoch]
     spread = [max(lengths[n] for n in batch) - min(lengths[n] for n in batch)
               for batch in (order[0][start:start + 4] for start in range(0, 40, 4))]
     assert order[0] != order[1] and np.mean(spread) < 0.5 * (max(lengths) - min(lengths))
     for pair, length in zip(run.train_dataset, lengths):
         assert length == run.data_collator([pair])["input_ids"].shape[1]
+
+
+def test_flex_attention_on_a_cpu_is_refused(tiny, tmp_path):
+    with pytest.raises(InputError, match="training.attention.*GPU.*sdpa"):
+        trainer(tiny, tmp_path, attention="flex_attention")
 
 
 def test_attention_that_reaches_less_than_a_row_back_is_refused_with_shared_rows(tiny, tmp_path, monkeypatch):
@@ -514,6 +516,23 @@ def test_a_resumed_run_has_the_reference_of_the_model_before_training(tiny, tmp_
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles FlexAttention with a C++ compiler")
 def test_flex_attention_gives_the_same_log_probabilities(tiny, tmp_path):
-    sdpa, flex = (trainer(tiny, tmp_path, uneven_rows(tiny), attention=name) for name in ("sdpa", "flex_attention"))
+    sdpa, flex = (trainer(tiny, tmp_path, uneven_rows(tiny)) for _ in range(2))
+    flex.model.get_base_model().model.language_model.set_attn_implementation("flex_attention")
+    flex.attention = "flex_attention"
     batch = batch_of(sdpa, 8)
     torch.testing.assert_close(torch.cat(flex.reference_logps(batch)), torch.cat(sdpa.reference_logps(batch)), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("strategy", ["random", "group_by_length"])
+def test_a_run_resumed_within_its_second_epoch_sees_the_pairs_that_it_would_have_seen(tiny, tmp_path, strategy):
+    def made(steps):
+        return trainer(tiny, tmp_path, uneven_rows(tiny) * 2, max_steps=steps, train_sampling_strategy=strategy,
+                       save_strategy="steps", save_steps=6)
+
+    whole, resumed = made(8), made(8)
+    expected = losses(whole)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    found = [event["loss"] for event in resumed.state.log_history if "loss" in event]
+    assert found == pytest.approx(expected, abs=1e-6) and len(found) == 8
+    for name, parameter in whole.model.named_parameters():
+        torch.testing.assert_close(resumed.model.get_parameter(name), parameter, atol=1e-6, rtol=0)

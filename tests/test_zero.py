@@ -82,3 +82,15 @@ def test_the_reference_file_is_the_same_whoever_wrote_it(workspace):
     assert files[3][1].keys() == files[0][1].keys() and len(files[0][1]) == 40
     for key, values in files[0][1].items():
         assert files[3][1][key] == pytest.approx(values, abs=1e-4)
+
+
+def test_two_processes_share_every_epoch_of_grouped_pairs_although_their_dropout_differs(workspace):
+    """The sum of the tokens read after two whole epochs tells whether a pair was lost or read twice."""
+    read = [trained(workspace, **{
+        "training.processes": processes, "training.per_device_batch_size": 4 // processes, "training.lora_dropout": 0.1,
+        "training.group_by_length": True, "training.max_steps": 18}) for processes in (1, 2)]
+    pairs = [run.result["pairs"] for run in read]
+    assert pairs == [36, 36], "nine steps of four pairs are an epoch"
+    assert read[0].events[-1]["step"] == read[1].events[-1]["step"] == 18
+    last = [max(event["tokens"] for event in run.events if "tokens" in event) for run in read]
+    assert last[0] == last[1] > 0

@@ -1,0 +1,117 @@
+"""The command that trains: how many processes, on which cores, on which port, on which nodes."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shlex
+import socket
+import sys
+from pathlib import Path
+
+import psutil
+import torch
+
+from .errors import InputError
+from .profiles import Profile, check_device
+from .schema import repository_root
+
+PROGRAM = "mmedpo_utils.train"
+LAUNCHER = "deepspeed.launcher.runner"
+
+
+def process_count(profile: Profile, dry_run: bool = False) -> int:
+    """How many processes train, over all nodes: the profile's number, one where DeepSpeed is not installed.
+
+    On one node there is one process per GPU at most, and the number divides processes x accumulation steps, so that the global
+    batch can stay the profile's. A dry run reckons with the GPUs that the profile asks for, whether they are here or not.
+
+    Raises:
+        InputError: several nodes without DeepSpeed or with too few GPUs here, or no GPU where one is asked for.
+    """
+    values = profile.training
+    if importlib.util.find_spec("deepspeed") is None:
+        if values.nodes > 1:
+            raise InputError("profile key `training.nodes`: several nodes need DeepSpeed; install the extra `gpu` on Linux")
+        return 1
+    if dry_run and profile.lvlm.device == "cuda":
+        return values.processes
+    gpus = torch.cuda.device_count() if check_device(profile.lvlm.device) == "cuda" else values.processes
+    if values.nodes > 1:
+        if gpus < values.processes // values.nodes:
+            raise InputError(f"profile key `training.processes`: {values.processes} on {values.nodes} nodes need "
+                             f"{values.processes // values.nodes} GPUs on each, and this one has {gpus}")
+        return values.processes
+    total = values.processes * values.gradient_accumulation_steps
+    return next(count for count in range(min(values.processes, gpus), 0, -1) if total % count == 0)
+
+
+def free_cores() -> int:
+    """Processor cores that no training on this machine has taken, at least one.
+
+    Each training's processes say with ``--cores`` how many they share. OMP_NUM_THREADS, where it is set, is the limit.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    taken: dict[int, int] = {}
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or []
+        if PROGRAM in words and "--cores" in words[:-1]:
+            try:
+                group = os.getpgid(process.pid) if hasattr(os, "getpgid") else process.pid
+            except ProcessLookupError:
+                continue
+            taken[group] = int(words[words.index("--cores") + 1])
+    left = max(1, cores - sum(taken.values()))
+    return min(left, int(os.environ.get("OMP_NUM_THREADS") or left))
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on now; another process may take it before it is used."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def shorten(path: Path) -> str:
+    """``path`` relative to the repository where it lies inside."""
+    root = repository_root()
+    return (path.relative_to(root) if path.is_relative_to(root) else path).as_posix()
+
+
+def write_hostfile(profile: Profile, run_folder: Path) -> None:
+    """Write a list of nodes in which only their number counts: each node is started by a command of its own."""
+    each = profile.training.processes // profile.training.nodes
+    lines = [f"node{number} slots={each}\n" for number in range(profile.training.nodes)]
+    (run_folder / "hostfile").write_text("".join(lines), encoding="utf-8")
+
+
+def commands(profile: Profile, variant: str, seed: int, run_folder: Path, ssh: bool, dry_run: bool = False) -> list[list[str]]:
+    """What starts the training: one command, or one per node where the profile has several nodes that ``ssh`` does not reach.
+
+    One process is plain Python; more go through the deepspeed launcher on a free port. Paths inside the repository are relative
+    to it, so run them there. ``run_folder`` holds the resolved profile.yaml. MASTER_ADDR and MASTER_PORT say where the first
+    node is found; else it is this machine.
+
+    Raises:
+        InputError: as `process_count`.
+    """
+    values, processes, folder = profile.training, process_count(profile, dry_run), shorten(run_folder)
+    program = [PROGRAM, "--profile", f"{folder}/profile.yaml", "--variant", variant, "--seed", str(seed), "--run-folder", folder,
+               "--cores", str(free_cores())]
+    if processes == 1:
+        return [[sys.executable, "-m", *program]]
+    port = ["--master_port", os.environ.get("MASTER_PORT") or str(free_port())]
+    common = ["--no_local_rank", "--quiet", "--module", *program]
+    start = [sys.executable, "-m", LAUNCHER]
+    if values.nodes == 1:
+        return [[*start, "--num_accelerators", str(processes), *port, "--hostfile", "none", *common]]
+    hosts = ["--hostfile", shorten(values.hostfile or run_folder / "hostfile")]
+    if ssh:
+        return [[*start, *hosts, *port, *common]]
+    address = ["--master_addr", os.environ.get("MASTER_ADDR") or socket.gethostname()]
+    return [[*start, *hosts, "--no_ssh", "--node_rank", str(rank), *address, *port, *common] for rank in range(values.nodes)]
+
+
+def printed(arguments: list[str]) -> str:
+    """A command as it can be pasted into a terminal."""
+    return shlex.join(["python", *arguments[1:]])

@@ -1,0 +1,342 @@
+"""The original LLaVA layout, which LLaVA-Med 1.5 is published in, converted into a Hugging Face folder shard by shard.
+
+Converted folders lie under ``$HF_HOME/mmedpo`` (``~/.cache/huggingface/mmedpo`` by default). Each holds `RECORD`, which
+names its source; as long as source and record agree, the folder is used again. A conversion holds one shard in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+import re
+import shutil
+import warnings
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    CLIPVisionConfig,
+    GenerationConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+
+from . import __version__
+from .errors import InputError, first_line
+from .files import write_json
+from .llava_text import IMAGE_TOKEN, TEMPLATES, image_tokenizer
+from .medklip_checkpoint import check_state
+
+RECORD, LAYOUT = "conversion.json", 1  # raise LAYOUT when a conversion writes something else: earlier folders are done anew
+TEXT_FILES = ["*.json", "*.jinja", "*.model"]
+KNOWN_TOWERS = {"openai/clip-vit-large-patch14-336": {
+    "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16, "image_size": 336,
+    "patch_size": 14, "projection_dim": 768, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}}
+LANGUAGE_KEYS = """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
+    hidden_act max_position_embeddings initializer_range rms_norm_eps bos_token_id eos_token_id tie_word_embeddings rope_theta
+    rope_scaling sliding_window attention_dropout attention_bias mlp_bias""".split()
+SETTINGS = {"mm_projector_type": ("mlp2x_gelu",), "mm_use_im_start_end": (False, None), "mm_use_im_patch_token": (False, None),
+            "mm_vision_select_feature": ("patch", None), "image_aspect_ratio": ("pad", "square", None)}
+TOWER = "model.vision_tower.vision_tower.vision_model."
+ORIGINAL = {"model.language_model.": "model.", "model.vision_tower.": TOWER,
+            "model.multi_modal_projector.linear_1.": "model.mm_projector.0.",
+            "model.multi_modal_projector.linear_2.": "model.mm_projector.2."}
+WRITTEN = {TOWER: "vision_tower.vision_model.", "model.mm_projector.0.": "multi_modal_projector.linear_1.",
+           "model.mm_projector.2.": "multi_modal_projector.linear_2.", "model.": "language_model.model.",
+           "lm_head.": "language_model.lm_head."}
+TOWER_KEY = re.compile(r"(?:.*vision_model\.)?((?:embeddings|pre_layrnorm|encoder|post_layernorm)\..*)")
+BUFFERS = ("rotary_emb.inv_freq", "embeddings.position_ids")
+UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile, SafetensorError)
+SAMPLE = 2**20
+
+def fetch(name: str, weights: bool = True, cached: bool = False) -> Path:
+    """The local copy of a Hub repository, downloaded where needed: safetensors, or torch files where there are none.
+
+    Args:
+        weights: whether weights are wanted too, beside configuration and tokenizer.
+        cached: never download.
+
+    Raises:
+        InputError: no such repository, no access, or not in the cache while the Hub cannot be reached.
+    """
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=TEXT_FILES + ["*.safetensors"] * weights, local_files_only=cached))
+        if weights and not weight_files(folder):
+            snapshot_download(name, allow_patterns=[*TEXT_FILES, "pytorch_model*.bin"], local_files_only=cached)
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        raise InputError(f"{name}: no readable model configuration: no such folder, and not to be had from the Hub "
+                         f"({first_line(error)}); expected \"phantom\", a folder, or a model's name on the Hub; without network, "
+                         "download it elsewhere (hf download NAME --local-dir FOLDER) and give that folder") from error
+    return folder
+
+
+def original_config(folder: Path) -> dict[str, Any] | None:
+    """config.json of a checkpoint in the original layout; None where the folder is of another kind or unreadable."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return config if isinstance(config, dict) and "mm_vision_tower" in config else None
+
+
+def converted(source: Path, config: dict[str, Any], vision_tower: str, name: str) -> Path:
+    """The Hugging Face folder of an original checkpoint; it is written on first use, whole or not at all.
+
+    Processes that ask at the same time wait for one conversion. A warning says where the checkpoint's own vision tower
+    and the one that its configuration names differ.
+
+    Args:
+        source: the checkpoint's folder.
+        config: what `original_config` says of it.
+        vision_tower: checkpoint (the weights inside it) | config (those of the tower that ``mm_vision_tower`` names, which
+            the original loader takes).
+        name: what the reader called the checkpoint: it names the folder.
+
+    Raises:
+        InputError: a setting that the layout does not allow, tensors missing or left over, no tower, no room on the disk.
+    """
+    tower = _find_tower(source, config, weights=vision_tower == "config")
+    record = {"layout": LAYOUT, "source": str(source.resolve()) if Path(name).exists() else name, "vision_tower": vision_tower,
+              "files": _fingerprints(source), "tower": config["mm_vision_tower"],
+              "tower_files": _fingerprints(tower if vision_tower == "config" else None)}
+    identity = hashlib.sha256(f"{record['source']} {vision_tower}".encode()).hexdigest()[:12]
+    target = Path(constants.HF_HOME) / "mmedpo" / f"{Path(record['source']).name}-{vision_tower}-{identity}"
+    found = _read_record(target, record)
+    if found is None:
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(target.with_name(f"{target.name}.lock")):
+                found = _read_record(target, record) or _convert(source, config, tower, target, record)
+        except OSError as error:
+            raise InputError(f"{target}: cannot be written ({error.strerror or error}); free some disk space, or set HF_HOME to "
+                             "a folder with room for the converted model") from error
+    if found["difference"]:
+        warnings.warn(found["difference"], stacklevel=4)
+    return target
+
+
+def _read_record(target: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
+    """The finished folder's record, where it is of the same source; else None."""
+    try:
+        found = json.loads((target / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if {key: found.get(key) for key in wanted} == wanted else None
+
+
+def _convert(source: Path, config: dict[str, Any], tower: Path | None, target: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """Write ``target`` through a draft folder that has no config.json until all else is in it. Returns the record."""
+    backbone = "mistral" if "mistral" in f"{config.get('model_type')} {config.get('architectures')}".lower() else "llama"
+    template = "mistral_instruct" if backbone == "mistral" else "v1"
+    vision, mean_std = _vision_config(config["mm_vision_tower"], tower)
+    tokenizer = image_tokenizer(source, int(config.get("vocab_size", 0)))
+    llava = _llava_config(source, config, backbone, vision, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
+    shards = _plan(source, tower, record["vision_tower"], llava)
+    record = {**record, "template": template, "package": __version__,
+              "difference": _difference(source, tower, config["mm_vision_tower"], record["vision_tower"])}
+    draft, old = target.with_name(f".{target.name}.draft"), target.with_name(f".{target.name}.old")
+    try:
+        for leftover in (draft, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        draft.mkdir()
+        size = sum(file.stat().st_size for file in shards)
+        if shutil.disk_usage(draft).free < size:
+            raise OSError(f"{size / 1e9:.1f} GB are needed and {shutil.disk_usage(draft).free / 1e9:.1f} GB are free")
+        _processor(config, vision, mean_std, tokenizer, template).save_pretrained(draft)
+        ids = {"bos_token_id": llava.text_config.bos_token_id, "eos_token_id": llava.text_config.eos_token_id}
+        GenerationConfig(**ids, pad_token_id=tokenizer.pad_token_id).save_pretrained(draft)
+        _write_shards(shards, draft)
+        write_json(draft / RECORD, record)
+        llava.save_pretrained(draft)
+        if target.exists():
+            target.rename(old)
+        draft.rename(target)
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
+    finally:
+        for leftover in (draft, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+    return record
+
+
+def weight_files(folder: Path | None) -> list[Path]:
+    """The files that hold a folder's weights: safetensors where there are any, else torch files.
+
+    Raises:
+        InputError: the folder's index names a file that is not there.
+    """
+    for name in ("model.safetensors", "pytorch_model.bin") if folder else ():
+        stem, suffix = name.rsplit(".", 1)
+        index = folder / f"{name}.index.json"
+        files = sorted(folder.glob(f"{stem}*.{suffix}"))
+        if index.is_file():
+            try:
+                named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+                files = [folder / file for file in sorted(named)]
+            except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+                raise InputError(f"{index}: cannot be read as an index of weights ({error}); download it again") from error
+            for file in files:
+                if not file.is_file():
+                    raise InputError(f"{file}: no such file, though {index.name} names it; download it again")
+        if files:
+            return files
+    return []
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    """Tensors of one file, mapped and not loaded where its format allows. A pickle cannot run code."""
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # written before torch 1.6: not to be mapped
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except UNREADABLE as error:
+        raise InputError(f"{file}: cannot be read as weights ({first_line(error)}); the file is damaged or "
+                         "cut short: download it again") from error
+
+
+def _fingerprints(folder: Path | None) -> dict[str, list[Any]]:
+    """Size and a SHA-256 of every file that a conversion reads; of weights, of a MiB at the start, the middle and the end."""
+    texts = [file for pattern in ("config.json", "preprocessor_config.json", "*token*") for file in sorted(folder.glob(pattern))
+             ] if folder else []
+    found = {}
+    for file in [*texts, *weight_files(folder)]:
+        size, digest = file.stat().st_size, hashlib.sha256()
+        with open(file, "rb") as stream:
+            for start in (0, max(0, size // 2), max(0, size - SAMPLE)):
+                stream.seek(start)
+                digest.update(stream.read(SAMPLE))
+        found[file.name] = [size, digest.hexdigest()]
+    return found
+
+
+def _find_tower(source: Path, config: dict[str, Any], weights: bool) -> Path | None:
+    """The folder of the vision tower that the configuration names. None: not here, and its configuration is known."""
+    name = str(config["mm_vision_tower"])
+    for folder in (Path(name), source / name, source.parent / name):
+        if (folder / "config.json").is_file():
+            return folder
+    try:
+        return fetch(name, weights, cached=not weights and name in KNOWN_TOWERS)
+    except InputError as error:
+        if not weights and name in KNOWN_TOWERS:
+            return None
+        own = "; or set lvlm.vision_tower to checkpoint, for the one inside the checkpoint" if weights else ""
+        raise InputError(f"{source / 'config.json'}: `mm_vision_tower` names {name!r}, which is no folder (here, in the "
+                         "checkpoint or beside it) and not to be had from the Hub; download it, and put it beside the "
+                         f"checkpoint under that name{own}") from error
+
+
+def _vision_config(name: str, tower: Path | None) -> tuple[CLIPVisionConfig, dict[str, Any]]:
+    """The tower's configuration, and the mean and std of its images where its folder says them."""
+    if tower is None:
+        return CLIPVisionConfig(**KNOWN_TOWERS[name]), {}
+    try:
+        file = tower / "preprocessor_config.json"
+        images = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        return CLIPVisionConfig.from_pretrained(tower), {key: images[key] for key in ("image_mean", "image_std") if key in images}
+    except (OSError, ValueError, AttributeError, TypeError, StrictDataclassError) as error:
+        raise InputError(f"{tower}: cannot be read as a CLIP vision tower ({first_line(error)}); expected config.json of a "
+                         "CLIPVisionModel or CLIPModel") from error
+
+
+def _llava_config(source: Path, config: dict[str, Any], backbone: str, vision: CLIPVisionConfig, image_id: int) -> LlavaConfig:
+    """The Hugging Face configuration of an original one. Raises InputError: a setting with another meaning than ours."""
+    for key, expected in SETTINGS.items():
+        if config.get(key) not in expected:
+            raise InputError(f"{source / 'config.json'}: `{key}` is {config.get(key)!r}; expected {expected[0]!r}, as in "
+                             "LLaVA-Med 1.5")
+    try:
+        text = AutoConfig.for_model(backbone, **{key: config[key] for key in LANGUAGE_KEYS if key in config})
+        llava = LlavaConfig(text_config=text, vision_config=vision, image_token_index=image_id,
+                            image_seq_length=(vision.image_size // vision.patch_size) ** 2,
+                            vision_feature_layer=config.get("mm_vision_select_layer", -2), dtype=config.get("torch_dtype"))
+    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
+        raise InputError(f"{source / 'config.json'}: is not a {backbone} configuration ({first_line(error)})") from error
+    llava.architectures = ["LlavaForConditionalGeneration"]
+    return llava
+
+
+def _processor(config: dict[str, Any], vision: CLIPVisionConfig, mean_std: dict[str, Any], tokenizer: PreTrainedTokenizerFast,
+               template: str) -> LlavaProcessor:
+    size = vision.image_size
+    images = LlavaImageProcessorPil(do_pad=config.get("image_aspect_ratio") == "pad", size={"shortest_edge": size},
+                                    crop_size={"height": size, "width": size}, **mean_std)
+    return LlavaProcessor(images, tokenizer, patch_size=vision.patch_size, vision_feature_select_strategy="default",
+                          num_additional_image_tokens=1, image_token=IMAGE_TOKEN, chat_template=TEMPLATES[template])
+
+
+def _plan(source: Path, tower: Path | None, vision_tower: str, llava: LlavaConfig) -> dict[Path, dict[str, str]]:
+    """What goes into which shard: ``{file: {its key: the original layout's key}}``.
+
+    Raises:
+        InputError: a tensor is missing, left over or of another shape.
+    """
+    plan: dict[Path, dict[str, str]] = {}
+    shapes: dict[str, Tensor] = {}
+    for file in weight_files(source):
+        tensors = _read(file)
+        plan[file] = {key: key for key in tensors if not key.endswith(BUFFERS)
+                      and (vision_tower == "checkpoint" or not key.startswith(TOWER))}
+        shapes |= {key: tensors[key].to("meta") for key in plan[file]}
+    if vision_tower == "checkpoint" and not any(key.startswith(TOWER) for key in shapes):
+        raise InputError(f"{source}: holds no vision tower ({TOWER}...); set lvlm.vision_tower to config, for the one that its "
+                         "configuration names")
+    for file in weight_files(tower) if vision_tower == "config" else ():
+        tensors = _read(file)
+        plan[file] = {key: TOWER + match[1] for key in tensors
+                      if (match := TOWER_KEY.fullmatch(key)) and not key.endswith(BUFFERS)}
+        shapes |= {name: tensors[key].to("meta") for key, name in plan[file].items()}
+    with torch.device("meta"):
+        wanted = LlavaForConditionalGeneration(llava).state_dict()
+    check_state(source, shapes, {_renamed(key, ORIGINAL): tensor for key, tensor in wanted.items()})
+    return {file: keys for file, keys in plan.items() if keys}
+
+
+def _renamed(key: str, prefixes: dict[str, str]) -> str:
+    return next((new + key.removeprefix(old) for old, new in prefixes.items() if key.startswith(old)), key)
+
+
+def _write_shards(plan: dict[Path, dict[str, str]], folder: Path) -> None:
+    """One safetensors shard per file of ``plan``, and their index."""
+    places: dict[str, str] = {}
+    size = 0
+    for number, (file, keys) in enumerate(plan.items(), start=1):
+        name, tensors = f"model-{number:05d}-of-{len(plan):05d}.safetensors", _read(file)
+        part = {_renamed(keys[key], WRITTEN): tensors[key].contiguous() for key in keys}
+        save_file(part, folder / name, {"format": "pt"})
+        (folder / name).chmod(0o644)
+        places |= dict.fromkeys(part, name)
+        size += sum(tensor.nbytes for tensor in part.values())
+        del tensors, part
+    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": places})
+
+
+def _difference(source: Path, tower: Path | None, name: str, vision_tower: str) -> str | None:
+    """What to warn of where the checkpoint's own tower and the configuration's are both here and differ."""
+    own = {key.removeprefix(TOWER): tensor for file in weight_files(source) for key, tensor in _read(file).items()
+           if key.startswith(TOWER)}
+    largest: list[float] = []
+    for file in weight_files(tower):
+        for key, tensor in _read(file).items():
+            match = TOWER_KEY.fullmatch(key)
+            if match and match[1] in own and tensor.shape == (stored := own[match[1]]).shape:
+                largest.append(float((tensor.to(stored.dtype).float() - stored.float()).abs().max()))
+    differing = [value for value in largest if value != 0]
+    return (f"{source}: the checkpoint's own vision tower differs from {name} in {len(differing)} of {len(largest)} tensors "
+            f"(largest difference {max(differing):.2g}); lvlm.vision_tower is {vision_tower}") if differing else None

@@ -1,0 +1,155 @@
+"""What a training run keeps on disk: its lock, its events, its checkpoints; and how a run goes on from the newest whole one."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from transformers import TrainerCallback
+
+from .errors import InputError
+from .files import write_json, write_json_lines
+
+MARKER = "complete.json"
+KEPT = ("profile.yaml", "hostfile", "train.log")
+
+
+def _lock_file(folder: Path, kind: str) -> Path:
+    return folder.with_name(f".{folder.name}.{kind}.lock")
+
+
+@contextmanager
+def run_lock(folder: Path, kind: str) -> Iterator[None]:
+    """Hold the lock ``kind`` of a run folder (``train``: its rank 0; ``launch``: the cell that started it).
+
+    The system frees the lock when its process dies, whatever way.
+
+    Raises:
+        InputError: another process holds it.
+    """
+    file = _lock_file(folder, kind)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(file)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        raise InputError(f"{folder}: {file.read_text(encoding='utf-8') or 'another process'} trains into this folder now; wait "
+                         "until it ends, stop it, or take another seed or another `output`") from error
+    try:
+        file.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+        yield
+    finally:
+        lock.release()
+
+
+def lock_holder(folder: Path) -> str:
+    """Who took the training lock last; every node of a run must read the same here."""
+    file = _lock_file(folder, "train")
+    return file.read_text(encoding="utf-8") if file.is_file() else ""
+
+
+def finished_result(folder: Path, digest: str) -> dict[str, Any] | None:
+    """What result.json holds, or None where the run is absent, unfinished, or made from other inputs."""
+    try:
+        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    whole = result.get("digest") == digest and (folder / "adapter" / "adapter_config.json").is_file()
+    return result if whole else None
+
+
+def read_events(folder: Path) -> list[dict[str, Any]]:
+    """The events that a run has written so far; a line that is still being written is left out."""
+    try:
+        text = (folder / "events.jsonl").read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return []
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def checkpoints(folder: Path) -> dict[int, Path]:
+    """The checkpoint folders of a run by step, half-written ones among them, oldest first."""
+    found = {int(path.name.rpartition("-")[2]): path for path in folder.glob("checkpoint-*") if path.name[11:].isdigit()}
+    return dict(sorted(found.items()))
+
+
+def newest_checkpoint(folder: Path, digest: str, processes: int | None = None) -> Path | None:
+    """The newest whole checkpoint of a run with these inputs, or None.
+
+    Args:
+        processes: how many processes go on from it; each needs a part of its own. None: as many as wrote it.
+    """
+    for path in reversed(checkpoints(folder).values()):
+        try:
+            marker = json.loads((path / MARKER).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if marker["digest"] == digest and processes in (None, marker["processes"]):
+            return path
+    return None
+
+
+def remove_half_written(folder: Path) -> None:
+    """Remove the checkpoints that no marker calls whole, so that they take no space."""
+    for path in checkpoints(folder).values():
+        if not (path / MARKER).is_file():
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def prepare_folder(folder: Path, checkpoint: Path | None) -> None:
+    """Make a run folder ready for its first step, or for the one after ``checkpoint``.
+
+    Without a checkpoint only the profile, the hostfile and the log stay. With one, later events and half-written checkpoints go.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if checkpoint is None:
+        for path in folder.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name not in KEPT:
+                path.unlink()
+        return
+    remove_half_written(folder)
+    step = int(checkpoint.name.rpartition("-")[2])
+    write_json_lines(folder / "events.jsonl", [event for event in read_events(folder) if event["step"] <= step])
+
+
+def _flush(folder: Path) -> None:
+    """Wait until every file under ``folder`` is on the disk. Raises OSError: the disk is full."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with open(path, "rb+") as stream:
+                os.fsync(stream.fileno())
+
+
+class CheckpointKeeper(TrainerCallback):
+    """Call a checkpoint whole once every process has written its part, and only then remove the older ones."""
+
+    def __init__(self, folder: Path, digest: str) -> None:
+        self.folder, self.digest = folder, digest
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        """Log at each checkpoint, so that no logged mean spans one. The last step needs none: the adapter follows it."""
+        control.should_save = control.should_save and state.global_step < state.max_steps
+        control.should_log = control.should_log or control.should_save
+
+    def on_save(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        """Mark the checkpoint that was just written."""
+        if args.world_size > 1:
+            torch.distributed.barrier()
+        if state.is_world_process_zero:
+            written = checkpoints(self.folder)[state.global_step]
+            _flush(written)
+            write_json(written / MARKER, {"digest": self.digest, "step": state.global_step, "processes": args.world_size})
+            for path in checkpoints(self.folder).values():
+                if path != written:
+                    (path / MARKER).unlink(missing_ok=True)
+                    shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,447 @@
+"""Conversion of the original LLaVA layout: parity with the authors' code, sharding, the two towers, kills, errors."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from huggingface_hub import constants
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, LlavaForConditionalGeneration, PreTrainedTokenizerFast
+from trl.data_utils import apply_chat_template
+
+from mmedpo_utils import llava_checkpoint
+from mmedpo_utils.errors import InputError
+from mmedpo_utils.llava_checkpoint import KNOWN_TOWERS
+from mmedpo_utils.llava_text import TEMPLATES, image_tokenizer
+from mmedpo_utils.lvlm import MedLVLM, generate, load_lvlm, prompt
+
+from .original_llava import TOWER, byte_tokenizer, write_original, write_tower
+
+CONFIG = {"model_type": "llava_mistral", "architectures": ["LlavaMistralForCausalLM"], "hidden_size": 32, "intermediate_size": 48,
+          "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 320, "rms_norm_eps": 1e-5,
+          "rope_theta": 1e6, "sliding_window": None, "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": "float32",
+          "mm_projector_type": "mlp2x_gelu", "mm_vision_select_layer": -2, "mm_vision_select_feature": "patch",
+          "mm_use_im_start_end": False, "mm_use_im_patch_token": False, "image_aspect_ratio": "pad", "mm_vision_tower": "clip"}
+CLIP = {"model_type": "clip_vision_model", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3,
+        "num_attention_heads": 2, "image_size": 28, "patch_size": 14, "hidden_act": "quick_gelu"}
+
+
+def random_state(config: dict, clip: dict) -> dict[str, torch.Tensor]:
+    """Random tensors under the original layout's names, shapes from the two configurations."""
+    width, inner = config["hidden_size"], config["intermediate_size"]
+    vision, mlp = clip["hidden_size"], clip["intermediate_size"]
+    keys = width // config["num_attention_heads"] * config["num_key_value_heads"]
+    shapes = {"model.embed_tokens.weight": (config["vocab_size"], width), "lm_head.weight": (config["vocab_size"], width),
+              "model.norm.weight": (width,),
+              "model.mm_projector.0.weight": (width, vision), "model.mm_projector.0.bias": (width,),
+              "model.mm_projector.2.weight": (width, width), "model.mm_projector.2.bias": (width,)}
+    for layer in range(config["num_hidden_layers"]):
+        parts = {"self_attn.q_proj": (width, width), "self_attn.k_proj": (keys, width), "self_attn.v_proj": (keys, width),
+                 "self_attn.o_proj": (width, width), "mlp.gate_proj": (inner, width), "mlp.up_proj": (inner, width),
+                 "mlp.down_proj": (width, inner), "input_layernorm": (width,), "post_attention_layernorm": (width,)}
+        shapes |= {f"model.layers.{layer}.{part}.weight": shape for part, shape in parts.items()}
+    patches = (clip["image_size"] // clip["patch_size"]) ** 2
+    tower = {"embeddings.class_embedding": (vision,), "embeddings.position_embedding.weight": (patches + 1, vision),
+             "embeddings.patch_embedding.weight": (vision, 3, clip["patch_size"], clip["patch_size"])}
+    norms = ["pre_layrnorm", "post_layernorm"]
+    for layer in range(clip["num_hidden_layers"]):
+        start = f"encoder.layers.{layer}."
+        norms += [f"{start}layer_norm1", f"{start}layer_norm2"]
+        linear = {f"self_attn.{name}": (vision, vision) for name in ("q_proj", "k_proj", "v_proj", "out_proj")}
+        for name, shape in (linear | {"mlp.fc1": (mlp, vision), "mlp.fc2": (vision, mlp)}).items():
+            tower |= {f"{start}{name}.weight": shape, f"{start}{name}.bias": shape[:1]}
+    tower |= {f"{norm}.{part}": (vision,) for norm in norms for part in ("weight", "bias")}
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.randn(shape, generator=generator) * 0.2
+            for name, shape in (shapes | {TOWER + name: shape for name, shape in tower.items()}).items()}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch) -> Path:
+    """Converted folders of a test lie in its own folder."""
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "mmedpo"
+
+
+@pytest.fixture
+def state() -> dict[str, torch.Tensor]:
+    return random_state(CONFIG, CLIP)
+
+
+@pytest.fixture
+def original(tmp_path, state) -> Path:
+    """A checkpoint in two shards, its tower beside it."""
+    write_tower(tmp_path / "clip", CLIP, state)
+    return write_original(tmp_path / "original", CONFIG, state, 2)
+
+
+@pytest.fixture
+def golden(shared, tmp_path):
+    """The golden checkpoint in the original layout (three shards, tower beside it), its folder, its outputs and cases."""
+    folder = shared / "golden" / "llavamed"
+    spec = importlib.util.spec_from_file_location("recipe", shared / "golden" / "recipe.py")
+    recipe = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(recipe)
+    weights = {key: torch.from_numpy(value) for key, value in recipe.state_dict(folder / "keys.json").items()}
+    tower = write_tower(tmp_path / "tiny-clip", json.loads((folder / "tiny_clip_config.json").read_text()), weights,
+                        ["text_model.embeddings.position_ids", "logit_scale"])
+    shutil.copy(folder / "tiny_clip_preprocessor_config.json", tower / "preprocessor_config.json")
+    source = write_original(tmp_path / "tiny", json.loads((folder / "config.json").read_text()), weights, 3)
+    return source, shared / "golden", np.load(folder / "expected.npz"), json.loads((folder / "cases.json").read_text())
+
+
+def inputs(lvlm: MedLVLM, image: Image.Image, case: dict) -> dict[str, torch.Tensor]:
+    """Prompt and answer of a golden case through the chat template; pixels through the processor."""
+    question = case["user"].removeprefix("<image>\n")
+    text = apply_chat_template({"prompt": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}],
+                                "completion": [{"role": "assistant", "content": case["assistant"]}]}, lvlm.processor)
+    assert text["prompt"] == prompt(lvlm.processor, question) == "<s>" + case["generation_prompt"]
+    assert text["prompt"] + text["completion"] == "<s>" + case["full_prompt"]
+    return lvlm.processor(images=image, text=text["prompt"] + text["completion"], return_tensors="pt")
+
+
+@pytest.mark.parametrize("vision_tower", ["checkpoint", "config"])
+def test_golden_parity(golden, vision_tower):
+    source, folder, expected, cases = golden
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the two towers are the same here
+        lvlm = load_lvlm(source, "cpu", vision_tower=vision_tower)
+    for name, case in cases.items():
+        image = Image.open(folder / "images" / case["image"]).convert("RGB")
+        batch = inputs(lvlm, image, case)
+        torch.testing.assert_close(batch["pixel_values"], torch.from_numpy(expected[f"{name}_pixel_values"]), atol=1e-5, rtol=0)
+        ids, image_id = batch["input_ids"][0], lvlm.processor.image_token_id
+        place = int((ids == image_id).nonzero()[0])
+        spoken = ids[ids != image_id].tolist()
+        assert spoken[:place] + [-200] + spoken[place:] == expected[f"{name}_input_ids"][0].tolist()
+        with torch.no_grad():
+            logits = lvlm.model(**batch).logits
+        torch.testing.assert_close(logits, torch.from_numpy(expected[f"{name}_logits"]), atol=5e-5, rtol=0)
+        labels = torch.from_numpy(expected[f"{name}_expanded_labels"])
+        answer = labels[0, 1:] != -100
+        assert torch.equal(ids[1:][answer], labels[0, 1:][answer])
+        logps = logits[0, :-1].log_softmax(-1).gather(1, ids[1:, None])[answer].sum()
+        assert abs(float(logps) - float(expected[f"{name}_completion_logp"])) < 2e-4
+        start = lvlm.processor(images=image, text="<s>" + case["generation_prompt"], return_tensors="pt")
+        greedy = lvlm.model.generate(**start, max_new_tokens=8, min_new_tokens=8, do_sample=False)
+        assert greedy[0, -8:].tolist() == expected[f"{name}_greedy8"].tolist()
+
+
+@pytest.mark.parametrize("stem", ["00000001_000", "00027426_000", "synpic42202", "synpic32933"])
+def test_golden_pixels(golden, shared, stem):
+    source, folder, expected, _ = golden
+    processor = load_lvlm(source, "cpu").processor
+    image = Image.open(next((folder / "images").glob(f"{stem}.*")))
+    kind = "rgb" if image.mode == "L" else "native"
+    pixels = processor.image_processor(image.convert("RGB"), return_tensors="pt")["pixel_values"][0]
+    torch.testing.assert_close(pixels, torch.from_numpy(expected[f"pre_{stem}_{kind}_off0"]), atol=1e-5, rtol=0)
+    big = processor.image_processor(image.convert("RGB"), size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336},
+                                    return_tensors="pt")["pixel_values"][0]
+    torch.testing.assert_close(big[:, ::12, ::12], torch.from_numpy(expected[f"grid336_{stem}"]), atol=1e-5, rtol=0)
+
+
+WRONG = {"tanh GELU in the projector": ("", "projector_hidden_act", "gelu_pytorch_tanh"),
+         "RMSNorm epsilon": ("text_config", "rms_norm_eps", 1e-6),
+         "GELU in the tower": ("vision_config", "hidden_act", "gelu"), "last layer": ("", "vision_feature_layer", -1),
+         "rotary base": ("text_config", "rope_parameters", {"rope_theta": 1e4, "rope_type": "default"})}
+
+
+@pytest.mark.parametrize("fault", WRONG, ids=list(WRONG))
+def test_golden_parity_sees_wrong_wiring(golden, fault, cache):
+    source, folder, expected, cases = golden
+    lvlm = load_lvlm(source, "cpu")
+    converted, (section, key, value) = next(path for path in cache.iterdir() if path.is_dir()), WRONG[fault]
+    config = AutoConfig.from_pretrained(converted)
+    setattr(getattr(config, section) if section else config, key, value)
+    wrong = LlavaForConditionalGeneration.from_pretrained(converted, config=config, dtype=torch.float32).eval()
+    case = cases["case0"]
+    batch = inputs(lvlm, Image.open(folder / "images" / case["image"]).convert("RGB"), case)
+    with torch.no_grad():
+        difference = (wrong(**batch).logits - torch.from_numpy(expected["case0_logits"])).abs().max()
+    assert difference > 5e-4
+
+
+def test_templates_are_the_published_strings(shared):
+    strings = json.loads((shared / "golden" / "llavamed" / "prompt_template.json").read_text())
+    question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Are the lungs normal?"}]}
+    answer, why = {"role": "assistant", "content": "No"}, {"role": "user", "content": "Why?"}
+    tokenizer = byte_tokenizer()
+    write = lambda name, *turns: tokenizer.apply_chat_template(list(turns), chat_template=TEMPLATES[name], tokenize=False)
+    mistral, v1 = strings, strings["llava_med_copy_of_v1"]
+    assert write("mistral_instruct", question, answer) == "<s>" + mistral["full"]
+    assert write("mistral_instruct", question) == "<s>" + mistral["generation"]
+    assert write("mistral_instruct", question, answer, why) == "<s>" + mistral["two_turn_generation"]
+    assert write("v1", question, answer) == "<s>" + v1["full"]
+    assert write("v1", question) == "<s>" + v1["generation"]
+    blank = {"role": "assistant", "content": [{"type": "text", "text": " No"}]}
+    assert write("v1", question, blank) == "<s>" + strings["mmedpo_training_v1"]["full_with_leading_blank_answer"]
+
+
+@pytest.mark.parametrize("model_template", [("phantom", "v1"), ("phantom", "mistral_instruct"), ("original", "v1")])
+def test_template_of_choice_for_any_folder(original, model_template):
+    name, template = model_template
+    lvlm = load_lvlm(original if name == "original" else name, "cpu", template=template)
+    turns = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Is there a nodule?"}]},
+             {"role": "assistant", "content": [{"type": "text", "text": "yes"}]}]
+    start, whole = prompt(lvlm.processor, "Is there a nodule?"), lvlm.processor.apply_chat_template(turns)
+    assert start == "<s>" + {"v1": "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
+                             "helpful, detailed, and polite answers to the user's questions. USER: <image>\nIs there a nodule? "
+                             "ASSISTANT:", "mistral_instruct": "[INST] <image>\nIs there a nodule? [/INST]"}[template]
+    ids = [lvlm.processor.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (start, whole)]
+    assert ids[1][:len(ids[0])] == ids[0] and ids[1][-1] == lvlm.processor.tokenizer.eos_token_id
+    with pytest.raises(InputError, match="lvlm.template: 'v2'"):
+        load_lvlm("phantom", "cpu", template="v2")
+
+
+@pytest.mark.parametrize("layout", [("safetensors", 1, True), ("safetensors", 3, False), ("bin", 1, True), ("bin", 3, True),
+                                    ("bin", 2, False)], ids=str)
+def test_shards_of_every_kind_give_the_same_model(tmp_path, state, layout, cache):
+    kind, shards, index = layout
+    write_tower(tmp_path / "clip", CLIP, state)
+    stored = state | {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": torch.ones(4) for layer in range(2)}
+    source = write_original(tmp_path / "original", CONFIG, stored, shards, kind, index)
+    model = load_lvlm(source, "cpu").model
+    torch.testing.assert_close(model.lm_head.weight, state["lm_head.weight"], rtol=0, atol=0)
+    projector = model.model.multi_modal_projector
+    torch.testing.assert_close(projector.linear_2.weight, state["model.mm_projector.2.weight"], rtol=0, atol=0)
+    total = sum(parameter.double().sum() for parameter in model.parameters())
+    torch.testing.assert_close(total, sum(tensor.double().sum() for tensor in state.values()))
+    folder = next(path for path in cache.iterdir() if path.is_dir())
+    assert len(list(folder.glob("*.safetensors"))) == shards
+    record = json.loads((folder / "conversion.json").read_text())
+    assert record["source"] == str(source) and record["vision_tower"] == "checkpoint" and record["template"] == "mistral_instruct"
+    assert all(file.stat().st_mode & 0o044 == 0o044 for file in folder.iterdir()), "others may read it"
+
+
+def test_an_old_torch_file_is_read_too(tmp_path, state):
+    write_tower(tmp_path / "clip", CLIP, state)
+    source = write_original(tmp_path / "original", CONFIG, state, 1, "bin")
+    torch.save(state, source / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    torch.testing.assert_close(load_lvlm(source, "cpu").model.lm_head.weight, state["lm_head.weight"])
+
+
+def test_the_two_towers(tmp_path, state):
+    other = {name: value + 0.5 if name.endswith("fc1.bias") else value for name, value in state.items()}
+    write_tower(tmp_path / "clip", CLIP, other)
+    source = write_original(tmp_path / "original", CONFIG, state, 2)
+    for choice, weights in (("checkpoint", state), ("config", other), ("checkpoint", state)):
+        with pytest.warns(UserWarning, match=r"differs from clip in 3 of \d+ tensors \(largest difference 0.5\)"):
+            tower = load_lvlm(source, "cpu", vision_tower=choice).model.model.vision_tower
+        torch.testing.assert_close(tower.encoder.layers[1].mlp.fc1.bias, weights[f"{TOWER}encoder.layers.1.mlp.fc1.bias"])
+
+
+def test_a_checkpoint_without_a_tower(tmp_path, state):
+    write_tower(tmp_path / "clip", CLIP, state)
+    bare = {name: tensor for name, tensor in state.items() if not name.startswith(TOWER)}
+    source = write_original(tmp_path / "original", CONFIG, bare)
+    with pytest.raises(InputError, match="holds no vision tower .* set lvlm.vision_tower to config"):
+        load_lvlm(source, "cpu")
+    tower = load_lvlm(source, "cpu", vision_tower="config").model.model.vision_tower
+    torch.testing.assert_close(tower.pre_layrnorm.weight, state[f"{TOWER}pre_layrnorm.weight"])
+
+
+def test_the_known_tower_needs_no_network(tmp_path, state, monkeypatch):
+    name = "openai/clip-vit-large-patch14-336"
+    monkeypatch.setitem(KNOWN_TOWERS, name, {key: CLIP[key] for key in CLIP if key != "model_type"})
+    source = write_original(tmp_path / "original", CONFIG | {"mm_vision_tower": name}, state)
+    assert load_lvlm(source, "cpu").model.config.vision_config.hidden_size == 16
+    with pytest.raises(InputError, match="mm_vision_tower.*not to be had from the Hub.*lvlm.vision_tower to checkpoint"):
+        load_lvlm(source, "cpu", vision_tower="config")
+
+
+def test_a_llama_backbone_with_a_full_vocabulary(tmp_path):
+    """LLaMA 3's shapes: grouped keys, another head size than Mistral's, a reserved token for the image."""
+    config = CONFIG | {"model_type": "llava_llama", "architectures": ["LlavaLlamaForCausalLM"], "rope_theta": 5e5,
+                       "vocab_size": 260,
+                       "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                                        "original_max_position_embeddings": 64}}
+    state = random_state(config, CLIP)
+    write_tower(tmp_path / "clip", CLIP, state)
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|reserved_special_token_0|>"]})
+    lvlm = load_lvlm(write_original(tmp_path / "original", config, state, 2, tokenizer=tokenizer), "cpu")
+    text = lvlm.model.config.text_config
+    assert text.model_type == "llama" and lvlm.processor.image_token_id == 259 and text.vocab_size == 260
+    assert text.rope_parameters["rope_theta"] == 5e5 and text.rope_parameters["factor"] == 8.0
+    assert prompt(lvlm.processor, "Why?").startswith("<s>A chat between a curious user")
+    shapes = {name: tensor.shape for name, tensor in lvlm.model.state_dict().items()}
+    assert shapes["model.language_model.layers.1.self_attn.k_proj.weight"] == (16, 32) and shapes["lm_head.weight"] == (260, 32)
+    assert generate(lvlm, [Image.new("RGB", (40, 30))], ["Is it?"], 3, 1)
+
+
+def sentencepiece_like() -> PreTrainedTokenizerFast:
+    """What Mistral's tokenizer is made of: pieces with a blank mark, bytes to fall back to, no free id, unk as pad."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "N", "o", "I", "s", "i", "t", "?",
+              "[", "]", "/", "T", "▁No", "No", "▁[", "▁i", "▁is", "it"]
+    merges = [("N", "o"), ("▁", "No"), ("▁", "["), ("▁", "i"), ("▁i", "s"), ("i", "t")]
+    tokenizer = Tokenizer(models.BPE({piece: index for index, piece in enumerate(pieces)}, merges, unk_token="<unk>",
+                                     fuse_unk=True, byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in pieces[:3]])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+                                   pad_token="<unk>")
+
+
+def test_an_image_token_in_a_full_vocabulary(tmp_path):
+    """It takes the unknown token's id, which no text produces, and each stretch of text begins as the original code's does."""
+    old = sentencepiece_like()
+    old.save_pretrained(tmp_path)
+    new = image_tokenizer(tmp_path, len(old))
+    new.save_pretrained(tmp_path / "new")
+    new = PreTrainedTokenizerFast.from_pretrained(tmp_path / "new")
+    assert len(new) == len(old) and new.convert_tokens_to_ids("<image>") == 0 and new.pad_token == "</s>"
+    pieces = lambda text, tokenizer=old: tokenizer(text, add_special_tokens=False)["input_ids"]
+    stretches = ["[INST] ", "\nis it é? [/INST] No"]
+    expected = [1, *pieces(stretches[0]), 0, *pieces(stretches[1]), 2]
+    assert pieces("<s>" + "<image>".join(stretches) + "</s>", new) == expected
+    assert pieces(" No</s>", new) == expected[-2:], "an answer by itself is the end of the whole"
+    assert new.decode(pieces("is it No?", new)).strip() == "is it No?"
+    plain = json.loads((tmp_path / "tokenizer.json").read_text())
+    plain["model"]["byte_fallback"] = False
+    (tmp_path / "tokenizer.json").write_text(json.dumps(plain))
+    with pytest.raises(InputError, match="no id is free for <image>"):
+        image_tokenizer(tmp_path, len(old))
+
+
+def test_the_converted_folder_is_used_again_until_the_source_changes(original, state, cache):
+    load_lvlm(original, "cpu")
+    folder = next(path for path in cache.iterdir() if path.is_dir())
+    first = folder.stat().st_ino
+    load_lvlm(original, "cpu")
+    assert folder.stat().st_ino == first
+    assert load_lvlm(folder, "cpu").model.config.image_token_id == 259, "it is a plain Hugging Face folder"
+    file = original / "model-00001-of-00002.safetensors"
+    save_file(load_file(file) | {"lm_head.weight": state["lm_head.weight"] + 1}, file, {"format": "pt"})
+    torch.testing.assert_close(load_lvlm(original, "cpu").model.lm_head.weight, state["lm_head.weight"] + 1)
+    assert folder.stat().st_ino != first
+    assert sorted(path.suffix for path in cache.iterdir()) == ["", ".lock"], "one folder and its lock"
+
+
+DAMAGE = {
+    "missing tensor": (lambda state: state.pop("model.norm.weight"), r"1 missing \(model.norm.weight\)"),
+    "left-over tensor": (lambda state: state.update({"model.image_newline": torch.ones(2)}),
+                         r"1 unexpected \(model.image_newline\)"),
+    "another shape": (lambda state: state.update({"model.norm.weight": torch.ones(3)}), r"model.norm.weight \[3\] instead of")}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_wrong_tensors_are_named(tmp_path, state, damage, cache):
+    change, message = DAMAGE[damage]
+    change(state)
+    write_tower(tmp_path / "clip", CLIP, state)
+    source = write_original(tmp_path / "original", CONFIG, state, 2)
+    with pytest.raises(InputError, match=message):
+        load_lvlm(source, "cpu")
+    assert not [path for path in cache.iterdir() if path.is_dir()]
+
+
+SETTINGS = {"mm_projector_type": "linear", "mm_use_im_start_end": True, "image_aspect_ratio": "anyres", "hidden_size": "wide"}
+
+
+@pytest.mark.parametrize("key", SETTINGS)
+def test_other_settings_are_refused(tmp_path, state, key):
+    write_tower(tmp_path / "clip", CLIP, state)
+    source = write_original(tmp_path / "original", CONFIG | {key: SETTINGS[key]}, state)
+    with pytest.raises(InputError, match=r"config.json: .*(expected|is not a mistral configuration)"):
+        load_lvlm(source, "cpu")
+
+
+def test_damaged_files(original, monkeypatch):
+    shard = original / "model-00002-of-00002.safetensors"
+    shard.write_bytes(shard.read_bytes()[:100])
+    with pytest.raises(InputError, match="00002.safetensors: cannot be read as weights"):
+        load_lvlm(original, "cpu")
+    shard.unlink()
+    with pytest.raises(InputError, match="00002.safetensors: no such file, though model.safetensors.index.json names it"):
+        load_lvlm(original, "cpu")
+    with pytest.raises(InputError, match="lvlm.vision_tower: 'own' is not known"):
+        load_lvlm(original, "cpu", vision_tower="own")
+    with pytest.raises(InputError, match="not to be had from the Hub.*hf download"):
+        load_lvlm("microsoft/llava-med-v1.5-mistral-7b", "cpu")
+
+
+def test_a_torch_file_cannot_run_code(tmp_path, state):
+    write_tower(tmp_path / "clip", CLIP, state)
+    source = write_original(tmp_path / "original", CONFIG, state, 1, "bin")
+    torch.save({"lm_head.weight": Danger(str(tmp_path / "ran"))}, source / "pytorch_model.bin")
+    with pytest.raises(InputError, match="cannot be read as weights"):
+        load_lvlm(source, "cpu")
+    assert not (tmp_path / "ran").exists()
+
+
+class Danger:
+    """A pickle that would create a file when it is loaded."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (self.path,)
+
+
+def test_no_room_on_the_disk(original, monkeypatch, cache):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))
+    with pytest.raises(InputError, match="0.0 GB are free.*set HF_HOME"):
+        load_lvlm(original, "cpu")
+    assert not [path for path in cache.iterdir() if path.is_dir()]
+
+
+STEPS = [("save_file", 1), ("save_file", 2), ("write_json", 1), ("write_json", 2), ("rename", 1), ("rename", 2)]
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["first time", "over an earlier one"])
+@pytest.mark.parametrize("step", STEPS, ids=str)
+def test_killed_at_any_step_nothing_half_written_loads(original, step, again, cache, monkeypatch):
+    """A process that is killed before, or halfway through, the n-th write leaves no folder that loads as this model."""
+    if again:
+        load_lvlm(original, "cpu")
+        monkeypatch.setattr(llava_checkpoint, "LAYOUT", 2)
+    killed = os.fork()
+    if not killed:
+        kill_at(*step)
+        load_lvlm(original, "cpu")
+        os._exit(0)
+    status = os.waitpid(killed, 0)[1]
+    if step == ("rename", 2) and not again:
+        assert os.WEXITSTATUS(status) == 0, "one rename is enough the first time"
+    else:
+        assert os.WTERMSIG(status) == signal.SIGKILL
+    for folder in [path for path in cache.iterdir() if path.is_dir()]:
+        if not folder.name.startswith(".") or (folder / "config.json").is_file():
+            assert len(load_file(sorted(folder.glob("*.safetensors"))[-1])) and (folder / "conversion.json").is_file()
+            load_lvlm(folder, "cpu")
+        else:
+            with pytest.raises(InputError):
+                load_lvlm(folder, "cpu")
+    model = load_lvlm(original, "cpu").model
+    assert sorted(path.suffix for path in cache.iterdir()) == ["", ".lock"]
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+
+
+def kill_at(name: str, count: int) -> None:
+    """Have this process killed at the ``count``-th call of a function that writes; a weight file is half written by then."""
+    owner = Path if name == "rename" else llava_checkpoint
+    usual, calls = getattr(owner, name), []
+
+    def counted(*arguments, **others):
+        calls.append(1)
+        if len(calls) == count:
+            if name == "save_file":
+                usual(*arguments, **others)
+                os.truncate(arguments[1], os.path.getsize(arguments[1]) // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return usual(*arguments, **others)
+
+    setattr(owner, name, counted)
