@@ -87,7 +87,7 @@ class Job:
     """One training to measure. ``side`` is trl or ours; the switches are ours alone.
 
     Attributes:
-        data: text, mixed (text and visual pairs by turns) or lengths (text pairs, a short answer or a report).
+        data: text, mixed (text and visual pairs by turns) or lengths (text pairs, short answers and reports by turns).
         pairs: how many pairs, ``epochs``: how often each is seen, ``batch_size``: how many in a step.
         lora_rank: rank of the adapter; its alpha is twice as much.
         quantization, device, gradient_checkpointing, optimizer: as in a profile.
@@ -165,7 +165,7 @@ def draw_pairs(folder: Path, job: Job, shape: Shape) -> None:
         film("images", number)
         film("noised", number)
         question, visual = {"from": "human", "value": f"<image>\n{text(10, 20)}"}, job.data == "mixed" and number % 2 == 1
-        length = (100, 200) if job.data == "lengths" and rng.random() < 0.5 else (3, 12)
+        length = (100, 200) if job.data == "lengths" and number % 2 else (3, 12)
         chosen, rejected = text(*length), text(*length)
         rows.append({"id": number, "image": f"{number}.png", "rejected_image": f"{number}.png" if visual else None,
                      "conversations": [question, {"from": "gpt", "value": chosen}], "weighted_score": 1.0,

@@ -6,7 +6,7 @@ with its own vision collator and data format, and by ``MMedPOTrainer``: same wei
 - text: text pairs, once through, the reference recomputed at every step on both sides;
 - mixed: text and visual pairs by turns, three epochs. TRL's collator is taught to carry the second image, no more; its vision
   path cannot compute the reference ahead. Ours computes it once, and that is in its time;
-- lengths: text pairs, some answers short and some reports, ours alone, in their own order and grouped by length.
+- lengths: text pairs, short answers and reports by turns, ours alone, in their own order and grouped by length.
 
 A time is that of the data set, the trainer, the reference and all steps; the model is loaded before it begins. Each
 configuration is a process of its own; those of one group take turns, round by round, and a ratio is the median over the rounds.
@@ -32,7 +32,7 @@ CORES = 2
 SWITCHES = {"shared_prefix": ("text", "without_shared_prefix"), "reuse_vision_features": ("text", "without_reuse"),
             "cache_reference": ("mixed", "without_cache"), "group_by_length": ("lengths", "without_grouping")}
 MEASURED_ON = {"text": "text pairs, the reference recomputed", "mixed": "text and visual pairs, three epochs",
-               "lengths": "text pairs, short answers and reports, in batches of four"}
+               "lengths": "text pairs, short answers and reports by turns, in batches of four"}
 
 
 @dataclass(frozen=True)
