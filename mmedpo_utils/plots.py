@@ -305,6 +305,23 @@ def result_bars(table: Mapping[str, Mapping[str, Mapping[str, float]]], metrics:
     return figure
 
 
+def memory_bars(runs: Mapping[str, Mapping[str, float]]) -> Figure:
+    """Memory of one GPU in GiB: one bar per run, ``{run: {part: GiB}}``, its parts side by side; every run has the same parts."""
+    figure, axes = _axes(1, 1, (7.5, 0.9 + 0.45 * len(runs)))
+    axes, start = axes[0, 0], np.zeros(len(runs))
+    for part, colour in zip(next(iter(runs.values())), (BLUE, ORANGE, GREEN, SKY, PINK)):
+        values = np.array([parts[part] for parts in runs.values()])
+        axes.barh(list(runs), values, left=start, color=colour, label=part)
+        start += values
+    for place, value in enumerate(start):
+        axes.text(value, place, f" {value:.1f}", va="center", fontsize=8)
+    axes.invert_yaxis()
+    axes.margins(x=0.08)
+    axes.legend(fontsize=8, frameon=False, ncols=5, loc="lower center", bbox_to_anchor=(0.5, 1))
+    _tidy(axes, xlabel="GiB on each GPU, estimated")
+    return figure
+
+
 def pointing_game_bars(rates: Mapping[str, float], chance: Mapping[str, float] | float) -> Figure:
     """Share (0 to 1) of films whose map peaks inside the lesion, per finding, with the chance level as a tick."""
     figure, ((axes,),) = _axes(1, 1, (6.2, 0.3 * len(rates) + 1.1))

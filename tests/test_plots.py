@@ -121,3 +121,10 @@ def test_pair_schema_accepts_the_released_files_and_refuses_broken_rows(shared):
                    {"conversations": [{"from": "human", "value": "no mark"}, gpt]}):
         assert not validator.is_valid([{**rows[0], **broken}])
     assert not validator.is_valid([])
+
+
+def test_memory_bars_are_as_long_as_their_parts_together() -> None:
+    figure = plots.memory_bars({"one": {"weights": 3.0, "optimiser": 1.0}, "two": {"weights": 1.0, "optimiser": 0.5}})
+    ends = [max(bar.get_x() + bar.get_width() for bar in bars) for bars in zip(*figure.axes[0].containers)]
+    assert ends == [4.0, 1.5]
+    assert [text.get_text().strip() for text in figure.axes[0].texts] == ["4.0", "1.5"]
