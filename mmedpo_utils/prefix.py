@@ -63,7 +63,8 @@ def pack(rows: Sequence[Row], pad_token_id: int) -> dict[str, torch.Tensor]:
 
 def first_branching(branches: torch.Tensor) -> int:
     """The first position where a second answer begins, over all rows; T where none does. ``branches``. Shape: [R, T]."""
-    return int((branches.amax(0).cummax(0).values < 2).sum())
+    places = (branches > 1).any(0).nonzero()
+    return int(places[0]) if len(places) else branches.shape[1]
 
 
 def attention_mask(branches: torch.Tensor, start: int = 0) -> torch.Tensor:

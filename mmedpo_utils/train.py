@@ -308,6 +308,7 @@ def main() -> None:
             import deepspeed
 
             deepspeed.ops.__compatible_ops__ = {}  # gloo does the work; with it filled, a C++ extension is built first
+            deepspeed.init_distributed("gloo")  # stage 3 divides the model while it loads, before the trainer is there
         run(profile, options.variant, options.seed, options.run_folder)
     except Exception:
         sys.stderr.write(f"{FAILED}\n{traceback.format_exc()}")  # in one piece, so that two processes do not mix their lines

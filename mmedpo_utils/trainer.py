@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +149,8 @@ class MMedPOTrainer(DPOTrainer):
         arguments: TRL's own.
 
     Raises:
-        InputError: rows share their prompt, and the model's attention reaches less than ``max_length`` tokens back.
+        InputError: rows share their prompt, and the model's attention reaches less than ``max_length`` tokens back; or
+            FlexAttention is asked for on a CPU.
     """
 
     def __init__(self, model: PreTrainedModel, *, projector_learning_rate: float, reuse_vision_features: bool = True,
@@ -187,15 +188,22 @@ class MMedPOTrainer(DPOTrainer):
         if self.data_collator.shared_prefix and window and window < self.args.max_length:
             raise InputError(f"training.shared_prefix: the model's attention window is {window} tokens, fewer than "
                              f"`training.max_length` ({self.args.max_length}); set training.shared_prefix to false")
+        if config._attn_implementation == "flex_attention" and self.args.device.type == "cpu":
+            raise InputError("training.attention: flex_attention needs a GPU to train; set training.attention to sdpa")
         if config._attn_implementation == "sdpa":
             language_model.set_attn_implementation(prefix.PREFIX_ATTENTION)
         self.attention = config._attn_implementation
 
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> EpochOrder:
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> torch.utils.data.Sampler:
         data, args = self.train_dataset if train_dataset is None else train_dataset, self.args
-        grouped = args.train_sampling_strategy == "group_by_length"
-        return EpochOrder(data[LENGTH], args.train_batch_size * args.gradient_accumulation_steps * args.world_size if grouped
-                          else None, args.seed, lambda: int(self.state.epoch or 0))
+        if args.train_sampling_strategy == "sequential":
+            return torch.utils.data.SequentialSampler(data)
+        step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return EpochOrder(data[LENGTH], step if args.train_sampling_strategy == "group_by_length" else None, args.seed,
+                          lambda: int(self.state.epoch or 0))
+
+    def _get_eval_sampler(self, eval_dataset: Dataset) -> torch.utils.data.Sampler | None:
+        return torch.utils.data.SequentialSampler(eval_dataset)
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimiser of ``args.optim`` with two groups: LoRA at ``learning_rate``, the projector at its own rate."""
@@ -233,10 +241,11 @@ class MMedPOTrainer(DPOTrainer):
 
     def _read_reference(self, pairs: dict[str, dict[str, Any]]) -> dict[str, list[float]]:
         """The cache's values, or none where they are not what the model says of up to four of ``pairs``."""
-        stored = [{}]
+        stored = {}
         if self.reference_cache and self.reference_cache.is_file() and self.is_world_process_zero():
-            stored = [json.loads(self.reference_cache.read_text(encoding="utf-8"))]
-        known = broadcast_object_list(stored)[0]
+            with suppress(ValueError):  # a damaged file is as good as none
+                stored = json.loads(self.reference_cache.read_text(encoding="utf-8"))
+        known = broadcast_object_list([stored])[0]
         probe = [key for key in pairs if key in known][:4]
         if not probe:
             return known
@@ -316,19 +325,20 @@ class MMedPOTrainer(DPOTrainer):
 
     def _record(self, pairs: torch.Tensor) -> None:
         """Keep every pair's values for the next log, which averages them. ``pairs``: as `_compute_loss` stacks them. [B, 8]."""
-        pairs = self.accelerator.gather_for_metrics(pairs)
+        training = self.model.training  # the batches of a step are fetched ahead, so none of them knows that it is the last
+        pairs = self.accelerator.gather(pairs) if training else self.accelerator.gather_for_metrics(pairs)
         losses, chosen, rejected, reference_chosen, reference_rejected, weights, visual, tokens = pairs.unbind(1)
         rewards = self.beta * (chosen - reference_chosen), self.beta * (rejected - reference_rejected)
         values = {"chosen_logp": chosen, "rejected_logp": rejected, "chosen_reward": rewards[0], "rejected_reward": rewards[1],
                   "margin": rewards[0] - rewards[1], "accuracy": (rewards[0] > rewards[1]).float()}
-        mode = "train" if self.model.training else "eval"
+        mode = "train" if training else "eval"
         for key, value in ({"weight": weights} | values).items():
             self._metrics[mode][key] += value.tolist()
         for number, source in enumerate(("text", "visual")):
             for key, value in ({"loss": losses} | values).items():
                 if (visual == number).any():
                     self._metrics[mode][f"{source}_{key}"] += value[visual == number].tolist()
-        if mode == "train":
+        if training:
             self.train_tokens += int(tokens.sum())
-        self._metrics[mode]["tokens"] = [self.train_tokens if mode == "train" else
+        self._metrics[mode]["tokens"] = [self.train_tokens if training else
                                          sum(self._metrics[mode]["tokens"], tokens.sum().item())]

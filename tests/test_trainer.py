@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -21,12 +22,14 @@ from transformers import (
     LlavaProcessor,
     MistralConfig,
     PreTrainedTokenizerFast,
+    TrainerCallback,
     set_seed,
 )
 from trl import DPOConfig, DPOTrainer
 
 from mmedpo_utils.errors import InputError
 from mmedpo_utils.trainer import (
+    PROJECTOR,
     MMedPOTrainer,
     PreferenceCollator,
     adapter_config,
@@ -222,17 +225,99 @@ def test_with_equal_images_and_weights_of_one_every_loss_is_trls(tiny, tmp_path)
         return [{"role": role, "content": row[key][role == "assistant"]["value"].replace("<image>\n", "")}]
 
     stock = DPOTrainer(
-        LlavaForConditionalGeneration.from_pretrained(tiny["model"]), args=arguments(tmp_path), peft_config=lora(),
+        LlavaForConditionalGeneration.from_pretrained(tiny["model"]),
+        args=arguments(tmp_path, train_sampling_strategy="sequential"), peft_config=lora(),
         processing_class=tiny["processor"], train_dataset=Dataset.from_list([
             {"images": [Image.open(tiny["images"] / row["image"]).convert("RGB")],
              "prompt": message("user", row, "conversations"), "chosen": message("assistant", row, "conversations"),
              "rejected": message("assistant", row, "rejected_conversations")} for row in rows]))
     expected = losses(stock)
-    ours = trainer(tiny, tmp_path, rows)
+    ours = trainer(tiny, tmp_path, rows, train_sampling_strategy="sequential")
     assert losses(ours) == pytest.approx(expected, abs=1e-5) and len(expected) == 5
     assert expected[0] == pytest.approx(math.log(2), abs=1e-5) and abs(expected[-1] - expected[0]) > 1e-2
-    plain = trainer(tiny, tmp_path, rows, **PLAIN)
+    plain = trainer(tiny, tmp_path, rows, **PLAIN, train_sampling_strategy="sequential")
     assert losses(plain) == pytest.approx(expected, abs=1e-5)
+
+
+def uneven_rows(tiny: dict) -> list[dict]:
+    """Eight pairs whose questions and answers have all kinds of lengths."""
+    random, rows = np.random.default_rng(1), []
+    for row in tiny["rows"][:8]:
+        question, chosen, rejected = (" ".join(random.choice(WORDS, count)) for count in random.integers([2, 1, 1], [9, 12, 12]))
+        turn = {"from": "human", "value": f"<image>\n{question}"}
+        rows.append({**row, "conversations": [turn, {"from": "gpt", "value": chosen}],
+                     "rejected_conversations": [turn, {"from": "gpt", "value": rejected}]})
+    return rows
+
+
+def wake(model: torch.nn.Module) -> None:
+    """Move LoRA and projector off their start, where half of the gradients are zero."""
+    generator = torch.Generator().manual_seed(0)
+    for _, parameter in sorted(model.named_parameters(), key=lambda item: item[0]):
+        if parameter.requires_grad:
+            parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+
+
+def first_step(run: MMedPOTrainer) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The pairs' recorded values, in rising order of their loss, and the gradients of the first optimiser step."""
+    gradients, records, record = {}, [], run._record
+
+    class Watch(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **others):
+            gradients.update({name: parameter.grad.clone() for name, parameter in model.named_parameters()
+                              if parameter.requires_grad})
+
+    run._record = lambda pairs: records.append(pairs) or record(pairs)
+    run.add_callback(Watch())
+    wake(run.model)
+    run.train()
+    pairs = torch.cat(records)
+    return pairs[pairs[:, 0].argsort()], gradients
+
+
+def first_step_by_hand(run: MMedPOTrainer) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The same with one answer at a time, by transformers and PEFT alone, and the loss written out."""
+    wake(run.model)
+    model, processor, pairs = run.model, run.processing_class, []
+
+    def logp(pair, answer, image):
+        answer = pair[answer][: run.args.max_length - len(pair["prompt_ids"])]
+        ids = torch.tensor([[*pair["prompt_ids"], *answer]])
+        pixels = processor.image_processor(Image.open(pair[image]).convert("RGB"), return_tensors="pt")["pixel_values"]
+        found = model(input_ids=ids, pixel_values=pixels).logits[0, -len(answer) - 1:-1].log_softmax(-1)
+        return found.gather(1, torch.tensor(answer)[:, None]).sum()
+
+    for pair in run.train_dataset:
+        policy = [logp(pair, "chosen_ids", "image"), logp(pair, "rejected_ids", "rejected_image")]
+        with torch.no_grad(), model.disable_adapter():
+            reference = [logp(pair, "chosen_ids", "image"), logp(pair, "rejected_ids", "rejected_image")]
+        margin = policy[0] - reference[0] - policy[1] + reference[1]
+        pairs.append(torch.stack([pair["weight"] * torch.log1p(torch.exp(-run.beta * margin)), *policy, *reference]))
+    pairs = torch.stack(pairs)
+    pairs[:, 0].mean().backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return pairs[pairs[:, 0].argsort()].detach(), gradients
+
+
+SWITCHES = [{}, PLAIN, *({key: False} for key in PLAIN), {"attention": "eager"}, {"train_sampling_strategy": "group_by_length"}]
+
+
+@pytest.mark.parametrize("max_length", [64, 17])
+def test_every_switch_gives_the_losses_and_gradients_of_one_answer_at_a_time(tiny, tmp_path, max_length):
+    def made(**switches):
+        return trainer(tiny, tmp_path, uneven_rows(tiny), np.linspace(0.75, 1.25, 8), max_length=max_length, max_steps=1,
+                       gradient_accumulation_steps=2, max_grad_norm=0.0, **switches)
+
+    cut = [len(pair["prompt_ids"]) + len(pair["chosen_ids"]) > max_length for pair in made().train_dataset]
+    assert any(cut) == (max_length < 64)
+    expected, expected_gradients = first_step_by_hand(made())
+    assert min(gradient.abs().max() for gradient in expected_gradients.values()) > 1e-4, "no gradient is trivially zero"
+    for switches in SWITCHES:
+        pairs, gradients = first_step(made(**switches))
+        torch.testing.assert_close(pairs[:, :5], expected, atol=1e-5, rtol=1e-6)
+        assert gradients.keys() == expected_gradients.keys()
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(gradient, expected_gradients[name], atol=1e-5, rtol=0, msg=f"{switches} {name}")
 
 
 def test_the_first_loss_is_the_mean_weight_times_ln_2(tiny, tmp_path):
@@ -325,5 +410,129 @@ def test_the_reference_cache_is_read_checked_and_extended(tiny, tmp_path, monkey
     assert scored == 4 + 24, "values of another model are not used"
     for key, values in second.known_reference.items():
         assert third.known_reference[key] == pytest.approx(values, abs=1e-4)
+    (tmp_path / "reference.json").write_text('{"half')
+    assert run(tiny["rows"])[1] == 24, "a damaged file is written anew"
+    assert len(json.loads((tmp_path / "reference.json").read_text())) == 24
     data = first.train_dataset
     assert len(set(data["key"])) == 16 and data["key"] == pair_keys(data, 64) != pair_keys(data, 63)
+
+
+@pytest.mark.parametrize("trains", [("lora",), ("projector",), ("lora", "projector")])
+def test_lora_or_projector_can_be_trained_alone_and_the_adapter_loads_in_peft(tiny, tmp_path, trains):
+    run = trainer(tiny, tmp_path, trains=trains)
+    batch = batch_of(run, 8)
+    assert {PROJECTOR if PROJECTOR in name else "lora" for name, parameter in run.model.named_parameters()
+            if parameter.requires_grad} == {"projector": {PROJECTOR}, "lora": {"lora"}}.get(trains[-1], {"lora"}) | (
+                {"lora"} if "lora" in trains else set())
+    before = torch.cat(run.reference_logps(batch))
+    values = losses(run)
+    assert values[0] == pytest.approx(math.log(2), abs=1e-6) and abs(values[-1] - values[0]) > 1e-3
+    torch.testing.assert_close(torch.cat(run.reference_logps(batch)), before, atol=1e-6, rtol=0)
+    run.model.save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(LlavaForConditionalGeneration.from_pretrained(tiny["model"]), tmp_path / "adapter")
+    found = torch.cat(run.policy_logps(run.model, batch)).detach()
+    torch.testing.assert_close(answer_logps(loaded, batch), found, atol=1e-5, rtol=0)
+    assert (found - before).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("reentrant", [False, True])  # TRL sets it under ZeRO stage 3
+def test_gradient_checkpointing_changes_nothing(tiny, tmp_path, reentrant):
+    plain, checkpointed = (first_step(trainer(tiny, tmp_path, uneven_rows(tiny), max_steps=1, **changes)) for changes in (
+        PLAIN, {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant},
+                "cache_reference": False}))
+    torch.testing.assert_close(checkpointed[0][:, :7], plain[0][:, :7], atol=1e-5, rtol=1e-6)
+    for name, gradient in plain[1].items():
+        torch.testing.assert_close(checkpointed[1][name], gradient, atol=1e-5, rtol=0)
+
+
+def test_the_log_tells_each_source_apart_and_counts_the_tokens_read(tiny, tmp_path):
+    rows, weights = uneven_rows(tiny), np.linspace(0.75, 1.25, 8)
+    run = trainer(tiny, tmp_path, rows, weights, evaluation=rows, eval_strategy="steps", eval_steps=1, max_steps=1,
+                  per_device_train_batch_size=3, gradient_accumulation_steps=3, per_device_eval_batch_size=3)
+    records, record = [], run._record
+    run._record = lambda pairs: records.append((run.model.training, pairs)) or record(pairs)
+    run.train()
+    logs = {"": run.state.log_history[0], "eval_": run.state.log_history[1]}
+    for prefix, log in logs.items():
+        pairs = torch.cat([pairs for training, pairs in records if training == (prefix == "")])
+        loss, chosen, rejected, reference_chosen, reference_rejected, weight, visual, tokens = pairs.unbind(1)
+        rewards = {"chosen_reward": 0.3 * (chosen - reference_chosen), "rejected_reward": 0.3 * (rejected - reference_rejected)}
+        rewards["margin"] = rewards["chosen_reward"] - rewards["rejected_reward"]
+        whole = {"weight": weight, "chosen_logp": chosen, "rejected_logp": rejected, **rewards}
+        assert len(pairs) == 8
+        for key, value in whole.items():
+            assert log[prefix + key] == pytest.approx(value.mean().item(), abs=1e-5)
+        for number, source in enumerate(("text", "visual")):
+            for key, value in {"loss": loss, "chosen_logp": chosen, **rewards}.items():
+                assert log[f"{prefix}{source}_{key}"] == pytest.approx(value[visual == number].mean().item(), abs=1e-5)
+            assert 0 <= log[f"{prefix}{source}_accuracy"] <= 1
+        data = run.train_dataset
+        real = sum(len(pair["prompt_ids"]) * (2 if pair["visual"] else 1) + len(pair["chosen_ids"]) + len(pair["rejected_ids"])
+                   for pair in data)
+        assert log[prefix + "tokens"] == real
+
+
+def test_pairs_of_like_length_come_together_in_an_order_that_seed_and_epoch_decide(tiny, tmp_path):
+    rows = uneven_rows(tiny) * 5
+    run = trainer(tiny, tmp_path, [{**row, "id": number} for number, row in enumerate(rows)],
+                  train_sampling_strategy="group_by_length", max_steps=1)
+    lengths, order = run.train_dataset["length"], {}
+    for epoch in (0, 1):
+        run.state.epoch = float(epoch)
+        torch.rand(epoch + 1)
+        order[epoch] = list(run._get_train_sampler())
+        assert sorted(order[epoch]) == list(range(40)) and list(run._get_train_sampler()) == order[epoch]
+    spread = [max(lengths[n] for n in batch) - min(lengths[n] for n in batch)
+              for batch in (order[0][start:start + 4] for start in range(0, 40, 4))]
+    assert order[0] != order[1] and np.mean(spread) < 0.5 * (max(lengths) - min(lengths))
+    for pair, length in zip(run.train_dataset, lengths):
+        assert length == run.data_collator([pair])["input_ids"].shape[1]
+
+
+def test_flex_attention_on_a_cpu_is_refused(tiny, tmp_path):
+    with pytest.raises(InputError, match="training.attention.*GPU.*sdpa"):
+        trainer(tiny, tmp_path, attention="flex_attention")
+
+
+def test_attention_that_reaches_less_than_a_row_back_is_refused_with_shared_rows(tiny, tmp_path, monkeypatch):
+    window = LlavaForConditionalGeneration.from_pretrained(tiny["model"])
+    window.config.text_config.sliding_window = 16
+    monkeypatch.setattr(LlavaForConditionalGeneration, "from_pretrained", lambda *_: window)
+    with pytest.raises(InputError, match="training.shared_prefix.*16 tokens"):
+        trainer(tiny, tmp_path)
+
+
+def test_a_resumed_run_has_the_reference_of_the_model_before_training(tiny, tmp_path):
+    first = trainer(tiny, tmp_path, max_steps=2, save_strategy="steps", save_steps=2)
+    first.train()
+    resumed = trainer(tiny, tmp_path, max_steps=3)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert resumed.known_reference.keys() == first.known_reference.keys()
+    for key, values in first.known_reference.items():
+        assert resumed.known_reference[key] == pytest.approx(values, abs=1e-6)
+    assert resumed.state.global_step == 3
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles FlexAttention with a C++ compiler")
+def test_flex_attention_gives_the_same_log_probabilities(tiny, tmp_path):
+    sdpa, flex = (trainer(tiny, tmp_path, uneven_rows(tiny)) for _ in range(2))
+    flex.model.get_base_model().model.language_model.set_attn_implementation("flex_attention")
+    flex.attention = "flex_attention"
+    batch = batch_of(sdpa, 8)
+    torch.testing.assert_close(torch.cat(flex.reference_logps(batch)), torch.cat(sdpa.reference_logps(batch)), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("strategy", ["random", "group_by_length"])
+def test_a_run_resumed_within_its_second_epoch_sees_the_pairs_that_it_would_have_seen(tiny, tmp_path, strategy):
+    def made(steps):
+        return trainer(tiny, tmp_path, uneven_rows(tiny) * 2, max_steps=steps, train_sampling_strategy=strategy,
+                       save_strategy="steps", save_steps=6)
+
+    whole, resumed = made(8), made(8)
+    expected = losses(whole)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    found = [event["loss"] for event in resumed.state.log_history if "loss" in event]
+    assert found == pytest.approx(expected, abs=1e-6) and len(found) == 8
+    for name, parameter in whole.model.named_parameters():
+        torch.testing.assert_close(resumed.model.get_parameter(name), parameter, atol=1e-6, rtol=0)
