@@ -52,7 +52,7 @@ def shuffled_images(questions: Sequence[dict[str, Any]], seed: int) -> list[str]
 
 
 def _input_digest(lvlm: MedLVLM, questions: Sequence[dict], images: Sequence[Path], max_new_tokens: int) -> str:
-    digest = hashlib.sha256(f"{model_digest(lvlm.model)} {max_new_tokens}".encode())
+    digest = hashlib.sha256(f"{model_digest(lvlm.model)} {max_new_tokens} {lvlm.processor.chat_template}".encode())
     digest.update(f"{row_sha(questions)} {[path.name for path in images]}".encode())
     for path in sorted(set(images)):
         digest.update(path.read_bytes())

@@ -2,6 +2,7 @@
 
 Converted folders lie under ``$HF_HOME/mmedpo`` (``~/.cache/huggingface/mmedpo`` by default). Each holds `RECORD`, which
 names its source; as long as source and record agree, the folder is used again. A conversion holds one shard in memory.
+A converted folder may be deleted at any time: it is written again when it is next asked for.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def fetch(name: str, weights: bool = True, cached: bool = False) -> Path:
     """
     try:
         folder = Path(snapshot_download(name, allow_patterns=TEXT_FILES + ["*.safetensors"] * weights, local_files_only=cached))
-        if weights and not weight_files(folder):
+        if weights and not any(folder.glob("*.safetensors")):
             snapshot_download(name, allow_patterns=[*TEXT_FILES, "pytorch_model*.bin"], local_files_only=cached)
     except (OSError, ValueError, HfHubHTTPError) as error:
         raise InputError(f"{name}: no readable model configuration: no such folder, and not to be had from the Hub "
@@ -153,6 +154,7 @@ def _convert(source: Path, config: dict[str, Any], tower: Path | None, target: P
             shutil.rmtree(leftover, ignore_errors=True)
         draft.mkdir()
         size = sum(file.stat().st_size for file in shards)
+        print(f"converting {record['source']} ({size / 1e9:.1f} GB), once, into {target}", flush=True)
         if shutil.disk_usage(draft).free < size:
             raise OSError(f"{size / 1e9:.1f} GB are needed and {shutil.disk_usage(draft).free / 1e9:.1f} GB are free")
         _processor(config, vision, mean_std, tokenizer, template).save_pretrained(draft)
@@ -164,8 +166,8 @@ def _convert(source: Path, config: dict[str, Any], tower: Path | None, target: P
         if target.exists():
             target.rename(old)
         draft.rename(target)
-    except SafetensorError as error:
-        raise OSError(str(error)) from error
+    except (SafetensorError, RuntimeError) as error:
+        raise OSError(first_line(error)) from error
     finally:
         for leftover in (draft, old):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -202,12 +204,15 @@ def _read(file: Path) -> dict[str, Tensor]:
         if file.suffix == ".safetensors":
             return load_file(file)
         try:
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError:  # written before torch 1.6: not to be mapped
-            return torch.load(file, map_location="cpu", weights_only=True)
+            tensors = torch.load(file, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
-        raise InputError(f"{file}: cannot be read as weights ({first_line(error)}); the file is damaged or "
-                         "cut short: download it again") from error
+        raise InputError(f"{file}: cannot be read as weights ({first_line(error)}); the file is damaged or cut short: download "
+                         "it again") from error
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise InputError(f"{file}: cannot be read as weights; expected a dictionary of tensors by name")
+    return tensors
 
 
 def _fingerprints(folder: Path | None) -> dict[str, list[Any]]:
@@ -231,10 +236,12 @@ def _find_tower(source: Path, config: dict[str, Any], weights: bool) -> Path | N
     for folder in (Path(name), source / name, source.parent / name):
         if (folder / "config.json").is_file():
             return folder
+    known = not weights and name in KNOWN_TOWERS
     try:
-        return fetch(name, weights, cached=not weights and name in KNOWN_TOWERS)
+        folder = fetch(name, weights, cached=known)
+        return None if known and not (folder / "config.json").is_file() else folder
     except InputError as error:
-        if not weights and name in KNOWN_TOWERS:
+        if known:
             return None
         own = "; or set lvlm.vision_tower to checkpoint, for the one inside the checkpoint" if weights else ""
         raise InputError(f"{source / 'config.json'}: `mm_vision_tower` names {name!r}, which is no folder (here, in the "
@@ -289,7 +296,10 @@ def _plan(source: Path, tower: Path | None, vision_tower: str, llava: LlavaConfi
     """
     plan: dict[Path, dict[str, str]] = {}
     shapes: dict[str, Tensor] = {}
-    for file in weight_files(source):
+    files = weight_files(source)
+    if not files:
+        raise InputError(f"{source}: holds no weights; expected model*.safetensors or pytorch_model*.bin")
+    for file in files:
         tensors = _read(file)
         plan[file] = {key: key for key in tensors if not key.endswith(BUFFERS)
                       and (vision_tower == "checkpoint" or not key.startswith(TOWER))}

@@ -51,13 +51,14 @@ def image_tokenizer(source: Path, vocabulary: int) -> PreTrainedTokenizerFast:
     if IMAGE_TOKEN not in found.get_vocab() and len(found) >= vocabulary:
         spare = [token["content"] for token in content["added_tokens"] if "reserved" in token["content"]]
         spare += [found.unk_token] if content["model"].get("byte_fallback") and found.unk_token else []
-        if not spare:
-            raise InputError(f"{source}: no id is free for {IMAGE_TOKEN}: the tokenizer has {len(found)} tokens, none of them "
-                             f"reserved or unused, and config.json's `vocab_size` is {vocabulary}; expected a larger vocabulary")
-        _rename_token(content, spare[0], IMAGE_TOKEN)
-        roles = {role: token for role, token in roles.items() if token != spare[0]}
+        if spare:
+            _rename_token(content, spare[0], IMAGE_TOKEN)
+            roles = {role: token for role, token in roles.items() if token != spare[0]}
     backend = Tokenizer.from_str(json.dumps(content))
     backend.add_special_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)])
+    if backend.token_to_id(IMAGE_TOKEN) >= vocabulary:
+        raise InputError(f"{source}: no id is free for {IMAGE_TOKEN}: the tokenizer has {len(found)} tokens, none of them "
+                         f"reserved or unused, and config.json's `vocab_size` is {vocabulary}; expected a larger vocabulary")
     roles["pad_token"] = roles.get("pad_token") or roles.get("unk_token") or roles["eos_token"]
     return PreTrainedTokenizerFast(tokenizer_object=backend, padding_side="left", model_max_length=found.model_max_length,
                                    clean_up_tokenization_spaces=False, **{role: token for role, token in roles.items() if token})

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -21,6 +22,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from safetensors import SafetensorError
+from tqdm import tqdm
 from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration
 from transformers.utils import logging as transformers_logging
 
@@ -32,6 +34,7 @@ from .profiles import Profile, check_device
 PHANTOM_WEIGHTS = Path(__file__).parent / "phantom" / "weights" / "lvlm"
 QUANTIZATIONS = ("none", "nf4")
 VISION_TOWERS = ("checkpoint", "config")
+PROGRESS_SECONDS = 30
 
 
 @dataclass(frozen=True)
@@ -76,16 +79,27 @@ def load_lvlm(name_or_path: str | Path, device: str = "auto", adapter: str | Pat
         if value not in known:
             raise InputError(f"lvlm.{key}: {value!r} is not known; expected one of {known}")
     source = _hugging_face_folder(name_or_path, vision_tower)
-    precision = torch.float32 if target.type == "cpu" else torch.bfloat16
+    model, processor = _read_folder(source, target, quantization)
+    if template is not None:
+        processor.chat_template = TEMPLATES[template]
+    processor.tokenizer.padding_side = "left"
+    if adapter is not None:
+        model = _with_adapter(model, adapter)
+    return MedLVLM(model.eval(), processor, target)
+
+
+def _read_folder(source: Path, target: torch.device, quantization: str) -> tuple[LlavaForConditionalGeneration, Any]:
+    """Model and processor of a Hugging Face folder, the model on ``target``."""
+    precision, small = torch.float32 if target.type == "cpu" else torch.bfloat16, quantization == "nf4"
     with quiet_loading():
         try:
             model, info = LlavaForConditionalGeneration.from_pretrained(
-                source, dtype=precision, device_map={"": target} if quantization == "nf4" else None,
-                quantization_config=nf4_config(precision) if quantization == "nf4" else None, output_loading_info=True)
+                source, dtype=precision, device_map={"": target} if small else None,
+                quantization_config=nf4_config(precision) if small else None, output_loading_info=True)
             processor = AutoProcessor.from_pretrained(source, backend="pil")  # the torchvision back end resizes otherwise
         except ImportError as error:
-            raise InputError("lvlm.quantization: nf4 needs bitsandbytes, which is not installed; install the package's extra "
-                             "`gpu`, or set lvlm.quantization to none") from error
+            raise InputError(f"lvlm.quantization: {quantization}: a library is missing ({first_line(error)}); install the "
+                             "package's extra `gpu`, or set lvlm.quantization to none") from error
         except (OSError, RuntimeError, ValueError, SafetensorError) as error:
             raise InputError(f"{source}: cannot be loaded as a LLaVA model ({first_line(error)}); the folder needs "
                              "config.json, model.safetensors and the processor's files") from error
@@ -93,16 +107,9 @@ def load_lvlm(name_or_path: str | Path, device: str = "auto", adapter: str | Pat
         missing = sorted(info["missing_keys"])
         raise InputError(f"{source}: {len(missing)} weights are missing, e.g. {missing[0]}; the checkpoint is "
                          "incomplete or of another architecture")
-    if template is not None:
-        processor.chat_template = TEMPLATES[template]
-    processor.tokenizer.padding_side = "left"
-    if quantization == "none":
-        model = model.to(target)
-    else:
+    if small:
         _keep_packing(model)
-    if adapter is not None:
-        model = _with_adapter(model, adapter)
-    return MedLVLM(model.eval(), processor, target)
+    return (model if small else model.to(target)), processor
 
 
 def load_profile_lvlm(profile: Profile, adapter: str | Path | None = None, device: str | None = None) -> MedLVLM:
@@ -258,7 +265,7 @@ def _embed(lvlm: MedLVLM, texts: Sequence[str], features: torch.Tensor) -> dict[
 @torch.inference_mode()
 def generate(lvlm: MedLVLM, images: Sequence[Image.Image], questions: Sequence[str], max_new_tokens: int,
              batch_size: int, temperature: float = 0.0, samples: int = 1, seed: int = 0) -> list[list[str]]:
-    """Answer each question about its image.
+    """Answer each question about its image, in left-padded batches; a bar is drawn where it takes long.
 
     Args:
         images: one per question; an image that comes again is encoded once.
@@ -287,7 +294,8 @@ def generate(lvlm: MedLVLM, images: Sequence[Image.Image], questions: Sequence[s
     answers: list[list[str]] = []
     with torch.random.fork_rng([lvlm.device] if lvlm.device.type == "cuda" else []):
         torch.manual_seed(seed)
-        for start in range(0, len(texts), batch_size):
+        for start in tqdm(range(0, len(texts), batch_size), "answers", unit="batch", delay=PROGRESS_SECONDS, leave=False,
+                          file=sys.stdout, disable=len(texts) <= batch_size):
             rows = index[start:start + batch_size]
             inputs = _embed(lvlm, texts[start:start + batch_size], features[rows])
             tokens = lvlm.llava.generate(

@@ -58,6 +58,12 @@ def test_a_file_is_read_again_only_while_model_questions_and_images_are_the_same
     with torch.no_grad():
         parameter.sub_(0.1)
     assert "computed" in capsys.readouterr().out
+    predict(world, path)
+    template = world["model"].processor.chat_template
+    world["model"].processor.chat_template = template + " "
+    predict(world, path)
+    world["model"].processor.chat_template = template
+    assert ["computed" in line for line in capsys.readouterr().out.splitlines() if line] == [True, True]
     assert not list(tmp_path.glob(".*"))
 
 

@@ -84,6 +84,16 @@ def test_greedy_answers_do_not_depend_on_the_batch(lvlm, asked):
     assert together == [generate(lvlm, [images[row]], [texts[row]], 4, 1)[0] for row in range(24)]
 
 
+def test_a_bar_is_drawn_only_where_it_takes_long(lvlm, asked, monkeypatch, capsys):
+    generate(lvlm, asked[0][:4], asked[1][:4], 1, 2)
+    assert "".join(capsys.readouterr()) == ""
+    monkeypatch.setattr("mmedpo_utils.lvlm.PROGRESS_SECONDS", 0)
+    generate(lvlm, asked[0][:4], asked[1][:4], 1, 4)
+    assert "".join(capsys.readouterr()) == "", "one batch needs no bar"
+    generate(lvlm, asked[0][:4], asked[1][:4], 1, 2)
+    assert "0/2" in capsys.readouterr().out
+
+
 def test_samples_are_seeded_and_leave_the_random_state_alone(lvlm, asked):
     images, texts = asked[0][:6], asked[1][:6]
     state = torch.random.get_rng_state()
