@@ -56,7 +56,7 @@ def curate_visual(profile: Profile, dataset: Dataset, model: MedKLIP) -> list[Ro
     A run that was killed goes on where it was; ``pairs/audit.json`` says what was skipped.
     """
     questions, folder = training_questions(profile, dataset), profile.output / "pairs"
-    digest = f"{_digest(profile, questions, 'seed', 'data', 'visual_tool', 'noise')} {model_digest(model)}"
+    digest = f"{inputs_digest(profile, questions, 'seed', 'data', 'visual_tool', 'noise')} {model_digest(model)}"
     audit = folder / "audit.json"
     if audit.is_file() and json.loads(audit.read_text(encoding="utf-8"))["skipped"]:
         (folder / "visual.sha256").unlink(missing_ok=True)  # the reader may have mended what was skipped
@@ -66,7 +66,7 @@ def curate_visual(profile: Profile, dataset: Dataset, model: MedKLIP) -> list[Ro
         curate_folder(questions, dataset.image_root, folder, look, profile.noise, profile.seed,
                       profile.visual_tool.batch_size, digest)
 
-    _once(folder / "visual.json", digest, compute)
+    once(folder / "visual.json", digest, compute)
     return read_manifest(folder / "visual.json", dataset.image_root, folder / "noised")
 
 
@@ -165,8 +165,8 @@ def curate_text(profile: Profile, dataset: Dataset, lvlm: MedLVLM, judge: Judge,
         write_json(folder / "debates.json", debates)
         write_manifest(folder / "text.json", rows)
 
-    digest = f"{_digest(profile, questions, 'seed', 'data', 'lvlm', 'curation', 'judge')} {model_digest(lvlm.model)}"
-    _once(folder / "text.json", digest, compute)
+    digest = f"{inputs_digest(profile, questions, 'seed', 'data', 'lvlm', 'curation', 'judge')} {model_digest(lvlm.model)}"
+    once(folder / "text.json", digest, compute)
     return read_manifest(folder / "text.json", dataset.image_root), json.loads((folder / "debates.json").read_text())
 
 
@@ -178,11 +178,12 @@ def merge(profile: Profile, text_rows: list[Row], visual_rows: list[Row]) -> lis
     return rows
 
 
-def _digest(profile: Profile, questions: list[Row], *sections: str) -> str:
+def inputs_digest(profile: Profile, questions: list[Row], *sections: str) -> str:
+    """SHA-256 (hexadecimal) of what a manifest is made from: the named sections of the profile, and the questions."""
     return hashlib.sha256(f"{profile.digest(*sections)} {row_sha(questions)}".encode()).hexdigest()
 
 
-def _once(path: Path, digest: str, compute: Any) -> None:
+def once(path: Path, digest: str, compute: Any) -> None:
     """Call ``compute``, which writes ``path``, unless the digest beside it says that it has run on the same inputs."""
     stamp = path.with_suffix(".sha256")
     if path.is_file() and stamp.is_file() and stamp.read_text().strip() == digest:

@@ -97,7 +97,6 @@ def train(profile: Profile, variant: str, seed: int = 0, live: bool = True) -> R
         return found
     with run_lock(folder, "launch"):
         with run_lock(folder, "train"):
-            folder.mkdir(exist_ok=True)
             profile.save(folder / "profile.yaml")
         _say_how_it_begins(profile, folder, digest)
         try:

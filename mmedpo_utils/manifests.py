@@ -36,7 +36,8 @@ def read_manifest(
         image_root: folder of the images; given, every ``image`` is opened and verified.
         rejected_root: folder of the rejected images; given, every ``rejected_image`` is opened and verified.
 
-    Warns (and keeps the rows) where chosen and rejected are identical.
+    Warns (and keeps the rows) where chosen and rejected are identical, except in rows that have no rejected answer at all
+    (``origin`` none, for the SFT objective).
 
     Raises:
         InputError: names the file, the row, its id and the field, and says what was expected.
@@ -52,7 +53,7 @@ def read_manifest(
         for root, key in ((image_root, "image"), (rejected_root, "rejected_image")):
             if root is not None and row.get(key) is not None:
                 _verify_image(root, row[key], f"{where}: `{key}`", verified)
-    same = [row["id"] for row in rows if is_identical(row, image_root, rejected_root)]
+    same = [row["id"] for row in rows if row.get("origin") != "none" and is_identical(row, image_root, rejected_root)]
     if same:
         warnings.warn(f"{path}: {len(same)} of {len(rows)} rows have identical chosen and rejected sides and teach "
                       f"nothing (ids {', '.join(map(repr, same[:5]))}{', ...' if len(same) > 5 else ''})", stacklevel=2)

@@ -76,7 +76,7 @@ def text_pairs(
     rows, debates = [], []
     for question, responses in zip(questions, candidates, strict=True):
         text, answer = question_text(question), question["gpt4_answer"]
-        rng = _generator(seed, str(question["question_id"]))
+        rng = generator(seed, str(question["question_id"]))
         rejected = choose_rejected(text, answer, responses, judge, threshold, rng)
         result = debate(text, answer, rejected.text, members, rounds)
         rows.append(pair_row(question, rejected.text, result.score, source="text", origin=rejected.origin))
@@ -215,7 +215,7 @@ def _write(name: str, path: str, image: Image.Image, looked: tuple[np.ndarray, f
            seed: int) -> Row:
     """Write the noised copy of one image and return its record. The image's path in its root decides the noise."""
     mask = _noise_mask(looked[0], (image.height, image.width), noise)
-    noised = _noised(image, mask, noise, _generator(seed, path))
+    noised = _noised(image, mask, noise, generator(seed, path))
     with atomic_write(noised_root / _target(path)) as temporary, open(temporary, "wb") as stream:
         noised.save(stream, **PNG)
         stream.flush()
@@ -234,5 +234,6 @@ def merge_pairs(text_rows: Sequence[Row], visual_rows: Sequence[Row]) -> list[Ro
     return rows + [row | {"source": row_source(row)} for row in visual_rows]
 
 
-def _generator(seed: int, name: str) -> np.random.Generator:
+def generator(seed: int, name: str) -> np.random.Generator:
+    """Random draws that ``seed`` and ``name`` decide, whatever the order of the names."""
     return np.random.default_rng([seed, zlib.crc32(name.encode())])

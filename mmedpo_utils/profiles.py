@@ -306,6 +306,8 @@ def _check_together(profile: Profile, file: str) -> None:
         "training.cache_reference: expected false where training.reference is released, since that reference drifts":
             training.reference == "released" and training.cache_reference,
     } | _judge_problems(profile.judge)
+    problems |= {f"training.variants.{name}.objective: expected sft for the pairs `truth`, which have no rejected answers":
+                 variant.pairs == "truth" and variant.objective != "sft" for name, variant in training.variants.items()}
     for problem, holds in problems.items():
         if holds:
             key, expected = problem.split(": ", 1)

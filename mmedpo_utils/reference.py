@@ -13,12 +13,14 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from . import tutorial
 from .datasets import Dataset, prepare_dataset
 from .environment import versions
 from .evaluate import answer_test, attend_test, compare_pair, score_table
+from .export import add_scores
 from .files import write_json
 from .launch import train
 from .medklip import load_medklip, score_medklip
@@ -31,28 +33,45 @@ PAIRS = (("mmedpo", "base"), ("mmedpo", "sft"), ("mmedpo", "dpo"), ("mmedpo", "s
          ("stage1", "dpo"), ("mmedpo_shuffled", "base_shuffled"))
 
 
-def evaluate_seeds(profile: Profile, dataset: Dataset) -> dict[str, Any]:
-    """Train and evaluate every variant with every seed.
+def evaluate_seeds(profile: Profile, dataset: Dataset, seeds: Sequence[int], pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """Train and evaluate every variant with every seed; the scores go into the adapters' model cards too.
+
+    Args:
+        pairs: the models of each difference: variants, or "base". A name that ends in ``_shuffled`` is that model, asked
+            about another patient's film.
 
     Returns:
-        ``models``: scores per model; ``differences``: paired differences. In percent, with 95% intervals over patients and
-        seeds.
+        ``models``: scores per model; ``differences``: paired differences, in percent, with 95% intervals over patients and
+        seeds; ``training``: per variant the pairs and, per seed, the seconds of the steps.
     """
-    predictions = {"base": [answer_test(profile, dataset, "base", None)],
-                   "base_shuffled": [answer_test(profile, dataset, "base_shuffled", None, shuffle=True)]}
-    attention = {"base": [attend_test(profile, dataset, None)]}
-    for name in profile.training.variants:
-        for seed in SEEDS:
-            adapter = train(profile, name, seed, live=False).adapter
-            label = name if seed == profile.evaluation.seeds[0] else f"{name}-seed{seed}"
+    shuffled = {name.removesuffix("_shuffled") for pair in pairs for name in pair if name.endswith("_shuffled")}
+    runs = {name: [train(profile, name, seed, live=False) for seed in seeds] for name in profile.training.variants}
+    predictions: dict[str, Any] = {}
+    attention: dict[str, Any] = {}
+    for name, adapters in {"base": [None], **{name: [run.adapter for run in found] for name, found in runs.items()}}.items():
+        for seed, adapter in zip(seeds, adapters):
+            label = name if adapter is None or seed == profile.evaluation.seeds[0] else f"{name}-seed{seed}"
             predictions.setdefault(name, []).append(answer_test(profile, dataset, label, adapter))
             attention.setdefault(name, []).append(attend_test(profile, dataset, adapter))
-            if name == "mmedpo":
+            if name in shuffled:
                 rows = answer_test(profile, dataset, f"{label}_shuffled", adapter, shuffle=True)
-                predictions.setdefault("mmedpo_shuffled", []).append(rows)
+                predictions.setdefault(f"{name}_shuffled", []).append(rows)
     samples = profile.evaluation.bootstrap_samples
-    return {"models": score_table(predictions, attention, samples),
-            "differences": {f"{a} - {b}": compare_pair(predictions[a], predictions[b], samples) for a, b in PAIRS}}
+    table = score_table(predictions, attention, samples)
+    for name, found in runs.items():
+        for run in found:
+            add_scores(run.adapter, table[name])
+    return {"models": table,
+            "differences": {f"{a} - {b}": compare_pair(predictions[a], predictions[b], samples) for a, b in pairs},
+            "training": {name: {"pairs": found[0].result["pairs"], "seconds": [run.result["seconds"]["steps"] for run in found]}
+                         for name, found in runs.items()}}
+
+
+def provenance() -> dict[str, Any]:
+    """Machine, versions, date and commit (None outside a git checkout) of a result."""
+    found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=repository_root())
+    return {"machine": {"platform": platform.platform(), "cores": os.cpu_count()}, "versions": versions(),
+            "date": datetime.date.today().isoformat(), "commit": found.stdout.strip() or None}
 
 
 def medklip_scores(profile: Profile, dataset: Dataset) -> dict[str, float]:
@@ -68,20 +87,18 @@ def medklip_scores(profile: Profile, dataset: Dataset) -> dict[str, float]:
 def main() -> int:
     """Run the tutorial twice, evaluate three seeds, write the file."""
     root, profile = repository_root(), load_profile("phantom")
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=root, check=True).stdout.strip()
     shutil.rmtree(profile.output, ignore_errors=True)
     first = tutorial.run(profile, "phantom")
     again = tutorial.run(profile, "phantom")
     dataset = prepare_dataset(profile)
     card = json.loads((root / "mmedpo_utils" / "phantom" / "weights" / "lvlm" / "scores.json").read_text())
     result = {
-        **evaluate_seeds(profile, dataset),
+        **evaluate_seeds(profile, dataset, SEEDS, PAIRS),
         "medklip": medklip_scores(profile, dataset),
         "ceiling": {metric: card["ceiling"][metric] for metric in ("closed_accuracy", "open_recall")},
         "run": {"seconds": first["total"], "cached_seconds": again["total"],
                 "peak_gib": max(first["peak_gib"], again["peak_gib"]), "seconds_per_notebook": first},
-        "machine": {"platform": platform.platform(), "cores": os.cpu_count()}, "versions": versions(),
-        "date": datetime.date.today().isoformat(), "commit": commit,
+        **provenance(),
     }
     target = root / "figures" / "reference" / "phantom_results.json"
     write_json(target, result)

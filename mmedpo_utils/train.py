@@ -33,6 +33,7 @@ from trl import DPOConfig
 from .environment import versions
 from .errors import InputError
 from .estimate import accumulation, total_steps
+from .export import write_model_card
 from .files import write_json
 from .lvlm import load_profile_lvlm, model_digest
 from .manifests import read_manifest, row_source
@@ -271,6 +272,7 @@ def run(profile: Profile, name: str, seed: int, folder: Path) -> None:
         trained = time.monotonic()
         save_adapter(trainer, folder / "adapter")
         if trainer.is_world_process_zero():
+            write_model_card(folder, profile, name, seed, rows)
             seconds = {"start": writer.first_step - began, "steps": trained - writer.first_step,
                        "total": time.monotonic() - began}
             write_result(trainer, folder, {"digest": digest, "variant": name, "seed": seed, "seconds": seconds,

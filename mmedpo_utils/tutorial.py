@@ -109,10 +109,11 @@ def run(profile: Profile, profile_name: str, in_place: bool = False) -> dict[str
 def results_table(scores: dict[str, dict]) -> str:
     """The scores of each model as a plain text table, in percent."""
     metrics = ("closed_accuracy", "open_recall", "bleu", "rouge_l", "attention_in_lesion")
-    lines = [f"{'model':18}" + "".join(f"{metric.replace('_', ' '):>22}" for metric in metrics)]
+    width = max(18, *(len(model) + 1 for model in scores))
+    lines = [f"{'model':{width}}" + "".join(f"{metric.replace('_', ' '):>22}" for metric in metrics)]
     for model, row in scores.items():
         cells = [f"{row[m]['mean']:.1f} [{row[m]['low']:.1f}, {row[m]['high']:.1f}]" if row.get(m) else "-" for m in metrics]
-        lines.append(f"{model:18}" + "".join(f"{cell:>22}" for cell in cells))
+        lines.append(f"{model:{width}}" + "".join(f"{cell:>22}" for cell in cells))
     return "\n".join(lines)
 
 

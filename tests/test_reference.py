@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 
+from mmedpo_utils import reference
+from mmedpo_utils.profiles import load_profile
 from mmedpo_utils.tutorial import results_table
 from tests.conftest import REPOSITORY
 
@@ -83,3 +87,30 @@ def test_results_table_has_a_row_a_model():
     lines = results_table(RESULTS["models"]).splitlines()
     assert len(lines) == len(RESULTS["models"]) + 1
     assert f"{RESULTS['models']['mmedpo']['closed_accuracy']['mean']:.1f}" in lines[1 + list(RESULTS["models"]).index("mmedpo")]
+
+
+def test_a_shuffled_name_asks_that_model_about_other_films_and_every_seed_is_scored(monkeypatch):
+    asked, cards = [], []
+
+    def answer(profile, dataset, label, adapter, shuffle=False):
+        asked.append((label, adapter, shuffle))
+        right = "no" if shuffle else "yes"
+        return [{"question_id": number, "image": f"{number}.png", "answer_type": "CLOSED", "answer": "yes", "prediction": right}
+                for number in range(6)]
+
+    def trained(profile, name, seed, live):
+        return SimpleNamespace(adapter=f"{name}{seed}", result={"pairs": 5, "seconds": {"steps": seed + 1.0}})
+
+    monkeypatch.setattr(reference, "train", trained)
+    monkeypatch.setattr(reference, "answer_test", answer)
+    monkeypatch.setattr(reference, "attend_test", lambda *_: [])
+    monkeypatch.setattr(reference, "add_scores", lambda adapter, scores: cards.append((adapter, len(scores))))
+    profile = load_profile("phantom-smoke", {"evaluation.seeds": [4]})
+    one = dataclasses.replace(profile.training, variants={"dpo": profile.training.variants["dpo"]})
+    pairs = [("dpo", "base"), ("dpo_shuffled", "base")]
+    table = reference.evaluate_seeds(dataclasses.replace(profile, training=one), None, (4, 5), pairs)
+    assert asked == [("base", None, False), ("dpo", "dpo4", False), ("dpo_shuffled", "dpo4", True),
+                     ("dpo-seed5", "dpo5", False), ("dpo-seed5_shuffled", "dpo5", True)]
+    assert cards == [("dpo4", 1), ("dpo5", 1)] and table["training"] == {"dpo": {"pairs": 5, "seconds": [5.0, 6.0]}}
+    means = {name: difference["closed_accuracy"]["mean"] for name, difference in table["differences"].items()}
+    assert means == {"dpo - base": 0, "dpo_shuffled - base": -100}
