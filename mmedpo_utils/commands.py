@@ -46,10 +46,10 @@ def process_count(profile: Profile, dry_run: bool = False) -> int:
     return next(count for count in range(min(values.processes, gpus), 0, -1) if total % count == 0)
 
 
-def free_cores() -> int:
-    """Processor cores that no training on this machine has taken, at least one.
+def free_cores(processes: int) -> int:
+    """Processor cores that no training on this machine has taken, at least one; ``processes`` will share them.
 
-    Each training's processes say with ``--cores`` how many they share. OMP_NUM_THREADS, where it is set, is the limit.
+    Each training says with ``--cores`` how many it took. OMP_NUM_THREADS, where it is set, is the limit of each process.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     taken: dict[int, int] = {}
@@ -62,7 +62,7 @@ def free_cores() -> int:
                 continue
             taken[group] = int(words[words.index("--cores") + 1])
     left = max(1, cores - sum(taken.values()))
-    return min(left, int(os.environ.get("OMP_NUM_THREADS") or left))
+    return min(left, int(os.environ.get("OMP_NUM_THREADS") or left) * processes)
 
 
 def free_port() -> int:
@@ -97,7 +97,7 @@ def commands(profile: Profile, variant: str, seed: int, run_folder: Path, ssh: b
     """
     values, processes, folder = profile.training, process_count(profile, dry_run), shorten(run_folder)
     program = [PROGRAM, "--profile", f"{folder}/profile.yaml", "--variant", variant, "--seed", str(seed), "--run-folder", folder,
-               "--cores", str(free_cores())]
+               "--cores", str(free_cores(processes // values.nodes))]
     if processes == 1:
         return [[sys.executable, "-m", *program]]
     port = ["--master_port", os.environ.get("MASTER_PORT") or str(free_port())]

@@ -199,6 +199,20 @@ def seconds_per_step(config: LlavaConfig, training: Training, flops: float, proc
     return work + pairs / training.per_device_batch_size * passes * weights * share / LINK
 
 
+def profile_memory(profile: Profile, variant: str, rows: Sequence[dict[str, Any]] = (), processes: int | None = None
+                   ) -> tuple[dict[str, float], float]:
+    """GiB of a profile's training: by part on each GPU, as `plots.memory_bars` draws them, and in the CPU's memory in all.
+
+    Args:
+        rows: the variant's pairs, for the length of a mean one.
+        processes: None: as many as the profile says.
+    """
+    training, (config, _) = profile.training, model_config(profile.lvlm.model)
+    parts = memory_per_gpu(config, training, profile.lvlm.quantization, training.variants[variant].trains,
+                           pair_size(config, rows, training.max_length), processes or training.processes)
+    return {part: value / GIB for part, value in parts.items() if part != "cpu"}, parts["cpu"] / GIB
+
+
 def describe(profile: Profile, variant: str, rows: Sequence[dict[str, Any]], counts: dict[str, int], processes: int,
              cores: int | None = None) -> str:
     """The estimate as text: parameters, memory of each process, time on three GPUs or on this CPU.
@@ -214,14 +228,13 @@ def describe(profile: Profile, variant: str, rows: Sequence[dict[str, Any]], cou
     parts = parameter_counts(config, training.lora_rank)
     trained, base = sum(parts[part] for part in ("lora", "projector") if part in trains), sum(parts.values()) - parts["lora"]
     size = pair_size(config, rows, training.max_length)
-    memory = memory_per_gpu(config, training, profile.lvlm.quantization, trains, size, processes)
-    cpu = memory.pop("cpu")
+    memory, cpu = profile_memory(profile, variant, rows, processes)
     lines = [f"Model: {profile.lvlm.model}, {base / 1e6:,.1f} M parameters, {trained / 1e6:,.1f} M trained"]
     if not read:
         lines.append("  its configuration is not here: reckoned with LLaVA-Med 1.5's shape (Mistral-7B, CLIP ViT-L/14-336)")
-    lines.append(f"Memory of each of {processes} processes, estimated: {sum(memory.values()) / GIB:.1f} GiB")
-    lines += [f"  {part:<14}{value / GIB:8.2f} GiB" for part, value in memory.items()]
-    lines += [f"  and {cpu / GIB:.1f} GiB of the CPU's memory for all processes together"] if cpu else []
+    lines.append(f"Memory of each of {processes} processes, estimated: {sum(memory.values()):.1f} GiB")
+    lines += [f"  {part:<14}{value:8.2f} GiB" for part, value in memory.items()]
+    lines += [f"  and {cpu:.1f} GiB of the CPU's memory for all processes together"] if cpu else []
     return "\n".join([*lines, *_describe_time(profile, config, size, counts, processes, sum(memory.values()), cores)])
 
 
@@ -257,7 +270,7 @@ def _describe_time(profile: Profile, config: LlavaConfig, size: PairSize, counts
     machines = {f"CPU with {cores} cores": (CORE * cores / processes, math.inf)} if cores else GPUS
     for name, (peak, room) in machines.items():
         seconds = steps * seconds_per_step(config, training, flops / pairs, processes, peak, epochs)
-        fits = f" ({room} GiB{'' if memory < room * GIB else '; does not fit'})" if room < math.inf else ""
+        fits = f" ({room} GiB{'' if memory < room else '; does not fit'})" if room < math.inf else ""
         spent = f"{seconds / 3600:.1f} hours" if seconds > 3600 else f"{seconds / 60:.1f} minutes"
         lines.append(f"  {spent} on {'a' if cores else processes} {name}{fits}, "
                      f"at {UTILISATION:.0%} of {peak / 1e12:.3g} TFLOP/s each")

@@ -97,7 +97,6 @@ def train(profile: Profile, variant: str, seed: int = 0, live: bool = True) -> R
         return found
     with run_lock(folder, "launch"):
         with run_lock(folder, "train"):
-            folder.mkdir(exist_ok=True)
             profile.save(folder / "profile.yaml")
         _say_how_it_begins(profile, folder, digest)
         try:
@@ -155,11 +154,12 @@ def dry_run(profile: Profile, variant: str, seed: int = 0) -> None:
     counts = {source: sum(row_source(row) == source for row in rows) for source in sources}
     if not rows:
         counts = dict.fromkeys(sources, profile.curation.text_pairs)
-    cores = free_cores() if profile.lvlm.device != "cuda" and check_device(profile.lvlm.device) == "cpu" else None
+    processes = process_count(profile, dry_run=True)
+    on_cpu = profile.lvlm.device != "cuda" and check_device(profile.lvlm.device) == "cpu"
     print(yaml.safe_dump(profile.as_dict(), sort_keys=False, allow_unicode=True))
     print(f"Pairs of {shorten(manifest)}: " + ", ".join(f"{count} {source}" for source, count in counts.items())
           + ("" if rows else "; they are not made yet (notebook 03), reckoned with curation.text_pairs"))
-    print(describe(profile, variant, rows, counts, process_count(profile, dry_run=True), cores))
+    print(describe(profile, variant, rows, counts, processes, free_cores(processes) if on_cpu else None))
     folder, several = folder_of(profile, variant, seed), profile.training.nodes > 1
     shipped = profile.name in profile_names() and load_profile(profile.name) == profile
     name = profile.name if shipped else f"{shorten(folder)}/profile.yaml"

@@ -272,6 +272,7 @@ def run(profile: Profile, name: str, seed: int, folder: Path) -> None:
         trained = time.monotonic()
         save_adapter(trainer, folder / "adapter")
         if trainer.is_world_process_zero():
+            write_model_card(folder, profile, name, seed, rows)
             seconds = {"start": writer.first_step - began, "steps": trained - writer.first_step,
                        "total": time.monotonic() - began}
             write_model_card(folder, profile, name, seed, rows)

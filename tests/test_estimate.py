@@ -12,7 +12,7 @@ from peft import get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlavaForConditionalGeneration
 
-from mmedpo_utils import estimate, launch
+from mmedpo_utils import estimate, launch, plots
 from mmedpo_utils.estimate import (
     GIB,
     GPUS,
@@ -106,6 +106,14 @@ def test_each_way_to_save_memory_saves_it():
     assert alone - small == pytest.approx(counts["matrices"] * (2 - NF4_BYTES)) and small < 24 * GIB
     parts = memory_per_gpu(LLAVA_MED, replace(PAPER, offload="cpu"), "none", BOTH, SIZE, 4)
     assert parts["cpu"] > 2 * counts["matrices"] and parts["working space"] == WORKING_SPACE
+
+
+def test_a_profiles_memory_is_drawn(capsys):
+    runs = {name: estimate.profile_memory(load_profile(name), "mmedpo")[0] for name in ("paper-vqa-rad", "qlora-1gpu")}
+    figure = plots.memory_bars(runs)
+    assert [text.get_text().strip() for text in figure.axes[0].texts] == [f"{sum(parts.values()):.1f}" for parts in runs.values()]
+    launch.dry_run(load_profile("qlora-1gpu"), "mmedpo")
+    assert f"estimated: {sum(runs['qlora-1gpu'].values()):.1f} GiB" in capsys.readouterr().out
 
 
 def test_operations_are_those_that_torch_counts():

@@ -5,8 +5,12 @@ from __future__ import annotations
 import _thread
 import json
 import math
+import shlex
 import shutil
 import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -16,8 +20,10 @@ import psutil
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
-from mmedpo_utils.commands import commands, process_count
+from mmedpo_utils import launch
+from mmedpo_utils.commands import commands, free_cores, free_port, process_count
 from mmedpo_utils.errors import InputError
 from mmedpo_utils.launch import TrainingError, load_run, train
 from mmedpo_utils.lvlm import load_lvlm
@@ -27,6 +33,7 @@ from mmedpo_utils.profiles import load_profile
 from mmedpo_utils.run_folder import read_events
 from mmedpo_utils.train import deepspeed_config, held_out, manifest_path, run_digest, training_weights
 
+from .conftest import REPOSITORY
 from .test_trainer import tiny_lvlm, tiny_pairs
 
 
@@ -189,7 +196,135 @@ def test_no_patient_is_on_both_sides_of_the_validation_split(tmp_path):
     assert not held_out(rows[:21], seed=0).any()
 
 
-def test_keys_of_stage_3_are_left_out_below_it():
-    for stage in range(4):
-        values = deepspeed_config(load_profile("phantom", {"training.zero_stage": stage}))["zero_optimization"]
-        assert values["stage"] == stage and any(key.startswith("stage3") for key in values) == (stage == 3)
+@pytest.mark.parametrize(("stage", "offload"), [(0, "none"), (1, "none"), (2, "none"), (3, "none"), (2, "cpu"), (3, "cpu")])
+def test_keys_of_stage_3_are_left_out_below_it(stage, offload):
+    profile = load_profile("phantom", {"training.zero_stage": stage, "training.offload": offload})
+    values = deepspeed_config(profile)["zero_optimization"]
+    assert values["stage"] == stage and any(key.startswith("stage3") for key in values) == (stage == 3)
+    assert [key for key in values if key.startswith("offload")] == {
+        ("cpu", 2): ["offload_optimizer"], ("cpu", 3): ["offload_optimizer", "offload_param"]}.get((offload, stage), [])
+
+
+def test_a_terminal_and_a_cell_start_the_same_run_and_tensorboard_is_filled(workspace, capsys):
+    changes = {"training.processes": 1, "training.report_to": "tensorboard", "output": str(workspace / "board")}
+    shutil.copytree(workspace / "run" / "pairs", workspace / "board" / "pairs")
+    profile, file = tiny_profile(workspace, **changes), workspace / "mine.yaml"
+    profile.save(file)
+    words = [sys.executable, "-m", "mmedpo_utils.launch", "--profile", str(file), "--variant", "dpo"]
+    terminal = subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+    assert terminal.returncode == 0 and "step 4/4  loss" in terminal.stdout, terminal.stderr
+    run = train(profile, "dpo", live=False)
+    assert run.loaded and "loaded" in capsys.readouterr().out
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(run.folder / "tensorboard")).Reload()
+    logged = [event["loss"] for event in run.events if "loss" in event]
+    assert [point.value for point in board.Scalars("train/loss")] == pytest.approx(logged, abs=1e-5) and len(logged) == 4
+    pasted = next(line[2:] for line in terminal.stdout.splitlines() if line.startswith("$ ")).replace("python", sys.executable, 1)
+    again = subprocess.run(shlex.split(pasted), cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+    assert again.returncode == 0 and "finished already" in again.stdout
+    for package in ("wandb", "trackio"):
+        with pytest.raises(InputError, match=f"report_to.*{package} is not installed; run `pip install {package}`"):
+            train(tiny_profile(workspace, **{**changes, "training.report_to": package}), "dpo", live=False)
+
+
+def test_a_wrong_command_ends_with_one_line(workspace, monkeypatch, capsys):
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    monkeypatch.setattr("sys.argv", ["launch", "--profile", "phantom", "--variant", "grpo"])
+    assert launch.main() == 2
+    assert capsys.readouterr().err.startswith("error: variant 'grpo': unknown") and not capsys.readouterr().out
+
+
+def test_cores_are_those_that_other_trainings_leave(monkeypatch):
+    class Process:
+        def __init__(self, pid: int, *words: str) -> None:
+            self.pid, self.info = pid, {"cmdline": list(words)}
+
+    running = [Process(10, "python", "-m", "deepspeed.launcher.runner", "--module", "mmedpo_utils.train", "--cores", "3"),
+               Process(11, "python", "-m", "mmedpo_utils.train", "--cores", "3"),
+               Process(20, "python", "-m", "mmedpo_utils.train", "--cores", "2"), Process(30, "vim", "mmedpo_utils.train")]
+    monkeypatch.setattr("psutil.process_iter", lambda attributes: running)
+    monkeypatch.setattr("os.getpgid", lambda pid: pid // 10)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: range(8))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert free_cores(1) == free_cores(4) == 3
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert free_cores(1) == 1 and free_cores(2) == 2 and free_cores(4) == 3
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: range(4))
+    assert free_cores(2) == 1
+
+
+@pytest.mark.slow
+def test_a_port_that_is_taken_meanwhile_is_tried_again_elsewhere(workspace, monkeypatch, capsys):
+    shutil.copytree(workspace / "run" / "pairs", workspace / "ports" / "pairs")
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        ports = iter([taken.getsockname()[1], free_port()])
+        monkeypatch.setattr("mmedpo_utils.commands.free_port", lambda: next(ports))
+        run = train(tiny_profile(workspace, output=str(workspace / "ports")), "dpo", live=False)
+    assert run.result["processes"] == 2 and capsys.readouterr().out.count("--master_port") == 2
+
+
+@pytest.mark.slow
+def test_two_runs_at_once_do_not_collide(workspace):
+    shutil.copytree(workspace / "run" / "pairs", workspace / "twice" / "pairs")
+    profile = tiny_profile(workspace, output=str(workspace / "twice"))
+    runs, threads = {}, []
+    for seed in (0, 1):
+        threads.append(threading.Thread(target=lambda seed=seed: runs.update({seed: train(profile, "mmedpo", seed, live=False)})))
+        threads[-1].start()
+    for thread in threads:
+        thread.join()
+    assert sorted(run.result["seed"] for run in runs.values()) == [0, 1]
+    for run in runs.values():
+        alone = tiny_profile(workspace, output=str(workspace / f"alone{run.result['seed']}"))
+        shutil.copytree(workspace / "run" / "pairs", alone.output / "pairs")
+        assert_equal_adapters(run, train(alone, "mmedpo", run.result["seed"], live=False), 1e-6)
+
+
+def assert_equal_adapters(run, other, tolerance: float) -> None:
+    ours, theirs = (load_file(one.adapter / "adapter_model.safetensors") for one in (run, other))
+    assert ours.keys() == theirs.keys()
+    assert max((ours[name] - theirs[name]).abs().max().item() for name in ours) <= tolerance
+
+
+@pytest.mark.slow
+def test_two_nodes_over_loopback_train_what_one_node_trains(workspace, monkeypatch):
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    profiles = {}
+    for nodes in (1, 2):
+        output = workspace / f"nodes{nodes}"
+        shutil.copytree(workspace / "run" / "pairs", output / "pairs")
+        profiles[nodes] = tiny_profile(workspace, output=str(output), **{"training.nodes": nodes})
+    expected = train(profiles[1], "mmedpo", live=False)
+    printed, others, usual = [], [], launch.printed
+
+    def start_the_other(arguments: list[str]) -> str:
+        """Do what the cell asks for: run the printed command of node 1 in another terminal."""
+        if "--node_rank" in arguments and arguments[arguments.index("--node_rank") + 1] == "1":
+            others.append(subprocess.Popen(arguments, cwd=REPOSITORY))
+        printed.append(usual(arguments))
+        return printed[-1]
+
+    monkeypatch.setattr(launch, "printed", start_the_other)
+    run = train(profiles[2], "mmedpo", live=False)
+    assert others[0].wait(60) == 0 and len(others) == 1 and "--no_ssh --node_rank 0" in printed[0]
+    assert run.result["processes"] == 2 and not processes_of(run.folder)
+    assert [event["step"] for event in run.events] == [event["step"] for event in expected.events]
+    assert_equal_adapters(run, expected, 1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["mmedpo", "sft", "dpo"])
+def test_every_zero_stage_trains_the_same_adapter(workspace, objective):
+    runs = {}
+    for stage, offload in ((0, "none"), (1, "none"), (2, "none"), (3, "none"), (2, "cpu"), (3, "cpu")):
+        profile = tiny_profile(workspace, output=str(workspace / f"zero{stage}{offload}"),
+                               **{"training.zero_stage": stage, "training.offload": offload})
+        if not profile.output.exists():
+            shutil.copytree(workspace / "run" / "pairs", profile.output / "pairs")
+        runs[stage, offload] = train(profile, objective, live=False)
+    for run in runs.values():
+        assert_equal_adapters(run, runs[0, "none"], 1e-5)

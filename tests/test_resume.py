@@ -112,6 +112,14 @@ def test_five_random_kills_of_a_rank(workspace, whole, number):  # noqa: F811
     assert_same(killed_and_resumed(hard_profile(workspace, f"killed{number}", 2), step, number % 2), whole(2))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "offload"), [(0, "none"), (3, "none"), (3, "cpu")])
+def test_a_kill_under_other_zero_stages(workspace, stage, offload):  # noqa: F811
+    changes = {"training.zero_stage": stage, "training.offload": offload, "training.epochs": 3}
+    whole, killed = (hard_profile(workspace, f"{name}{stage}{offload}", 2, **changes) for name in ("left", "killed"))
+    assert_same(killed_and_resumed(killed, random.randint(4, 10), 1), train(whole, "mmedpo", live=False))
+
+
 def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one_whole(workspace, whole):  # noqa: F811
     profile = hard_profile(workspace, "full", 1)
     folder = profile.output / "train" / "mmedpo-seed0"
