@@ -32,7 +32,7 @@ CORES = 2
 SWITCHES = {"shared_prefix": ("text", "without_shared_prefix"), "reuse_vision_features": ("text", "without_reuse"),
             "cache_reference": ("mixed", "without_cache"), "group_by_length": ("lengths", "without_grouping")}
 MEASURED_ON = {"text": "text pairs, the reference recomputed", "mixed": "text and visual pairs, three epochs",
-               "lengths": "text pairs, short answers and reports by turns, in batches of four"}
+               "lengths": "text pairs, short answers and reports by turns"}
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Size:
     rounds: int
 
 
-SIZES = {"full": Size("small", 16, 8, 16, 2, 4, 16, 3), "quick": Size("tiny", 4, 4, 8, 2, 4, 4, 1)}
+SIZES = {"full": Size("small", 16, 8, 24, 2, 2, 16, 3), "quick": Size("tiny", 4, 4, 8, 2, 2, 4, 1)}
 EPOCHS, LEARNING_RATE = 3, 1e-3
 
 
