@@ -140,8 +140,8 @@ def check_variant(profile: Profile, variant: str) -> None:
         raise InputError(f"variant {variant!r}: unknown; profile {profile.name} has {', '.join(profile.training.variants)}")
 
 
-def dry_run(profile: Profile, variant: str, seed: int = 0) -> None:
-    """Print what `train` would run and what it takes: profile, pairs, memory, hours, commands. It starts and writes nothing.
+def plan(profile: Profile, variant: str, seed: int = 0) -> str:
+    """What `train` would run and what it takes: pairs, memory, hours, commands. It starts and writes nothing.
 
     It needs neither GPU nor weights nor pairs.
 
@@ -156,19 +156,25 @@ def dry_run(profile: Profile, variant: str, seed: int = 0) -> None:
         counts = dict.fromkeys(sources, profile.curation.text_pairs)
     processes = process_count(profile, dry_run=True)
     on_cpu = profile.lvlm.device != "cuda" and check_device(profile.lvlm.device) == "cpu"
-    print(yaml.safe_dump(profile.as_dict(), sort_keys=False, allow_unicode=True))
-    print(f"Pairs of {shorten(manifest)}: " + ", ".join(f"{count} {source}" for source, count in counts.items())
-          + ("" if rows else "; they are not made yet (notebook 03), reckoned with curation.text_pairs"))
-    print(describe(profile, variant, rows, counts, processes, free_cores(processes) if on_cpu else None))
+    lines = [f"Pairs of {shorten(manifest)}: " + ", ".join(f"{count} {source}" for source, count in counts.items())
+             + ("" if rows else "; they are not made yet (notebook 03), reckoned with curation.text_pairs"),
+             describe(profile, variant, rows, counts, processes, free_cores(processes) if on_cpu else None)]
     folder, several = folder_of(profile, variant, seed), profile.training.nodes > 1
     shipped = profile.name in profile_names() and load_profile(profile.name) == profile
     name = profile.name if shipped else f"{shorten(folder)}/profile.yaml"
-    print("\nThe cell, or this command in the repository's folder, writes the run folder")
-    print(f"$ python -m mmedpo_utils.launch --profile {name} --variant {variant} --seed {seed}")
+    lines += ["The cell, or this command in the repository's folder, writes the run folder",
+              f"$ python -m mmedpo_utils.launch --profile {name} --variant {variant} --seed {seed}"]
     for ssh in (True, False) if profile.training.hostfile else (False,):
         where = "" if not several else " over ssh" if ssh else " on each node, one command each, without ssh"
-        print(f"and starts{where}")
-        print("\n".join("$ " + printed(line) for line in commands(profile, variant, seed, folder, ssh, dry_run=True)))
+        lines.append(f"and starts{where}")
+        lines += ["$ " + printed(line) for line in commands(profile, variant, seed, folder, ssh, dry_run=True)]
+    return "\n".join(lines)
+
+
+def dry_run(profile: Profile, variant: str, seed: int = 0) -> None:
+    """Print the resolved profile and the `plan` of a variant."""
+    print(yaml.safe_dump(profile.as_dict(), sort_keys=False, allow_unicode=True))
+    print(plan(profile, variant, seed))
 
 
 def _say_how_it_begins(profile: Profile, folder: Path, digest: str) -> None:
