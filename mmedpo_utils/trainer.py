@@ -227,7 +227,9 @@ class MMedPOTrainer(DPOTrainer):
         """
         self.model.eval()
         datasets = [data for data in (self.train_dataset, self.eval_dataset) if data is not None]
-        pairs = dict(sorted(((pair["key"], pair) for data in datasets for pair in data), key=lambda item: item[1][LENGTH]))
+        places = [(length, key, data, number) for data in datasets
+                  for number, (length, key) in enumerate(zip(data[LENGTH], data["key"]))]
+        pairs = {key: (data, number) for _, key, data, number in sorted(places, key=lambda place: place[:2])}
         known = self._read_reference(pairs)
         missing, found = [key for key in pairs if key not in known], {}
         size, rank, world = self.args.per_device_eval_batch_size, self.args.process_index, self.args.world_size
@@ -239,7 +241,7 @@ class MMedPOTrainer(DPOTrainer):
             write_json(self.reference_cache, known)
         self.known_reference = known
 
-    def _read_reference(self, pairs: dict[str, dict[str, Any]]) -> dict[str, list[float]]:
+    def _read_reference(self, pairs: dict[str, tuple[Dataset, int]]) -> dict[str, list[float]]:
         """The cache's values, or none where they are not what the model says of up to four of ``pairs``."""
         stored = {}
         if self.reference_cache and self.reference_cache.is_file() and self.is_world_process_zero():
@@ -249,15 +251,17 @@ class MMedPOTrainer(DPOTrainer):
         probe = [key for key in pairs if key in known][:4]
         if not probe:
             return known
-        again, precision = torch.tensor(self._reference_of([pairs[key] for key in probe])), torch.finfo(self.model.dtype).eps
+        again = torch.tensor(self._reference_of([pairs[key] for key in probe]))
+        precision = torch.finfo(torch.bfloat16 if self.args.bf16 else self.model.dtype).eps
         near = torch.allclose(again, torch.tensor([known[key] for key in probe]), 10 * precision, max(1e-3, 64 * precision))
         holds = broadcast_object_list([near])
         return known if holds[0] else {}
 
-    def _reference_of(self, pairs: list[dict[str, Any]]) -> list[list[float]]:
-        """Reference log-probabilities [chosen, rejected] of a batch of pairs."""
+    def _reference_of(self, pairs: list[tuple[Dataset, int]]) -> list[list[float]]:
+        """Reference log-probabilities [chosen, rejected] of a batch of pairs, each named by its data set and number."""
+        inputs = self._prepare_inputs(self.data_collator([data[number] for data, number in pairs]))
         with self.accelerator.autocast():
-            logps = self.reference_logps(self._prepare_inputs(self.data_collator(pairs)))
+            logps = self.reference_logps(inputs)
         self._forget_images()
         return torch.stack(logps, dim=1).tolist()
 
