@@ -239,37 +239,47 @@ def describe(profile: Profile, variant: str, rows: Sequence[dict[str, Any]], cou
 
 
 def summary(profile: Profile, variant: str, gpu: str = "RTX A6000") -> dict[str, Any]:
-    """The estimate of a variant as numbers, on ``profile.training.processes`` GPUs and as many pairs as curation aims at.
+    """The estimate of a variant as numbers, for as many pairs as curation aims at.
 
     Returns:
-        ``gib``: of one GPU; ``parts``: the same by part; ``hours`` on this kind of ``gpu``, a key of `GPUS`, or None where the
-        profile trains on the CPU.
+        ``gib``: of each process; ``parts``: the same by part; ``hours``: on GPUs of the kind ``gpu`` (a key of `GPUS`), None
+        where the profile trains on the CPU.
     """
-    training, sources = profile.training, profile.training.variants[variant].sources
-    config, processes = model_config(profile.lvlm.model)[0], training.processes
-    size, pairs = pair_size(config, [], training.max_length), len(sources) * profile.curation.text_pairs
-    parts = memory_per_gpu(config, training, profile.lvlm.quantization, training.variants[variant].trains, size, processes)
-    parts = {part: value / GIB for part, value in parts.items() if part != "cpu"}
-    steps = total_steps(training, pairs, processes)
-    epochs = max(1.0, steps * training.per_device_batch_size * training.gradient_accumulation_steps * training.processes / pairs)
-    flops = [flops_per_pair(config, training, size, source == "visual", epochs) for source in sources]
-    seconds = seconds_per_step(config, training, sum(flops) / len(flops), processes, GPUS[gpu][0], epochs)
-    hours = steps * seconds / 3600 if profile.lvlm.device == "cuda" else None
-    return {"gib": sum(parts.values()), "parts": parts, "hours": hours}
+    training, config = profile.training, model_config(profile.lvlm.model)[0]
+    parts, _ = profile_memory(profile, variant)
+    counts = dict.fromkeys(training.variants[variant].sources, profile.curation.text_pairs)
+    seconds = run_seconds(config, training, pair_size(config, [], training.max_length), counts, training.processes, GPUS[gpu][0])
+    return {"gib": sum(parts.values()), "parts": parts, "hours": seconds / 3600 if profile.lvlm.device == "cuda" else None}
 
 
-def _describe_time(profile: Profile, config: LlavaConfig, size: PairSize, counts: dict[str, int], processes: int, memory: float,
-                   cores: int | None) -> list[str]:
-    training, pairs = profile.training, max(1, sum(counts.values()))
+def run_seconds(config: LlavaConfig, training: Training, size: PairSize, counts: dict[str, int], processes: int,
+                peak: float) -> float:
+    """Seconds of a whole run on ``counts`` pairs per source; ``peak`` is that of one GPU or process."""
+    steps, epochs, flops = _amount(config, training, size, counts, processes)
+    return steps * seconds_per_step(config, training, flops, processes, peak, epochs)
+
+
+def _amount(config: LlavaConfig, training: Training, size: PairSize, counts: dict[str, int],
+            processes: int) -> tuple[int, float, float]:
+    """Steps, epochs, and floating-point operations of a mean pair."""
+    pairs = max(1, sum(counts.values()))
     steps = total_steps(training, pairs, processes)
     per_step = training.per_device_batch_size * training.gradient_accumulation_steps * training.processes
     epochs = max(1.0, steps * per_step / pairs)
     flops = sum(count * flops_per_pair(config, training, size, source == "visual", epochs) for source, count in counts.items())
+    return steps, epochs, flops / pairs
+
+
+def _describe_time(profile: Profile, config: LlavaConfig, size: PairSize, counts: dict[str, int], processes: int, memory: float,
+                   cores: int | None) -> list[str]:
+    training = profile.training
+    steps, epochs, flops = _amount(config, training, size, counts, processes)
+    per_step = training.per_device_batch_size * training.gradient_accumulation_steps * training.processes
     lines = [f"Time, estimated: {steps} steps of {per_step} pairs, {epochs:.1f} epochs; a pair of {size.prompt:.0f} + "
-             f"{size.answer:.0f} tokens takes {flops / pairs / 1e9:,.1f} GFLOP"]
+             f"{size.answer:.0f} tokens takes {flops / 1e9:,.1f} GFLOP"]
     machines = {f"CPU with {cores} cores": (CORE * cores / processes, math.inf)} if cores else GPUS
     for name, (peak, room) in machines.items():
-        seconds = steps * seconds_per_step(config, training, flops / pairs, processes, peak, epochs)
+        seconds = run_seconds(config, training, size, counts, processes, peak)
         fits = f" ({room} GiB{'' if memory < room else '; does not fit'})" if room < math.inf else ""
         spent = f"{seconds / 3600:.1f} hours" if seconds > 3600 else f"{seconds / 60:.1f} minutes"
         lines.append(f"  {spent} on {'a' if cores else processes} {name}{fits}, "
