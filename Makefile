@@ -32,6 +32,7 @@ base-models: .venv/installed
 
 bench: .venv/installed
 	$(BIN)/python benchmarks/curate.py
+	$(BIN)/python benchmarks/train_step.py
 
 .venv/installed: pyproject.toml constraints.txt
 	test -d .venv || $(PYTHON) -m venv .venv
