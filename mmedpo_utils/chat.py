@@ -175,12 +175,13 @@ class LocalModel:
         if small and target.type != "cuda":
             raise InputError(f"judge model {model.model}: quantization nf4 needs a GPU and there is none in use; write none")
         self.name = f"{model.model} (nf4)" if small else model.model
+        device_map = ("auto" if torch.cuda.device_count() > 1 else {"": target}) if small else None
         try:
             with quiet_loading():
                 self._tokenizer = AutoTokenizer.from_pretrained(model.model)
                 self._model = AutoModelForCausalLM.from_pretrained(
                     model.model, dtype=torch.float32 if target.type == "cpu" else torch.bfloat16,
-                    device_map={"": target} if small else None, quantization_config=nf4_config() if small else None).eval()
+                    device_map=device_map, quantization_config=nf4_config() if small else None).eval()
         except (OSError, RuntimeError, ValueError, SafetensorError) as error:
             raise InputError(f"judge model {model.model}: cannot be loaded as a text-generation model "
                              f"({str(error).strip().partition(chr(10))[0]}); give a folder, or a name on the Hub") from error

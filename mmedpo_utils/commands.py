@@ -104,12 +104,27 @@ def commands(profile: Profile, variant: str, seed: int, run_folder: Path, ssh: b
     common = ["--no_local_rank", "--quiet", "--module", *program]
     start = [sys.executable, "-m", LAUNCHER]
     if values.nodes == 1:
-        return [[*start, "--num_accelerators", str(processes), *port, "--hostfile", "none", *common]]
+        return [[*start, *_devices(processes), *port, "--hostfile", "none", *common]]
     hosts = ["--hostfile", shorten(values.hostfile or run_folder / "hostfile")]
     if ssh:
         return [[*start, *hosts, *port, *common]]
     address = ["--master_addr", os.environ.get("MASTER_ADDR") or socket.gethostname()]
     return [[*start, *hosts, "--no_ssh", "--node_rank", str(rank), *address, *port, *common] for rank in range(values.nodes)]
+
+
+def _devices(processes: int) -> list[str]:
+    """The launcher's option for this node; it would pass over CUDA_VISIBLE_DEVICES beside a bare number of processes.
+
+    Raises:
+        InputError: CUDA_VISIBLE_DEVICES names GPUs by something else than their numbers.
+    """
+    visible = [device.strip() for device in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if device.strip()]
+    if not visible or not torch.cuda.is_available():
+        return ["--num_accelerators", str(processes)]
+    if not all(device.isdecimal() for device in visible):
+        raise InputError(f"CUDA_VISIBLE_DEVICES is {','.join(visible)!r}: the launcher takes numbers alone; write the GPUs' "
+                         "numbers, as `nvidia-smi --list-gpus` shows them")
+    return ["--include", "localhost:" + ",".join(visible[:processes])]
 
 
 def printed(arguments: list[str]) -> str:

@@ -19,9 +19,10 @@ from .profiles import Profile, Training
 
 GIB = 2**30
 NF4_BYTES = (4 + 8 / 64 + 32 / (64 * 256)) / 8  # 4 bits, an 8-bit scale per 64 weights, a 32-bit one per 256 scales
-WORKING_SPACE = 2 * GIB  # CUDA's context, the libraries' workspaces, fragments
+WORKING_SPACE = 2 * GIB  # CUDA's context or, on a CPU, the libraries; their workspaces, fragments
 UTILISATION = 0.4  # share of the peak that matrix products of this size reach
 LINK = 16e9  # bytes per second between two GPUs, or GPU and CPU, over PCIe 4.0
+NETWORK = 12.5e9  # bytes per second between two nodes, shared by a node's GPUs: 100 Gbit/s
 WORD_TOKENS, TEMPLATE_TOKENS = 1.4, 20  # tokens per word of English; of a chat template
 UNKNOWN_WORDS = {"prompt": 15, "answer": 40}  # words where there is no manifest yet
 CORE = 110e9  # peak of one CPU core in 32 bits, from the phantom run
@@ -196,7 +197,8 @@ def seconds_per_step(config: LlavaConfig, training: Training, flops: float, proc
     weights = (2 if training.precision == "bf16" else 4) * sum(counts.values())
     passes = (3 if training.gradient_checkpointing else 2) + (1 / epochs if training.cache_reference else 1)
     share = 1.0 if training.offload == "cpu" else (processes - 1) / processes
-    return work + pairs / training.per_device_batch_size * passes * weights * share / LINK
+    link = min(LINK, NETWORK * training.nodes / processes) if training.nodes > 1 else LINK
+    return work + pairs / training.per_device_batch_size * passes * weights * share / link
 
 
 def profile_memory(profile: Profile, variant: str, rows: Sequence[dict[str, Any]] = (), processes: int | None = None
@@ -285,5 +287,6 @@ def _describe_time(profile: Profile, config: LlavaConfig, size: PairSize, counts
         lines.append(f"  {spent} on {'a' if cores else processes} {name}{fits}, "
                      f"at {UTILISATION:.0%} of {peak / 1e12:.3g} TFLOP/s each")
     if training.zero_stage == 3 and processes > 1:
-        lines.append(f"  with weights moving between them at {LINK / 1e9:.0f} GB/s")
+        nodes = f", {NETWORK / 1e9:.3g} GB/s between nodes" if training.nodes > 1 else ""
+        lines.append(f"  with weights moving between them at {LINK / 1e9:.0f} GB/s{nodes}")
     return lines

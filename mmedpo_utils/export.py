@@ -31,6 +31,7 @@ from .schema import repository_root
 
 TAGS = ["mmedpo", "dpo", "lora", "medical", "llava"]
 SCORES = "\n## Test scores\n"
+BASE = "base.json"  # beside the adapter: the vision tower and the chat template that it was trained with
 LIBRARY = "library_name: {}\n"
 USE = """For research and teaching on preference optimisation of medical vision-language models. **Not for clinical use**: its
 answers are not checked by anyone, and no diagnosis or treatment may rest on them."""
@@ -62,6 +63,7 @@ def write_model_card(folder: Path, profile: Profile, name: str, seed: int, rows:
     adapter, base = folder / "adapter", public_name(profile.lvlm.model)
     config = load_json(adapter / "adapter_config.json", "the configuration of a PEFT adapter")
     write_json(adapter / "adapter_config.json", config | {"base_model_name_or_path": base})
+    write_json(adapter / BASE, {"vision_tower": profile.lvlm.vision_tower, "template": profile.lvlm.template})
     data = ModelCardData(base_model=base, library_name="peft", pipeline_tag="image-text-to-text", tags=TAGS,
                          license=base_licence(profile.lvlm.model))
     sections = {
@@ -71,7 +73,9 @@ def write_model_card(folder: Path, profile: Profile, name: str, seed: int, rows:
         "Intended use": USE, "Citation": CITATION}
     text = f"---\n{data}\n---\n\n# {profile.name}: {name}\n\n"
     text += (f"LoRA weights and projector for {base}, trained with the recipe `{name}` (seed {seed}) of the MMedPO notebooks "
-             "(arXiv 2412.06141). Load it with `PeftModel.from_pretrained`.\n")
+             "(arXiv 2412.06141). Load it with `PeftModel.from_pretrained`.\n"
+             f"The base model's vision tower is `{profile.lvlm.vision_tower}`, its template `{profile.lvlm.template}`, as "
+             "`mmedpo_utils.lvlm.load_lvlm` takes them.\n")
     text += "".join(f"\n## {title}\n\n{content}\n" for title, content in sections.items())
     _write(adapter / "README.md", text)
 
@@ -200,12 +204,14 @@ def _load(adapter: Path, base: str | None, device: str) -> MedLVLM:
     if record.is_file():
         values = load_profile(record).lvlm
         base, settings = base or values.model, {"vision_tower": values.vision_tower, "template": values.template}
+    elif (adapter / BASE).is_file():
+        settings = load_json(adapter / BASE, "how the adapter's base model is loaded")
     return load_lvlm(base or config["base_model_name_or_path"], device, adapter, **settings)
 
 
 def _save(lvlm: MedLVLM, adapter: Path, folder: Path) -> None:
     with quiet_loading():
-        lvlm.model.merge_and_unload().save_pretrained(folder)
+        lvlm.model.merge_and_unload().save_pretrained(folder, max_shard_size="5GB")
         lvlm.processor.save_pretrained(folder)
     card = adapter / "README.md"
     if card.is_file():

@@ -130,7 +130,9 @@ def _checked_manifest(profile: Profile, variant: str) -> Path:
         raise InputError("profile key `training.hostfile`: the launcher reaches the nodes through pdsh, which is not installed; "
                          "install it, or write null: then each node gets a command of its own")
     if not manifest.is_file():
-        raise InputError(f"{shorten(manifest)}: there are no preference pairs yet; run notebook 03 with profile {profile.name}")
+        how = (f"run notebook 03 with profile {profile.name}" if manifest.stem == "train" else
+               f"run python -m mmedpo_utils.baselines --profile {profile.name} --build-only")
+        raise InputError(f"{shorten(manifest)}: there are no preference pairs yet; {how}")
     return manifest
 
 
@@ -199,7 +201,7 @@ def _run_commands(profile: Profile, variant: str, seed: int, folder: Path, live:
         if others:
             print("This node is the first one. Start on each other node, in the repository's folder:")
             print("\n".join("$ " + printed(other) for other in others))
-        with _started(first, folder / "train.log") as process:
+        with _started(first, folder / "train.log", process_count(profile) // profile.training.nodes) as process:
             _follow(process, folder, live)
         if not process.returncode or not PORT_TAKEN.search(_text(folder / "train.log")):
             break
@@ -228,22 +230,21 @@ def load_run(folder: Path, digest: str) -> RunResult | None:
 
 
 @contextmanager
-def _started(arguments: list[str], log: Path) -> Iterator[subprocess.Popen]:
+def _started(arguments: list[str], log: Path, processes: int) -> Iterator[subprocess.Popen]:
     """Run a command in a process group of its own; whatever happens, none of the group is left at the end."""
     with open(log, "wb") as stream:
         process = subprocess.Popen(arguments, cwd=repository_root(), stdout=stream, stderr=subprocess.STDOUT,
                                    stdin=subprocess.DEVNULL, start_new_session=True,
-                                   env={**os.environ, "HF_HUB_DISABLE_TELEMETRY": "1"} | _threads(arguments))
+                                   env={**os.environ, "HF_HUB_DISABLE_TELEMETRY": "1"} | _threads(arguments, processes))
     try:
         yield process
     finally:
         _stop(process)
 
 
-def _threads(arguments: list[str]) -> dict[str, str]:
-    """OMP_NUM_THREADS that shares the command's cores between its processes."""
-    words = dict(zip(arguments, arguments[1:]))
-    return {"OMP_NUM_THREADS": str(max(1, int(words["--cores"]) // int(words.get("--num_accelerators", 1))))}
+def _threads(arguments: list[str], processes: int) -> dict[str, str]:
+    """OMP_NUM_THREADS that shares the command's cores between its ``processes`` on this node."""
+    return {"OMP_NUM_THREADS": str(max(1, int(arguments[arguments.index("--cores") + 1]) // processes))}
 
 
 def _stop(process: subprocess.Popen) -> None:

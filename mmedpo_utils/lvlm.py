@@ -24,6 +24,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging as transformers_logging
 
 from .errors import InputError, first_line
@@ -109,7 +110,8 @@ def _read_folder(source: Path, target: torch.device, quantization: str) -> tuple
                          "incomplete or of another architecture")
     if small:
         _keep_packing(model)
-    return (model if small else model.to(target)), processor
+    placed = small or is_deepspeed_zero3_enabled()  # bitsandbytes or DeepSpeed has put the weights where they belong
+    return (model if placed else model.to(target)), processor
 
 
 def load_profile_lvlm(profile: Profile, adapter: str | Path | None = None, device: str | None = None) -> MedLVLM:

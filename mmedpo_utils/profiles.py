@@ -303,6 +303,8 @@ def _check_together(profile: Profile, file: str) -> None:
         "training.hostfile: expected null on one node": training.nodes == 1 and training.hostfile,
         "training.offload: expected none where training.zero_stage is below 2":
             training.offload == "cpu" and training.zero_stage < 2,
+        "training.zero_stage: expected 2 or less where several processes train on an nf4 model":
+            profile.lvlm.quantization == "nf4" and training.zero_stage == 3 and training.processes > 1,
         "training.cache_reference: expected false where training.reference is released, since that reference drifts":
             training.reference == "released" and training.cache_reference,
     } | _judge_problems(profile.judge)

@@ -27,6 +27,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from transformers import PrinterCallback, TrainerCallback
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging as transformers_logging
 from trl import DPOConfig
 
@@ -102,8 +103,9 @@ def held_out(rows: Sequence[dict[str, Any]], seed: int) -> np.ndarray:
 def deepspeed_config(profile: Profile) -> dict[str, Any]:
     """DeepSpeed's configuration; "auto" values follow the trainer's arguments."""
     stage, offload = profile.training.zero_stage, profile.training.offload == "cpu"
-    zero = {"stage": stage} | ({"stage3_gather_16bit_weights_on_model_save": True} if stage == 3 else
-                               {"reduce_bucket_size": 50_000_000})
+    zero = {"stage": stage, "reduce_bucket_size": 50_000_000}
+    if stage == 3:
+        zero |= {"stage3_max_live_parameters": 300_000_000, "stage3_gather_16bit_weights_on_model_save": True}
     if offload:
         zero |= {"offload_optimizer": {"device": "cpu"}} | ({"offload_param": {"device": "cpu"}} if stage == 3 else {})
     return {"zero_optimization": zero, "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
@@ -133,7 +135,7 @@ def training_arguments(profile: Profile, name: str, seed: int, folder: Path, pai
         gradient_accumulation_steps=accumulation(values, world), gradient_checkpointing=values.gradient_checkpointing,
         use_cpu=not cuda, dataloader_pin_memory=cuda, remove_unused_columns=False,
         eval_strategy="steps" if validate else "no", eval_steps=values.validation_every,
-        logging_steps=values.logging_steps, report_to=values.report_to, disable_tqdm=True,
+        logging_steps=values.logging_steps, logging_nan_inf_filter=False, report_to=values.report_to, disable_tqdm=True,
         save_strategy="steps", save_steps=values.save_every,
         train_sampling_strategy="group_by_length" if values.group_by_length else "random",
         deepspeed=deepspeed_config(profile) if world > 1 else None)
@@ -159,6 +161,10 @@ class EventWriter(TrainerCallback):
         logs = dict(logs or {})
         if not state.is_world_process_zero or not {"loss", "eval_loss"} & set(logs):
             return
+        for key in {"loss", "eval_loss", "chosen_logp", "rejected_logp"} & set(logs):
+            if not np.isfinite(logs[key]):
+                raise InputError(f"step {state.global_step}: {key} is {logs[key]}: the training has left the finite numbers; "
+                                 "lower `training.learning_rate`, or set `training.precision` to fp32")
         if "tokens" in logs:
             logs["tokens"] += self.earlier["tokens"]
         seconds, step = self.earlier["seconds"] + time.monotonic() - self.first_step, state.global_step
@@ -184,8 +190,11 @@ def build_trainer(profile: Profile, variant: Variant, rows: Sequence[dict[str, A
         validation: true where a row is for validation. Shape: [N].
     """
     weights = training_weights(rows, variant, profile)
-    values, nf4 = profile.training, profile.lvlm.quantization == "nf4"
-    lvlm = load_profile_lvlm(profile, device=profile.lvlm.device if nf4 else "cpu")
+    values = profile.training
+    in_place = profile.lvlm.quantization == "nf4" or (values.precision == "bf16" and arguments.world_size == 1)
+    lvlm = load_profile_lvlm(profile, device=profile.lvlm.device if in_place else "cpu")
+    for buffer in lvlm.model.buffers() if is_deepspeed_zero3_enabled() else ():
+        buffer.data = buffer.data.to(arguments.device)  # with ZeRO stage 3 DeepSpeed places the parameters alone
     lvlm.llava.model.language_model.set_attn_implementation(values.attention)
 
     def dataset(chosen: np.ndarray) -> Dataset:
@@ -272,7 +281,6 @@ def run(profile: Profile, name: str, seed: int, folder: Path) -> None:
         trained = time.monotonic()
         save_adapter(trainer, folder / "adapter")
         if trainer.is_world_process_zero():
-            write_model_card(folder, profile, name, seed, rows)
             seconds = {"start": writer.first_step - began, "steps": trained - writer.first_step,
                        "total": time.monotonic() - began}
             write_model_card(folder, profile, name, seed, rows)
@@ -304,6 +312,8 @@ def main() -> None:
     torch.set_num_threads(max(1, options.cores // here))
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(options.run_folder / "tensorboard")
     transformers_logging.disable_progress_bar()
+    if world == 1:  # a plain process takes one GPU; with more, the trainer would ask for data parallelism
+        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     try:
         profile = load_profile(options.profile)
         if check_device(profile.lvlm.device) == "cpu" and world > 1:

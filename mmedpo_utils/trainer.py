@@ -160,8 +160,8 @@ class MMedPOTrainer(DPOTrainer):
         self.reference_cache, self.known_reference = reference_cache, {}
         self.reuse_vision_features = reuse_vision_features
         super().__init__(model, **arguments)
-        if getattr(model, "is_loaded_in_4bit", False):
-            for parameter in self.model.parameters():  # TRL makes them bfloat16, where steps of 1e-7 round to nothing
+        if not self.is_deepspeed_enabled:  # which keeps a 32-bit copy itself
+            for parameter in self.model.parameters():  # in bfloat16 a step of 1e-7 rounds to nothing
                 parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
         llava = self.model.get_base_model().model
         frozen = not any(parameter.requires_grad for parameter in llava.vision_tower.parameters())
@@ -217,6 +217,11 @@ class MMedPOTrainer(DPOTrainer):
             self.optimizer = kind([{"params": group, "lr": rates[key]} for key, group in groups.items() if group],
                                   **options, weight_decay=self.args.weight_decay)
         return self.optimizer
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The batch on the device; a weight stays in 32 bits where DeepSpeed makes the rest bfloat16."""
+        exact = {key: inputs[key].to(self.args.device) for key in ("weights", "visual")}
+        return super()._prepare_inputs(inputs) | exact
 
     def precompute_reference(self) -> None:
         """Know the reference log-probabilities of every pair, computed once, shared between the processes.

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -31,7 +32,7 @@ from mmedpo_utils.manifests import write_manifest
 from mmedpo_utils.plots import training_curves
 from mmedpo_utils.profiles import load_profile
 from mmedpo_utils.run_folder import read_events
-from mmedpo_utils.train import deepspeed_config, held_out, manifest_path, run_digest, training_weights
+from mmedpo_utils.train import EventWriter, deepspeed_config, held_out, manifest_path, run_digest, training_weights
 
 from .conftest import REPOSITORY
 from .test_trainer import tiny_lvlm, tiny_pairs
@@ -184,6 +185,27 @@ def test_weights_are_normalised_within_each_source(workspace):
     for source in (visual, ~visual):
         assert weights[source].mean() == pytest.approx(1, abs=0.05) and set(weights[source]) >= {0.75, 1.25}
     assert (training_weights(rows, profile.training.variants["dpo"], profile) == 1).all()
+
+
+def test_a_run_that_leaves_the_finite_numbers_stops(tmp_path):
+    state = SimpleNamespace(is_world_process_zero=True, global_step=7, max_steps=9)
+    writer = EventWriter(tmp_path, 4)
+    writer.on_step_begin(None, state, None)
+    writer.on_log(None, state, None, {"loss": 0.5, "chosen_logp": -1.0, "text_loss": math.nan})
+    with pytest.raises(InputError, match="step 7: chosen_logp is nan.*training.learning_rate"):
+        writer.on_log(None, state, None, {"loss": 0.5, "chosen_logp": math.nan})
+    assert [event["loss"] for event in read_events(tmp_path)] == [0.5]
+
+
+def test_the_gpus_that_are_visible_are_the_ones_that_train(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    (line,) = commands(load_profile("phantom"), "dpo", 0, tmp_path, ssh=False)
+    assert line[line.index("--include") + 1] == "localhost:2,3" and "--num_accelerators" not in line
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-1f,GPU-2e")
+    with pytest.raises(InputError, match="CUDA_VISIBLE_DEVICES"):
+        commands(load_profile("phantom"), "dpo", 0, tmp_path, ssh=False)
 
 
 def test_no_patient_is_on_both_sides_of_the_validation_split(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -13,7 +14,7 @@ from torch import nn
 from mmedpo_utils.lvlm import MedLVLM, generate, load_lvlm, load_profile_lvlm, model_digest, prompt
 from mmedpo_utils.manifests import read_manifest, write_manifest
 from mmedpo_utils.profiles import load_profile
-from mmedpo_utils.train import build_trainer, save_adapter
+from mmedpo_utils.train import build_trainer, save_adapter, training_arguments
 
 from .test_trainer import tiny_pairs
 
@@ -77,10 +78,10 @@ def test_it_trains_and_loads_back(pairs):
         "data.source": "folder", "data.root": str(pairs), "output": str(pairs / "run"), "training.learning_rate": 1e-2,
         "training.projector_learning_rate": 1e-3, "lvlm.quantization": "nf4", "lvlm.device": "cpu"})
     rows = read_manifest(pairs / "run" / "pairs" / "train.json")
-    trainer = build_trainer(profile, profile.training.variants["mmedpo"], 0, pairs / "out", rows)
+    arguments = training_arguments(profile, "mmedpo", 0, pairs / "out", len(rows), validate=False)
+    trainer = build_trainer(profile, profile.training.variants["mmedpo"], rows, np.zeros(len(rows), bool), arguments, [])
     assert {parameter.dtype for parameter in trainer.model.parameters() if parameter.requires_grad} == {torch.float32}
     frozen = {name: parameter.clone() for name, parameter in trainer.model.named_parameters() if not parameter.requires_grad}
-    trainer.precompute_reference()
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[0] == pytest.approx(0.6931, rel=0.3) and losses[-1] != losses[0]

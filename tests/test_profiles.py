@@ -85,6 +85,7 @@ def test_a_profile_extends_a_shipped_one(tmp_path: Path) -> None:
     ({"training.epochs": 3}, "training.max_steps"), ({"training.max_steps": None}, "training.max_steps"),
     ({"training.nodes": 3}, "training.processes"), ({"training.hostfile": "hosts"}, "training.hostfile"),
     ({"training.offload": "cpu", "training.zero_stage": 1}, "training.offload"),
+    ({"lvlm.quantization": "nf4", "training.zero_stage": 3}, "training.zero_stage"),
     ({"training.reference": "released"}, "training.cache_reference")])
 def test_settings_that_contradict_each_other_are_refused(changes: dict, key: str) -> None:
     with pytest.raises(InputError, match=f"key `{key}`: expected"):

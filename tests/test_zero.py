@@ -71,6 +71,16 @@ def test_two_processes_with_every_switch_on_end_where_the_plain_run_ends(workspa
     check(run, plain)
 
 
+def test_stage_3_in_bfloat16_with_checkpointing_trains_with_exact_weights(workspace, plain):
+    run = trained(workspace, **{"training.zero_stage": 3, "training.processes": 2, "training.precision": "bf16",
+                                "training.gradient_checkpointing": True, "training.per_device_batch_size": 2,
+                                "training.gradient_accumulation_steps": 2})
+    for event, exact in zip(run.events, plain[0], strict=True):
+        if "weight" in event:
+            assert event["weight"] == pytest.approx(exact["weight"], abs=1e-6), "bfloat16 would round it"
+            assert event["loss"] == pytest.approx(exact["loss"], abs=0.05)
+
+
 def test_the_reference_file_is_the_same_whoever_wrote_it(workspace):
     files = {}
     for stage, processes in ((3, 2), (0, 1)):
