@@ -300,9 +300,8 @@ def generate(lvlm: MedLVLM, images: Sequence[Image.Image], questions: Sequence[s
                           file=sys.stdout, disable=len(texts) <= batch_size):
             rows = index[start:start + batch_size]
             inputs = _embed(lvlm, texts[start:start + batch_size], features[rows])
-            tokens = lvlm.llava.generate(
-                inputs_embeds=inputs["inputs_embeds"], attention_mask=inputs["attention_mask"],
-                max_new_tokens=max_new_tokens, num_return_sequences=samples, **sampling)
+            tokens = lvlm.llava.generate(inputs_embeds=inputs["inputs_embeds"], attention_mask=inputs["attention_mask"],
+                                         max_new_tokens=max_new_tokens, num_return_sequences=samples, **sampling)
             decoded = [text.strip() for text in lvlm.processor.batch_decode(tokens, skip_special_tokens=True)]
             answers += [decoded[row * samples:(row + 1) * samples] for row in range(len(rows))]
     return answers
