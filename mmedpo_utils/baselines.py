@@ -30,7 +30,7 @@ from trl.data_utils import apply_chat_template
 from .cards import load_card
 from .curate import curate_text, curate_visual, inputs_digest, once, training_questions
 from .datasets import Dataset, prepare_dataset
-from .errors import InputError
+from .errors import InputError, exit_status
 from .files import write_json
 from .hallucinate import CHUNK, Judge, sample_candidates
 from .judges import build_judges
@@ -305,16 +305,15 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, nargs="+", help="training seeds; the profile's evaluation.seeds where absent")
     parser.add_argument("--build-only", action="store_true", help="write the manifests, and train nothing")
     options = parser.parse_args()
-    try:
+
+    def action() -> None:
         profile = load_profile(options.profile)
         if options.build_only:
             build_manifests(profile, prepare_dataset(profile))
         else:
             compare_baselines(profile, options.seeds or profile.evaluation.seeds)
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+
+    return exit_status(action)
 
 
 if __name__ == "__main__":

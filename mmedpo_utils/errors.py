@@ -1,6 +1,9 @@
-"""The one exception that bad input raises."""
+"""The one exception that bad input raises, and how a program ends with it."""
 
 from __future__ import annotations
+
+import sys
+from collections.abc import Callable
 
 
 class InputError(ValueError):
@@ -13,3 +16,13 @@ class InputError(ValueError):
 def first_line(error: Exception) -> str:
     """What an error says first; its kind where it says nothing."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def exit_status(action: Callable[[], object]) -> int:
+    """Run what a program does. An `InputError` is printed, not raised: then the status is 2, else 0."""
+    try:
+        action()
+    except InputError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0

@@ -22,7 +22,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from .cards import load_card
-from .errors import InputError
+from .errors import InputError, exit_status
 from .files import atomic_write, write_json
 from .lvlm import PHANTOM_WEIGHTS, MedLVLM, load_lvlm, quiet_loading
 from .manifests import Row, load_json, row_source
@@ -228,12 +228,7 @@ def main() -> int:
     parser.add_argument("--base", help="the base model, where the run's profile or the adapter does not name it rightly")
     parser.add_argument("--device", default="cpu", choices=("auto", "cpu", "cuda"), help="cpu: float32; cuda: bfloat16")
     options = parser.parse_args()
-    try:
-        print(f"written: {merge(options.adapter, options.output, options.base, options.device)}")
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(lambda: print(f"written: {merge(options.adapter, options.output, options.base, options.device)}"))
 
 
 if __name__ == "__main__":
