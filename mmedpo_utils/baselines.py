@@ -207,7 +207,7 @@ def self_rewarding_style(ingredients: Ingredients) -> list[Row]:
     Self-Rewarding language models judge through a prompt with five points and repeat sampling and training several times, on
     prompts of their own. Here it is one round. A likelihood stands in for the prompt because a small model with a vocabulary
     of words cannot follow one; any model can say how likely it finds a response. It is a poor judge where the model is
-    misaligned: it prefers its own habits (phantom, 300 questions: 44% of closed, 33% of open pairs in the right order).
+    misaligned: it prefers its own habits, and orders fewer than half of the phantom's short answers rightly.
     """
     values = ingredients.profile.curation
     responses = ingredients.samples(values.candidates, values.temperature)
@@ -218,9 +218,8 @@ def sima_style(ingredients: Ingredients) -> list[Row]:
     """The Med-LVLM's greedy and one sampled response; it prefers the one for which it finds more `visual_evidence`.
 
     SIMA asks the model in words which response is better, with the true answer and three criteria of what is seen in the
-    prompt. A small model with a vocabulary of words answers "Is this answer right?" no better than chance (phantom, 300
-    questions: 53% of closed, 51% of open pairs in the right order). So the question is put in numbers: does the image speak
-    for the response? (The same pairs: 73% and 88%.) The true answer is not used.
+    prompt. A small model with a vocabulary of words cannot follow such a prompt. So the question is put in numbers: does the
+    image speak for the response? The true answer is not used.
     """
     greedy, sampled = ingredients.samples(1, 0.0), ingredients.samples(1, ingredients.profile.curation.temperature)
     responses = [first + second for first, second in zip(greedy, sampled, strict=True)]

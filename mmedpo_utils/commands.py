@@ -90,7 +90,7 @@ def commands(profile: Profile, variant: str, seed: int, run_folder: Path, ssh: b
 
     One process is plain Python; more go through the deepspeed launcher on a free port. Paths inside the repository are relative
     to it, so run them there. ``run_folder`` holds the resolved profile.yaml. MASTER_ADDR and MASTER_PORT say where the first
-    node is found; else it is this machine.
+    node is found; else it is this machine, and FIRST_NODE in a dry run, which may be made anywhere.
 
     Raises:
         InputError: as `process_count`.
@@ -108,7 +108,7 @@ def commands(profile: Profile, variant: str, seed: int, run_folder: Path, ssh: b
     hosts = ["--hostfile", shorten(values.hostfile or run_folder / "hostfile")]
     if ssh:
         return [[*start, *hosts, *port, *common]]
-    address = ["--master_addr", os.environ.get("MASTER_ADDR") or socket.gethostname()]
+    address = ["--master_addr", os.environ.get("MASTER_ADDR") or ("FIRST_NODE" if dry_run else socket.gethostname())]
     return [[*start, *hosts, "--no_ssh", "--node_rank", str(rank), *address, *port, *common] for rank in range(values.nodes)]
 
 

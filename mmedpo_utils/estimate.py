@@ -1,7 +1,7 @@
 """What a training takes, reckoned before it starts: parameters, memory per GPU, floating-point operations, hours.
 
 It needs neither GPU nor weights. Everything here is a closed form of the model's configuration and the profile; the hours rest on
-two stated guesses, how much of its peak a GPU reaches and how fast weights travel between GPUs.
+stated guesses: how much of its peak a GPU reaches, and how fast weights travel between GPUs and between nodes.
 """
 
 from __future__ import annotations
@@ -234,7 +234,7 @@ def describe(profile: Profile, variant: str, rows: Sequence[dict[str, Any]], cou
     lines = [f"Model: {profile.lvlm.model}, {base / 1e6:,.1f} M parameters, {trained / 1e6:,.1f} M trained"]
     if not read:
         lines.append("  its configuration is not here: reckoned with LLaVA-Med 1.5's shape (Mistral-7B, CLIP ViT-L/14-336)")
-    lines.append(f"Memory of each of {processes} processes, estimated: {sum(memory.values()):.1f} GiB")
+    lines.append(f"Memory of each process ({processes} in all), estimated: {sum(memory.values()):.1f} GiB")
     lines += [f"  {part:<14}{value:8.2f} GiB" for part, value in memory.items()]
     lines += [f"  and {cpu:.1f} GiB of the CPU's memory for all processes together"] if cpu else []
     return "\n".join([*lines, *_describe_time(profile, config, size, counts, processes, sum(memory.values()), cores)])
@@ -279,7 +279,7 @@ def _describe_time(profile: Profile, config: LlavaConfig, size: PairSize, counts
     per_step = training.per_device_batch_size * training.gradient_accumulation_steps * training.processes
     lines = [f"Time, estimated: {steps} steps of {per_step} pairs, {epochs:.1f} epochs; a pair of {size.prompt:.0f} + "
              f"{size.answer:.0f} tokens takes {flops / 1e9:,.1f} GFLOP"]
-    machines = {f"CPU with {cores} cores": (CORE * cores / processes, math.inf)} if cores else GPUS
+    machines = {f"CPU, {cores} of its cores": (CORE * cores / processes, math.inf)} if cores else GPUS
     for name, (peak, room) in machines.items():
         seconds = run_seconds(config, training, size, counts, processes, peak)
         fits = f" ({room} GiB{'' if memory < room else '; does not fit'})" if room < math.inf else ""
