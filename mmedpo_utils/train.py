@@ -135,7 +135,7 @@ def training_arguments(profile: Profile, name: str, seed: int, folder: Path, pai
         gradient_accumulation_steps=accumulation(values, world), gradient_checkpointing=values.gradient_checkpointing,
         use_cpu=not cuda, dataloader_pin_memory=cuda, remove_unused_columns=False,
         eval_strategy="steps" if validate else "no", eval_steps=values.validation_every,
-        logging_steps=values.logging_steps, logging_nan_inf_filter=False, report_to=values.report_to, disable_tqdm=True,
+        logging_steps=values.logging_steps, report_to=values.report_to, disable_tqdm=True,
         save_strategy="steps", save_steps=values.save_every,
         train_sampling_strategy="group_by_length" if values.group_by_length else "random",
         deepspeed=deepspeed_config(profile) if world > 1 else None)

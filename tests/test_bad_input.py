@@ -236,6 +236,7 @@ BAD_PROFILES = [
     profile("misspelt source of pairs", "training.variants.mmedpo.sources", ["text", "visuel"], "`visual`"),
     profile("no source of pairs", "training.variants.mmedpo.sources", [], "expected a list of different values"),
     profile("variant outside its folder", "training.variants", {"../up": {}}, "expected named sections"),
+    profile("manifest outside its folder", "training.variants.dpo.pairs", "../up", "expected a name of letters", "'../up'"),
     profile("misspelt mask", "noise.mask", "quantil", "the nearest valid one is `quantile`"),
     profile("number for a section", "noise", 3, "section `noise`: expected keys and values"),
     profile("bounds crossed", "relevance.low", 1.5, "expected at most relevance.high"),

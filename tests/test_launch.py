@@ -28,11 +28,20 @@ from mmedpo_utils.commands import commands, free_cores, free_port, process_count
 from mmedpo_utils.errors import InputError
 from mmedpo_utils.launch import TrainingError, load_run, train
 from mmedpo_utils.lvlm import load_lvlm
-from mmedpo_utils.manifests import write_manifest
+from mmedpo_utils.manifests import read_manifest, write_manifest
 from mmedpo_utils.plots import training_curves
 from mmedpo_utils.profiles import load_profile
 from mmedpo_utils.run_folder import read_events
-from mmedpo_utils.train import EventWriter, deepspeed_config, held_out, manifest_path, run_digest, training_weights
+from mmedpo_utils.train import (
+    EventWriter,
+    build_trainer,
+    deepspeed_config,
+    held_out,
+    manifest_path,
+    run_digest,
+    training_arguments,
+    training_weights,
+)
 
 from .conftest import REPOSITORY
 from .test_trainer import tiny_lvlm, tiny_pairs
@@ -195,6 +204,19 @@ def test_a_run_that_leaves_the_finite_numbers_stops(tmp_path):
     with pytest.raises(InputError, match="step 7: chosen_logp is nan.*training.learning_rate"):
         writer.on_log(None, state, None, {"loss": 0.5, "chosen_logp": math.nan})
     assert [event["loss"] for event in read_events(tmp_path)] == [0.5]
+
+
+def test_a_training_whose_weights_are_not_numbers_any_more_stops_at_its_first_log(workspace, tmp_path):
+    profile = tiny_profile(workspace, **{"training.processes": 1})
+    rows = read_manifest(manifest_path(profile, "mmedpo"))
+    arguments = training_arguments(profile, "mmedpo", 0, tmp_path, len(rows), validate=False)
+    trainer = build_trainer(profile, profile.training.variants["mmedpo"], rows, np.zeros(len(rows), bool), arguments,
+                            [EventWriter(tmp_path, 4)])
+    trainer.precompute_reference()
+    next(parameter for name, parameter in trainer.model.named_parameters() if "lora_A" in name).data.fill_(math.nan)
+    with pytest.raises(InputError, match="step 1: .* is nan"):
+        trainer.train()
+    assert not read_events(tmp_path)
 
 
 def test_the_gpus_that_are_visible_are_the_ones_that_train(tmp_path, monkeypatch):

@@ -417,6 +417,20 @@ def test_the_reference_cache_is_read_checked_and_extended(tiny, tmp_path, monkey
     assert len(set(data["key"])) == 16 and data["key"] == pair_keys(data, 64) != pair_keys(data, 63)
 
 
+@pytest.mark.parametrize("changed", ["image", "rejected_image", "prompt_ids", "chosen_ids", "rejected_ids"])
+def test_the_key_of_a_pair_follows_its_tokens_and_both_its_images(tmp_path, changed):
+    pair = {"prompt_ids": [1, 2], "chosen_ids": [3], "rejected_ids": [4]}
+    for name in ("image", "rejected_image"):
+        (tmp_path / name).write_bytes(name.encode())
+        pair[name] = str(tmp_path / name)
+    before = pair_keys([pair], 64)
+    if changed.endswith("image"):
+        (tmp_path / changed).write_bytes(b"another")
+    else:
+        pair[changed] = [*pair[changed], 5]
+    assert pair_keys([pair], 64) != before
+
+
 @pytest.mark.parametrize("trains", [("lora",), ("projector",), ("lora", "projector")])
 def test_lora_or_projector_can_be_trained_alone_and_the_adapter_loads_in_peft(tiny, tmp_path, trains):
     run = trainer(tiny, tmp_path, trains=trains)
