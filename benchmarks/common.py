@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import datetime
 import gc
 import multiprocessing
 import os
 import platform
-import subprocess
 import sys
 import time
 from contextlib import suppress
@@ -41,7 +39,7 @@ from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from mmedpo_utils.environment import versions  # noqa: E402
+from mmedpo_utils.environment import provenance  # noqa: E402
 from mmedpo_utils.lvlm import MedLVLM, generate, load_lvlm, model_digest  # noqa: E402
 from mmedpo_utils.manifests import Row, answer_text, question_text, read_manifest, write_manifest  # noqa: E402
 from mmedpo_utils.trainer import MMedPOTrainer, PreferenceCollator, adapter_config, preference_dataset  # noqa: E402
@@ -360,9 +358,6 @@ class Worker:
         self.process.join()
 
 
-def provenance(threads: int) -> dict[str, Any]:
-    """Where and from what a result comes: machine, versions, date, commit."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    return {"machine": {"processor": platform.machine(), "system": platform.system(), "cores_used": threads},
-            "versions": versions(), "date": datetime.date.today().isoformat(), "commit": commit}
-
+def origin(threads: int) -> dict[str, Any]:
+    """From what a benchmark's numbers come (see `provenance`)."""
+    return provenance(processor=platform.machine(), system=platform.system(), cores_used=threads)

@@ -13,7 +13,6 @@ They take turns, round by round; the ratios are medians over the rounds. Memory 
 from __future__ import annotations
 
 import argparse
-import datetime
 import os
 import platform
 import statistics
@@ -32,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from mmedpo_utils.curate import curate_folder  # noqa: E402
-from mmedpo_utils.environment import versions  # noqa: E402
+from mmedpo_utils.environment import provenance  # noqa: E402
 from mmedpo_utils.files import write_json  # noqa: E402
 from mmedpo_utils.manifests import Row, open_image  # noqa: E402
 from mmedpo_utils.medklip import MedKLIP, MedKLIPConfig, confidence, heat_map  # noqa: E402
@@ -144,7 +143,6 @@ def main() -> None:
         few, many = (measure_memory(count, Path(folder)) for count in arguments.memory_images)
         taken = measure_time(arguments.images, arguments.size, arguments.rounds, Path(folder))
     forward, curation, released = taken["forward"], taken["curation"], taken["released"]
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     result = {
         "ratio_to_forward": round(statistics.median(a / b for a, b in zip(curation, forward)), 3),
         "ratio_to_released": round(statistics.median(a / b for a, b in zip(curation, released)), 3),
@@ -152,8 +150,7 @@ def main() -> None:
         "seconds": {way: [round(value, 2) for value in values] for way, values in taken.items()},
         "images": arguments.images, "size": arguments.size, "batch_size": BATCH_SIZE, "noise": NOISE.kind,
         "memory": {"images": list(arguments.memory_images), "size": MEMORY_SIZE, "peak_bytes": [few, many]},
-        "machine": {"processor": platform.machine(), "system": platform.system(), "cores_used": torch.get_num_threads()},
-        "versions": versions(), "date": datetime.date.today().isoformat(), "commit": commit}
+        **provenance(processor=platform.machine(), system=platform.system(), cores_used=torch.get_num_threads())}
     write_json(arguments.output, result)
     print(f"curation: {result['ratio_to_forward']} times the bare forward, {result['ratio_to_released']} times the released "
           f"way; peak memory {result['memory_ratio']} times; {arguments.output.name} written")

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import MAX_LENGTH, ROOT, SHAPES, Job, Shape, Worker, draw_pairs, provenance, save_lvlm
+from common import MAX_LENGTH, ROOT, SHAPES, Job, Shape, Worker, draw_pairs, origin, save_lvlm
 from flops import pair_flops
 from transformers import LlavaProcessor
 
@@ -129,7 +129,7 @@ def main() -> None:
         "device": card, "peak_dense_bf16_tflops": peak_tflops(card), "results": results, "warm_up_steps": WARM_UP,
         "model": {"shape": options.shape, **asdict(shape), "image_tokens": shape.image_tokens, "lora_rank": options.lora_rank,
                   "gradient_checkpointing": True, "batch_size": 1, "epochs_of_mixed": EPOCHS},
-        **provenance(os.cpu_count())})
+        **origin(os.cpu_count())})
     print(f"{options.output.name} written")
 
 

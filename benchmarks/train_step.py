@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import ROOT, SHAPES, Job, Shape, Worker, draw_pairs, provenance, save_lvlm
+from common import ROOT, SHAPES, Job, Shape, Worker, draw_pairs, origin, save_lvlm
 from flops import row_flops, tower_flops
 
 from mmedpo_utils.files import write_json
@@ -147,7 +147,7 @@ def main() -> None:
                         "precision": "float32", "lora_rank": size.lora_rank, "gradient_checkpointing": False},
               "shares": {name: shares(SHAPES[name]) for name in (size.shape, "llava-med-1.5")},
               "pairs": {"text": size.text_pairs, "mixed": size.mixed_pairs, "lengths": size.length_pairs,
-                        "batch_size": size.batch_size, "batch_size_of_lengths": size.length_batch_size}, **provenance(threads)}
+                        "batch_size": size.batch_size, "batch_size_of_lengths": size.length_batch_size}, **origin(threads)}
     write_json(options.output, result)
     print(f"text pairs {result['text_ratio']} times TRL's pairs per second, text and visual {result['mixed_ratio']} times; "
           f"losses differ by {result['max_loss_difference']:.1e} at most; peak memory {result['memory_ratio']} times; "

@@ -30,6 +30,7 @@ from trl.data_utils import apply_chat_template
 from .cards import load_card
 from .curate import curate_text, curate_visual, inputs_digest, once, training_questions
 from .datasets import Dataset, prepare_dataset
+from .environment import provenance
 from .errors import InputError, exit_status
 from .files import write_json
 from .hallucinate import CHUNK, Judge, sample_candidates
@@ -39,7 +40,7 @@ from .manifests import Row, answer_text, open_image, pair_row, question_text, re
 from .medklip import MedKLIP, load_medklip
 from .pairs import generator, merge_pairs
 from .profiles import Profile, load_profile
-from .reference import evaluate_seeds, provenance
+from .reference import evaluate_seeds
 from .relevance import Member, debate
 from .schema import nearest
 from .tutorial import results_table

@@ -1,14 +1,19 @@
-"""What this machine has, and what that allows."""
+"""What this machine has, and what that allows; where a result comes from."""
 
 from __future__ import annotations
 
+import datetime
 import importlib.metadata
 import importlib.util
 import os
 import platform
+import subprocess
+from typing import Any
 
 import psutil
 import torch
+
+from .schema import repository_root
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "deepspeed", "bitsandbytes")
 
@@ -19,6 +24,17 @@ def versions() -> dict[str, str | None]:
     for name in PACKAGES:
         found[name] = importlib.metadata.version(name) if importlib.util.find_spec(name) else None
     return found
+
+
+def provenance(**machine: Any) -> dict[str, Any]:
+    """Machine, versions, date and commit (None outside a git checkout) of a result.
+
+    Args:
+        machine: what to say of the machine; its platform and cores where nothing is given.
+    """
+    found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=repository_root())
+    return {"machine": machine or {"platform": platform.platform(), "cores": os.cpu_count()}, "versions": versions(),
+            "date": datetime.date.today().isoformat(), "commit": found.stdout.strip() or None}
 
 
 def check_environment() -> list[tuple[str, str, str]]:

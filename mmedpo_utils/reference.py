@@ -6,19 +6,15 @@ three seeds on the same pairs, evaluated, and written to ``figures/reference/pha
 
 from __future__ import annotations
 
-import datetime
 import json
-import os
-import platform
 import shutil
-import subprocess
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 from . import tutorial
 from .datasets import Dataset, prepare_dataset
-from .environment import versions
+from .environment import provenance
 from .evaluate import answer_test, attend_test, compare_pair, score_table
 from .export import add_scores
 from .files import write_json
@@ -65,13 +61,6 @@ def evaluate_seeds(profile: Profile, dataset: Dataset, seeds: Sequence[int], pai
             "differences": {f"{a} - {b}": compare_pair(predictions[a], predictions[b], samples) for a, b in pairs},
             "training": {name: {"pairs": found[0].result["pairs"], "seconds": [run.result["seconds"]["steps"] for run in found]}
                          for name, found in runs.items()}}
-
-
-def provenance() -> dict[str, Any]:
-    """Machine, versions, date and commit (None outside a git checkout) of a result."""
-    found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=repository_root())
-    return {"machine": {"platform": platform.platform(), "cores": os.cpu_count()}, "versions": versions(),
-            "date": datetime.date.today().isoformat(), "commit": found.stdout.strip() or None}
 
 
 def medklip_scores(profile: Profile, dataset: Dataset) -> dict[str, float]:
