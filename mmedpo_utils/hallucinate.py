@@ -11,6 +11,7 @@ import numpy as np
 
 from .errors import InputError
 from .manifests import open_image, question_text, resolve_image
+from .metrics import words
 
 CHUNK = 64
 
@@ -75,6 +76,6 @@ def choose_rejected(
     if best is not None and best.text and best.conflict >= threshold:
         return best
     written = graded(judge.write(question, answer, rng).strip(), "written")
-    if written.text.lower() in ("", answer.strip().lower()):
+    if not written.text or words(written.text) == words(answer):
         raise InputError(f"judge: wrote {written.text!r} for the question {question!r:.80}, which rejects nothing")
     return written

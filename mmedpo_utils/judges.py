@@ -25,6 +25,7 @@ from .chat import Backend, Chat, EndpointModel, Limits, LocalModel, Messages, Sa
 from .errors import InputError
 from .hallucinate import Judge
 from .manifests import Row, question_text
+from .metrics import is_yes_no, opener, words
 from .phantom.panel import FactJudge, fact_panel
 from .privacy import Card, check_endpoint
 from .profiles import LanguageModel, Profile
@@ -137,7 +138,7 @@ class LanguageModelJudge:
 
     def conflict(self, question: str, answer: str, response: str) -> float:
         """The model's conflict in [0, 1]; 0 without asking for no response or the answer itself; fall-back: 0."""
-        if response.strip().lower() in ("", answer.strip().lower()):
+        if not response.strip() or words(response) == words(answer):
             return 0.0
         data = {"question": question, "reference_answer": answer, "response": response}
         value = _ask(self.chat, self._sampling, COMPARE, '{"conflict": a number from 0 to 1, "reason": one sentence}', data,
@@ -150,13 +151,15 @@ class LanguageModelJudge:
 
         def read(item: dict[str, Any]) -> str | None:
             text = item.get("response")
-            return text.strip() if isinstance(text, str) and text.strip().lower() not in ("", answer.lower()) else None
+            says = isinstance(text, str) and text.strip() and words(text) != words(answer)
+            return text.strip() if says else None
 
         task = WRITE.format(kind=HALLUCINATIONS[rng.integers(len(HALLUCINATIONS))])
         sampling = replace(self._sampling, seed=int(rng.integers(2**31)))
         value = _ask(self.chat, sampling, task, '{"response": the hallucinated answer}',
                      {"question": question, "reference_answer": answer}, _schema(response=TEXT), read)
-        return value[0] if value else {"yes": "no", "no": "yes"}.get(answer.lower(), f"not {answer}")
+        turned = {"yes": "no", "no": "yes"}[opener(answer)] if is_yes_no(answer) else f"not {answer}"
+        return value[0] if value else turned
 
 
 class LanguageModelMember:

@@ -34,6 +34,7 @@ from .manifests import (
     read_text,
     resolve_image,
 )
+from .metrics import is_yes_no
 from .phantom.texts import SPLITS
 from .profiles import IMAGE_FOLDERS
 from .schema import nearest
@@ -161,7 +162,7 @@ def _row(where: str, number: Any, image: Any, question: Any, answer: Any, answer
     answer = str(answer).strip() if isinstance(answer, str | int | float) else answer
     kind = str(answer_type).strip().upper() if answer_type else None
     if kind is None:
-        kind = "CLOSED" if str(answer).lower().strip(".") in ("yes", "no") else "OPEN"
+        kind = "CLOSED" if is_yes_no(str(answer)) else "OPEN"
     if kind not in ANSWER_TYPES:
         raise InputError(f"{where}: `answer_type`: expected one of {', '.join(ANSWER_TYPES)}, found {answer_type!r}")
     text = f"{question.strip()}\n{IMAGE_MARK}" if isinstance(question, str) and question.strip() else ""

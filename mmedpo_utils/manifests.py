@@ -18,6 +18,7 @@ from PIL import Image, ImageOps
 from .dicom import is_dicom, open_dicom
 from .errors import InputError
 from .files import write_json
+from .metrics import is_yes_no, opener
 
 IMAGE_MARK = "<image>"
 ANSWER_TYPES = ("CLOSED", "OPEN", "REPORT")
@@ -103,7 +104,7 @@ def audit_manifest(rows: Sequence[Row]) -> Row:
     """
     scores = [float(row["weighted_score"]) for row in rows]
     lengths = [[len(answer_text(row, rejected).split()) for rejected in (False, True)] for row in rows]
-    openers = [[_opener(answer_text(row, rejected)) for rejected in (False, True)] for row in rows]
+    openers = [[opener(answer_text(row, rejected)) for rejected in (False, True)] for row in rows]
     return {
         "rows": len(rows),
         "sources": dict(Counter(row_source(row) for row in rows)),
@@ -195,11 +196,10 @@ def rows_to_questions(rows: Sequence[Row]) -> list[Row]:
     questions = []
     for row in rows:
         answer = answer_text(row)
-        closed = answer.lower().strip(".") in ("yes", "no")
         carried = {key: row[key] for key in OPTIONAL_KEYS if key in row}
         questions.append({"question_id": row["id"], "image": row["image"], "gpt4_answer": answer,
                           "text": f"{question_text(row)}\n{IMAGE_MARK}",
-                          "answer_type": "CLOSED" if closed else "OPEN", **carried})
+                          "answer_type": "CLOSED" if is_yes_no(answer) else "OPEN", **carried})
     return questions
 
 
@@ -256,12 +256,6 @@ def open_image(path: str | os.PathLike) -> Image.Image:
 def _prompt(row: Row) -> tuple[str, str, str]:
     """What makes two rows ask the same: source, image, and the question whatever its case and spacing."""
     return row_source(row), row["image"], " ".join(question_text(row).casefold().split())
-
-
-def _opener(answer: str) -> str:
-    """``yes`` or ``no`` where an answer begins with that word, else an empty text."""
-    first = re.match(r"\W*(yes|no)\b", answer, re.IGNORECASE)
-    return first[1].lower() if first else ""
 
 
 def read_text(path: str | os.PathLike) -> str:

@@ -9,7 +9,7 @@ optionally `patient_id`, `finding` and `question_type`. Without `patient_id` the
 
 from __future__ import annotations
 
-import string
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache, lru_cache
@@ -22,10 +22,10 @@ from sacrebleu.metrics import BLEU
 Row = dict[str, Any]
 Statistic = Callable[[np.ndarray], np.ndarray]
 METHODS = {
-    "closed_accuracy": "share of yes/no answers whose first word, lower case and without punctuation, is the true one; "
+    "closed_accuracy": "share of yes/no answers whose first word is the true one (lower case; punctuation parts words); "
                        "where the truth is another word or phrase, the prediction has to begin with it",
-    "open_recall": "share of the true answer's words found in the prediction, counted with multiplicity (lower case, "
-                   "punctuation off, split on white space), mean over questions",
+    "open_recall": "share of the true answer's words found in the prediction, counted with multiplicity (lower case; "
+                   "punctuation parts words), mean over questions",
     "bleu": "mean of BLEU-1 to BLEU-4; each is sacrebleu's cumulative corpus BLEU (lower case, tokenizer 13a, "
             "smoothing 'exp')",
     "rouge_l": "rouge-score's ROUGE-L F1 without stemming, mean over reports",
@@ -33,20 +33,36 @@ METHODS = {
     "attention_in_lesion": "share of the image attention that falls inside the lesion mask, mean over questions",
 }
 BLEU_ORDERS = (1, 2, 3, 4)
+WORD = re.compile(r"\d{1,3}(?:,\d{3})+(?!\d)|\d+(?:\.\d+)+|[^\W_]+(?:['\u2019][^\W_]+)*")
+LETTER_HYPHEN = re.compile(r"\b([^\W\d_])-(?=[^\W\d_])")
 ANSWER_TYPES = {"closed_accuracy": "CLOSED", "open_recall": "OPEN"}
 SCORES = ("closed_accuracy", "open_recall", "bleu", *(f"bleu{n}" for n in BLEU_ORDERS), "rouge_l", "meteor")
 
 
 def words(text: str) -> list[str]:
-    """Lower-case words of ``text``, punctuation removed, split on white space."""
-    return text.lower().translate(str.maketrans("", "", string.punctuation)).split()
+    """Lower-case words of ``text``: runs of letters and digits of any script, so that punctuation parts words.
+
+    Decimals stay whole ("3.5"), thousands lose their commas ("1,200" is 1200), contractions their apostrophe ("don't" is
+    dont), and a single letter its hyphen ("x-ray" is xray; "left-sided" is two words).
+    """
+    joined = LETTER_HYPHEN.sub(r"\1", text.lower())
+    return [re.sub("[,'\u2019]", "", word) for word in WORD.findall(joined)]
+
+
+def opener(text: str) -> str:
+    """``yes`` or ``no`` where that is the first word of ``text``, else an empty text. The one place that says so."""
+    first = words(text)[:1]
+    return first[0] if first in (["yes"], ["no"]) else ""
+
+
+def is_yes_no(answer: str) -> bool:
+    """Whether an answer is yes or no and nothing else: then its question is a closed one, where nobody says the type."""
+    return len(words(answer)) == 1 and opener(answer) != ""
 
 
 def closed_correct(answer: str, prediction: str) -> bool:
     """Whether a closed prediction is right, by the rule of `METHODS`: "Yes, there is." says yes, "It is" does not."""
-    truth, given = words(answer), words(prediction)
-    if truth[:1] in (["yes"], ["no"]):
-        truth = truth[:1]
+    truth, given = [opener(answer)] if opener(answer) else words(answer), words(prediction)
     return bool(truth) and given[: len(truth)] == truth
 
 
@@ -178,8 +194,9 @@ def scores_by(rows: Sequence[Row], key: str) -> dict[str, dict[str, Row]]:
 
 
 def patient_of(row: Row) -> str:
-    """The patient of a row; the image's name stands for it where the row names none."""
-    return str(row.get("patient_id") or row["image"])
+    """The patient of a row; the image's name stands for it where the row names none (no key, null, or a blank text)."""
+    patient = row.get("patient_id")
+    return str(row["image"] if patient is None or not str(patient).strip() else patient)
 
 
 def _draws(tables: Sequence[np.ndarray], patients: Sequence, seeds: Sequence | None, samples: int,

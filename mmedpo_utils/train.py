@@ -38,6 +38,7 @@ from .export import write_model_card
 from .files import write_json
 from .lvlm import load_profile_lvlm, model_digest
 from .manifests import read_manifest, row_source
+from .metrics import patient_of
 from .profiles import Profile, Variant, check_device, load_profile
 from .relevance import normalise
 from .run_folder import (
@@ -94,7 +95,7 @@ def held_out(rows: Sequence[dict[str, Any]], seed: int) -> np.ndarray:
     Returns:
         True where a row is for validation. Shape: [N].
     """
-    patients = np.array([str(row.get("patient_id", row["image"])) for row in rows])
+    patients = np.array([patient_of(row) for row in rows])
     names = np.unique(patients)
     share = min(VALIDATION_SHARE, VALIDATION_PAIRS / len(rows))
     return np.isin(patients, np.random.default_rng(seed).permutation(names)[: int(share * len(names))])

@@ -127,7 +127,7 @@ def test_an_injected_instruction_does_not_change_what_is_accepted(tmp_path):
             assert member("q", "a", text, None)[0] == accepted
         assert quoted(backend.asked[0])["text"] == INJECTED
     judge = LanguageModelJudge(Chat(Scripted('{"conflict": 0.3}'), tmp_path), SAMPLING)
-    assert judge.conflict(INJECTED, INJECTED, INJECTED + "!") == 0.3
+    assert judge.conflict(INJECTED, INJECTED, INJECTED + " again") == 0.3
 
 
 def test_a_member_is_shown_the_text_and_the_previous_score_only(tmp_path):

@@ -240,6 +240,13 @@ def test_no_patient_is_on_both_sides_of_the_validation_split(tmp_path):
     assert not held_out(rows[:21], seed=0).any()
 
 
+def test_pairs_without_a_patient_are_held_out_by_image():
+    absent = [{"id": number, "image": f"{number}.png"} for number in range(40)]
+    null, blank = ([row | {"patient_id": value} for row in absent] for value in (None, ""))
+    assert held_out(absent, 0).sum() == 4
+    assert (held_out(null, 0) == held_out(absent, 0)).all() and (held_out(blank, 0) == held_out(absent, 0)).all()
+
+
 @pytest.mark.parametrize(("stage", "offload"), [(0, "none"), (1, "none"), (2, "none"), (3, "none"), (2, "cpu"), (3, "cpu")])
 def test_keys_of_stage_3_are_left_out_below_it(stage, offload):
     profile = load_profile("phantom", {"training.zero_stage": stage, "training.offload": offload})

@@ -41,6 +41,23 @@ def test_recall_counts_words_with_multiplicity():
     assert metrics.words("Air, under\tthe R. dome") == ["air", "under", "the", "r", "dome"]
 
 
+def test_punctuation_parts_words():
+    """Whatever the mark between two words is: with a blank beside it and without, the words are the same."""
+    for mark in (",", ".", ";", "/", "-", "\u2013", "\u2014", "\u3002", "\uff0c", "(", "\u201c", "\u2026", "_", "|"):
+        assert metrics.words(f"Small{mark}Bowel") == metrics.words(f"small {mark} bowel") == ["small", "bowel"], mark
+        assert metrics.opener(f"Yes{mark}there is one") == "yes" and metrics.opener(f"\u201cNo{mark}clear") == "no", mark
+    assert metrics.words("3.5 cm, 1,200 ml, T1-weighted, don\u2019t") == ["3.5", "cm", "1200", "ml", "t1", "weighted", "dont"]
+    assert metrics.opener("Normal") == metrics.opener("Nothing") == metrics.opener("...") == metrics.opener("") == ""
+    assert metrics.is_yes_no("YES!") and not metrics.is_yes_no("No acute disease.") and not metrics.is_yes_no("?")
+
+
+def test_who_the_patient_is():
+    """A row that names no patient counts by its image, however it fails to name one; 0 is a name."""
+    named = [metrics.patient_of({"image": "a.png", **row})
+             for row in ({}, {"patient_id": None}, {"patient_id": " "}, {"patient_id": 0}, {"patient_id": "p"})]
+    assert named == ["a.png", "a.png", "a.png", "0", "p"]
+
+
 def test_accuracy_and_recall_are_means_over_their_own_rows():
     rows = [row("CLOSED", "yes", "yes"), row("CLOSED", "no", "yes"), row("OPEN", "left base", "left apex"),
             row("OPEN", "left", "left")]
