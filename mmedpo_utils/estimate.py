@@ -32,7 +32,9 @@ GPUS = {"RTX A6000": (154.8e12, 48), "A100": (312e12, 80), "H100": (989e12, 80)}
 def model_config(model: str) -> tuple[LlavaConfig, bool]:
     """The configuration of ``lvlm.model`` and whether it was read; else it is that of LLaVA-Med 1.5, from what is published."""
     try:
-        config = AutoConfig.from_pretrained(PHANTOM_WEIGHTS if model == "phantom" else model, local_files_only=True)
+        config = AutoConfig.from_pretrained(
+            PHANTOM_WEIGHTS if model == "phantom" else model, local_files_only=True, trust_remote_code=False
+        )
         if isinstance(config, LlavaConfig):
             return config, True
     except (OSError, ValueError, KeyError):

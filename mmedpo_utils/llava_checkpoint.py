@@ -14,6 +14,7 @@ import re
 import shutil
 import warnings
 import zipfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -111,22 +112,69 @@ def converted(source: Path, config: dict[str, Any], vision_tower: str, name: str
     """
     tower = _find_tower(source, config, weights=vision_tower == "config")
     record = {"layout": LAYOUT, "source": str(source.resolve()) if Path(name).exists() else name, "vision_tower": vision_tower,
-              "files": _fingerprints(source), "tower": config["mm_vision_tower"],
-              "tower_files": _fingerprints(tower if vision_tower == "config" else None)}
-    identity = hashlib.sha256(f"{record['source']} {vision_tower}".encode()).hexdigest()[:12]
-    target = Path(constants.HF_HOME) / "mmedpo" / f"{Path(record['source']).name}-{vision_tower}-{identity}"
-    found = _read_record(target, record)
-    if found is None:
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(target.with_name(f"{target.name}.lock")):
-                found = _read_record(target, record) or _convert(source, config, tower, target, record)
-        except OSError as error:
-            raise InputError(f"{target}: cannot be written ({error.strerror or error}); free some disk space, or set HF_HOME to "
-                             "a folder with room for the converted model") from error
+              "files": folder_record(source), "tower": config["mm_vision_tower"],
+              "tower_files": folder_record(tower if vision_tower == "config" else None)}
+    target = cache_folder(f"{Path(record['source']).name}-{vision_tower}", f"{record['source']} {vision_tower}")
+
+    def write(draft: Path) -> dict[str, Any]:
+        return _convert(source, config, tower, draft, record)
+
+    found = cached(target, record, write)
     if found["difference"]:
         warnings.warn(found["difference"], stacklevel=4)
     return target
+
+
+def cache_folder(name: str, identity: str) -> Path:
+    """Where a folder that is made once of other files is kept; ``identity`` tells namesakes apart."""
+    digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
+    return Path(constants.HF_HOME) / "mmedpo" / f"{name}-{digest}"
+
+
+def cached(target: Path, record: dict[str, Any], write: Callable[[Path], dict[str, Any] | None]) -> dict[str, Any]:
+    """Fill ``target`` once, whole or not at all; processes that ask at the same time wait for one of them.
+
+    Args:
+        record: what the folder is made of; where the folder's own record agrees, it is used as it is.
+        write: fills a draft folder that it is given, and may return more to keep in the record.
+
+    Returns:
+        the folder's record, with what ``write`` added.
+
+    Raises:
+        InputError: no room, or the folder cannot be written.
+    """
+    found = _read_record(target, record)
+    try:
+        if found is None:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(target.with_name(f"{target.name}.lock")):
+                found = _read_record(target, record) or _fill(target, record, write)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise InputError(f"{target}: cannot be written ({reason}); free some disk space, or set HF_HOME to "
+                         "a folder with room for the converted model") from error
+    return found
+
+
+def _fill(target: Path, record: dict[str, Any], write: Callable[[Path], dict[str, Any] | None]) -> dict[str, Any]:
+    draft, old = target.with_name(f".{target.name}.draft"), target.with_name(f".{target.name}.old")
+    try:
+        for leftover in (draft, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        draft.mkdir()
+        write_json(draft / RECORD, record)
+        more = write(draft)
+        if more:
+            record = record | more
+            write_json(draft / RECORD, record)
+        if target.exists():
+            target.rename(old)
+        draft.rename(target)
+    finally:
+        for leftover in (draft, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+    return record
 
 
 def _read_record(target: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
@@ -138,40 +186,28 @@ def _read_record(target: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
     return found if {key: found.get(key) for key in wanted} == wanted else None
 
 
-def _convert(source: Path, config: dict[str, Any], tower: Path | None, target: Path, record: dict[str, Any]) -> dict[str, Any]:
-    """Write ``target`` through a draft folder that has no config.json until all else is in it. Returns the record."""
+def _convert(source: Path, config: dict[str, Any], tower: Path | None, draft: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """Write the converted model into ``draft``. Returns what its record says beside its source."""
     backbone = "mistral" if "mistral" in f"{config.get('model_type')} {config.get('architectures')}".lower() else "llama"
     template = "mistral_instruct" if backbone == "mistral" else "v1"
     vision, mean_std = _vision_config(config["mm_vision_tower"], tower)
     tokenizer = image_tokenizer(source, int(config.get("vocab_size", 0)))
     llava = _llava_config(source, config, backbone, vision, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
     shards = _plan(source, tower, record["vision_tower"], llava)
-    record = {**record, "template": template, "package": __version__,
-              "difference": _difference(source, tower, config["mm_vision_tower"], record["vision_tower"])}
-    draft, old = target.with_name(f".{target.name}.draft"), target.with_name(f".{target.name}.old")
+    difference = _difference(source, tower, config["mm_vision_tower"], record["vision_tower"])
     try:
-        for leftover in (draft, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-        draft.mkdir()
         size = sum(file.stat().st_size for file in shards)
-        print(f"converting {record['source']} ({size / 1e9:.1f} GB), once, into {target}", flush=True)
+        print(f"converting {record['source']} ({size / 1e9:.1f} GB), once, into {draft.parent}", flush=True)
         if shutil.disk_usage(draft).free < size:
             raise OSError(f"{size / 1e9:.1f} GB are needed and {shutil.disk_usage(draft).free / 1e9:.1f} GB are free")
         _processor(config, vision, mean_std, tokenizer, template).save_pretrained(draft)
         ids = {"bos_token_id": llava.text_config.bos_token_id, "eos_token_id": llava.text_config.eos_token_id}
         GenerationConfig(**ids, pad_token_id=tokenizer.pad_token_id).save_pretrained(draft)
         _write_shards(shards, draft)
-        write_json(draft / RECORD, record)
         llava.save_pretrained(draft)
-        if target.exists():
-            target.rename(old)
-        draft.rename(target)
     except (SafetensorError, RuntimeError) as error:
         raise OSError(first_line(error)) from error
-    finally:
-        for leftover in (draft, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-    return record
+    return {"template": template, "package": __version__, "difference": difference}
 
 
 def weight_files(folder: Path | None) -> list[Path]:
@@ -198,7 +234,7 @@ def weight_files(folder: Path | None) -> list[Path]:
     return []
 
 
-def _read(file: Path) -> dict[str, Tensor]:
+def read_tensors(file: Path) -> dict[str, Tensor]:
     """Tensors of one file, mapped and not loaded where its format allows. A pickle cannot run code."""
     try:
         if file.suffix == ".safetensors":
@@ -215,12 +251,19 @@ def _read(file: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _fingerprints(folder: Path | None) -> dict[str, list[Any]]:
-    """Size and a SHA-256 of every file that a conversion reads; of weights, of a MiB at the start, the middle and the end."""
-    texts = [file for pattern in ("config.json", "preprocessor_config.json", "*token*") for file in sorted(folder.glob(pattern))
-             ] if folder else []
+def folder_record(folder: Path | None) -> dict[str, list[Any]]:
+    """`file_record` of every file of a model's folder that decides what it becomes; empty for None."""
+    if folder is None:
+        return {}
+    patterns = ("config.json", "preprocessor_config.json", "processor_config.json", "*token*", "*.jinja")
+    texts = [file for pattern in patterns for file in sorted(folder.glob(pattern))]
+    return file_record([*texts, *weight_files(folder)])
+
+
+def file_record(files: Iterable[Path]) -> dict[str, list[Any]]:
+    """Size and a SHA-256 of each file; of a large one, of a MiB at its start, its middle and its end."""
     found = {}
-    for file in [*texts, *weight_files(folder)]:
+    for file in files:
         size, digest = file.stat().st_size, hashlib.sha256()
         with open(file, "rb") as stream:
             for start in (0, max(0, size // 2), max(0, size - SAMPLE)):
@@ -300,7 +343,7 @@ def _plan(source: Path, tower: Path | None, vision_tower: str, llava: LlavaConfi
     if not files:
         raise InputError(f"{source}: holds no weights; expected model*.safetensors or pytorch_model*.bin")
     for file in files:
-        tensors = _read(file)
+        tensors = read_tensors(file)
         plan[file] = {key: key for key in tensors if not key.endswith(BUFFERS)
                       and (vision_tower == "checkpoint" or not key.startswith(TOWER))}
         shapes |= {key: tensors[key].to("meta") for key in plan[file]}
@@ -308,17 +351,18 @@ def _plan(source: Path, tower: Path | None, vision_tower: str, llava: LlavaConfi
         raise InputError(f"{source}: holds no vision tower ({TOWER}...); set lvlm.vision_tower to config, for the one that its "
                          "configuration names")
     for file in weight_files(tower) if vision_tower == "config" else ():
-        tensors = _read(file)
+        tensors = read_tensors(file)
         plan[file] = {key: TOWER + match[1] for key in tensors
                       if (match := TOWER_KEY.fullmatch(key)) and not key.endswith(BUFFERS)}
         shapes |= {name: tensors[key].to("meta") for key, name in plan[file].items()}
     with torch.device("meta"):
         wanted = LlavaForConditionalGeneration(llava).state_dict()
-    check_state(source, shapes, {_renamed(key, ORIGINAL): tensor for key, tensor in wanted.items()})
+    check_state(source, shapes, {renamed(key, ORIGINAL): tensor for key, tensor in wanted.items()})
     return {file: keys for file, keys in plan.items() if keys}
 
 
-def _renamed(key: str, prefixes: dict[str, str]) -> str:
+def renamed(key: str, prefixes: dict[str, str]) -> str:
+    """``key`` with the first of ``prefixes`` that it begins with replaced; itself where none does."""
     return next((new + key.removeprefix(old) for old, new in prefixes.items() if key.startswith(old)), key)
 
 
@@ -327,8 +371,8 @@ def _write_shards(plan: dict[Path, dict[str, str]], folder: Path) -> None:
     places: dict[str, str] = {}
     size = 0
     for number, (file, keys) in enumerate(plan.items(), start=1):
-        name, tensors = f"model-{number:05d}-of-{len(plan):05d}.safetensors", _read(file)
-        part = {_renamed(keys[key], WRITTEN): tensors[key].contiguous() for key in keys}
+        name, tensors = f"model-{number:05d}-of-{len(plan):05d}.safetensors", read_tensors(file)
+        part = {renamed(keys[key], WRITTEN): tensors[key].contiguous() for key in keys}
         save_file(part, folder / name, {"format": "pt"})
         (folder / name).chmod(0o644)
         places |= dict.fromkeys(part, name)
@@ -339,11 +383,11 @@ def _write_shards(plan: dict[Path, dict[str, str]], folder: Path) -> None:
 
 def _difference(source: Path, tower: Path | None, name: str, vision_tower: str) -> str | None:
     """What to warn of where the checkpoint's own tower and the configuration's are both here and differ."""
-    own = {key.removeprefix(TOWER): tensor for file in weight_files(source) for key, tensor in _read(file).items()
+    own = {key.removeprefix(TOWER): tensor for file in weight_files(source) for key, tensor in read_tensors(file).items()
            if key.startswith(TOWER)}
     largest: list[float] = []
     for file in weight_files(tower):
-        for key, tensor in _read(file).items():
+        for key, tensor in read_tensors(file).items():
             match = TOWER_KEY.fullmatch(key)
             if match and match[1] in own and tensor.shape == (stored := own[match[1]]).shape:
                 largest.append(float((tensor.to(stored.dtype).float() - stored.float()).abs().max()))

@@ -39,7 +39,7 @@ def image_tokenizer(source: Path, vocabulary: int) -> PreTrainedTokenizerFast:
         InputError: unreadable, or no id is free.
     """
     try:
-        found = AutoTokenizer.from_pretrained(source, config=LlamaConfig())  # the original one is of no type known here
+        found = AutoTokenizer.from_pretrained(source, config=LlamaConfig(), trust_remote_code=False)  # the original one is of no type known here
         content = json.loads(found.backend_tokenizer.to_str())
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         raise InputError(f"{source}: its tokenizer cannot be read ({first_line(error)}); expected tokenizer.json, or "

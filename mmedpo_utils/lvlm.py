@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import sys
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -23,13 +22,16 @@ from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from safetensors import SafetensorError
 from tqdm import tqdm
-from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration
+from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging as transformers_logging
 
+from .adapters import adapter_folder, adapter_record, put_on
 from .errors import InputError, first_line
-from .llava_checkpoint import converted, fetch, original_config
+from .llava_checkpoint import cache_folder, cached, converted, fetch, folder_record, original_config
 from .llava_text import TEMPLATES
+from .manifests import load_json
+from .preferences import image_token_count
 from .profiles import Profile, check_device
 
 PHANTOM_WEIGHTS = Path(__file__).parent / "phantom" / "weights" / "lvlm"
@@ -58,34 +60,47 @@ class MedLVLM:
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
 
-def load_lvlm(name_or_path: str | Path, device: str = "auto", adapter: str | Path | None = None,
-              quantization: str = "none", vision_tower: str = "checkpoint", template: str | None = None) -> MedLVLM:
+def load_lvlm(
+    name_or_path: str | Path,
+    device: str = "auto",
+    adapter: str | Path | None = None,
+    quantization: str = "none",
+    vision_tower: str = "checkpoint",
+    template: str | None = None,
+    base_adapter: str | Path | None = None,
+) -> MedLVLM:
     """Load a Med-LVLM for inference or as the start of training.
 
     Args:
-        name_or_path: "phantom", a folder in the Hugging Face or the original LLaVA layout, or a model's name on the Hub.
+        name_or_path: "phantom", a folder in the Hugging Face or the original LLaVA layout, or a model's
+            name on the Hub.
         device: auto | cpu | cuda. The CPU runs in float32, a GPU in bfloat16.
-        adapter: a PEFT adapter folder to put on top.
+        adapter: a LoRA adapter to put on top, in PEFT's or LLaVA's layout (`adapters.adapter_folder`).
         quantization: none | nf4 (4 bits through bitsandbytes).
-        vision_tower: checkpoint | config: in the original layout, the tower's weights inside the checkpoint or those that
-            its configuration names. A Hugging Face folder has one tower, and this has no effect.
+        vision_tower: checkpoint | config: in the original layout, the tower's weights inside the
+            checkpoint or those that its configuration names. A Hugging Face folder has one tower, and
+            this has no effect.
         template: a name in `llava_text.TEMPLATES`; None is the folder's own chat template.
+        base_adapter: an adapter that is merged into the model before all else, as `model_folder` does.
 
     Raises:
-        InputError: no such folder, another architecture, no GPU where one is asked for, an adapter that does not fit.
+        InputError: no such folder, another architecture, tensors left over or missing, no GPU where one
+            is asked for, an adapter that does not fit, or a processor or template with which the model
+            would not see the image.
     """
     target = torch.device(check_device(device))
     for key, value, known in (("quantization", quantization, QUANTIZATIONS), ("vision_tower", vision_tower, VISION_TOWERS),
                               ("template", template, (None, *TEMPLATES))):
         if value not in known:
             raise InputError(f"lvlm.{key}: {value!r} is not known; expected one of {known}")
-    source = _hugging_face_folder(name_or_path, vision_tower)
+    source = model_folder(name_or_path, vision_tower, base_adapter)
     model, processor = _read_folder(source, target, quantization)
-    if template is not None:
-        processor.chat_template = TEMPLATES[template]
-    processor.tokenizer.padding_side = "left"
+    prepare_processor(source, model.config, processor, template)
     if adapter is not None:
-        model = _with_adapter(model, adapter)
+        folder = adapter_folder(adapter)
+        model, report = put_on(model, folder, (str(name_or_path), source.name))
+        if report.layout != "PEFT":
+            print(f"{folder.name}: {report}")
     return MedLVLM(model.eval(), processor, target)
 
 
@@ -95,29 +110,155 @@ def _read_folder(source: Path, target: torch.device, quantization: str) -> tuple
     with quiet_loading():
         try:
             model, info = LlavaForConditionalGeneration.from_pretrained(
-                source, dtype=precision, device_map={"": target} if small else None,
+                source, dtype=precision, device_map={"": target} if small else None, trust_remote_code=False,
                 quantization_config=nf4_config(precision) if small else None, output_loading_info=True)
-            processor = AutoProcessor.from_pretrained(source, backend="pil")  # the torchvision back end resizes otherwise
         except ImportError as error:
             raise InputError(f"lvlm.quantization: {quantization}: a library is missing ({first_line(error)}); install the "
                              "package's extra `gpu`, or set lvlm.quantization to none") from error
         except (OSError, RuntimeError, ValueError, SafetensorError) as error:
             raise InputError(f"{source}: cannot be loaded as a LLaVA model ({first_line(error)}); the folder needs "
                              "config.json, model.safetensors and the processor's files") from error
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise InputError(f"{source}: {len(missing)} weights are missing, e.g. {missing[0]}; the checkpoint is "
-                         "incomplete or of another architecture")
+    for kind, meaning in (("missing_keys", "missing"), ("unexpected_keys", "left over")):
+        if info[kind]:
+            names = sorted(info[kind])
+            raise InputError(
+                f"{source}: {len(names)} weights are {meaning}, e.g. {names[0]}; the checkpoint is "
+                "incomplete or of another architecture"
+            )
     if small:
         _keep_packing(model)
     placed = small or is_deepspeed_zero3_enabled()  # bitsandbytes or DeepSpeed has put the weights where they belong
-    return (model if placed else model.to(target)), processor
+    return (model if placed else model.to(target)), read_processor(source)
 
 
-def load_profile_lvlm(profile: Profile, adapter: str | Path | None = None, device: str | None = None) -> MedLVLM:
-    """The Med-LVLM that a profile's section ``lvlm`` describes (see `load_lvlm`); ``device`` replaces the profile's."""
+def read_processor(source: Path) -> LlavaProcessor:
+    """The processor of a Hugging Face LLaVA folder. Raises InputError: unreadable, or of another kind."""
+    try:
+        with quiet_loading():
+            # The torchvision back end resizes otherwise than Pillow, which the original code uses.
+            processor = AutoProcessor.from_pretrained(source, backend="pil", trust_remote_code=False)
+    except (OSError, RuntimeError, ValueError, TypeError, KeyError, ImportError) as error:
+        raise InputError(
+            f"{source}: its processor cannot be read ({first_line(error)}); the folder needs "
+            "processor_config.json and the files of its image processor and tokenizer"
+        ) from error
+    if not isinstance(processor, LlavaProcessor):
+        raise InputError(
+            f"{source}: its processor is a {type(processor).__name__}; expected a LlavaProcessor: put the "
+            "processor_config.json of a LLaVA model there"
+        )
+    processor.tokenizer.padding_side = "left"
+    return processor
+
+
+def prepare_processor(source: Path, config: Any, processor: LlavaProcessor, template: str | None) -> int:
+    """Make a processor write prompts in which the model finds the image, or refuse.
+
+    Values that its file leaves out come from the model's configuration. Then one question about one
+    image is written: a template that drops the image, or another image token than the model's, would
+    have every question answered from its text alone.
+
+    Args:
+        config: the model's `LlavaConfig`.
+        template: a name in `llava_text.TEMPLATES`; None is the folder's own chat template.
+
+    Returns:
+        how many tokens an image becomes.
+
+    Raises:
+        InputError: names the file and the key.
+    """
+    if template is not None:
+        processor.chat_template = TEMPLATES[template]
+    tower = config.vision_config
+    expected = {
+        "patch_size": tower.patch_size,
+        "vision_feature_select_strategy": config.vision_feature_select_strategy,
+        # CLIP puts a class token before its patches; SigLIP, for instance, has none.
+        "num_additional_image_tokens": int("clip" in tower.model_type),
+    }
+    file = source / "processor_config.json"
+    stored = load_json(file, "the settings of a processor") if file.is_file() else {}
+    for key, value in expected.items():
+        if stored.get(key) is None:
+            setattr(processor, key, value)
+        elif stored[key] != value:
+            raise InputError(
+                f"{file}: `{key}` is {stored[key]!r}, and config.json's model needs {value!r}; correct it, "
+                "or take the key out"
+            )
+    tokens = (tower.image_size // tower.patch_size) ** 2
+    tokens += expected["num_additional_image_tokens"] * (config.vision_feature_select_strategy != "default")
+    mark, found = processor.image_token, config.image_token_id
+    own = processor.tokenizer.convert_tokens_to_ids(mark)
+    if own != found:
+        raise InputError(
+            f"{source / 'config.json'}: `image_token_index` is {found}, and the tokenizer's {mark} is {own}; "
+            "expected the same number: the model would answer without seeing the image"
+        )
+    try:
+        written = prompt(processor, "Is there a nodule?")
+        count = image_token_count(processor)
+    except Exception as error:  # a template is a program of its own: anything may come out of it
+        raise InputError(
+            f"{source}: its processor or chat template cannot write a prompt ({first_line(error)}); correct "
+            "its files, or set lvlm.template"
+        ) from error
+    if written.count(mark) != 1:
+        raise InputError(
+            f"{source}: the chat template writes {written.count(mark)} {mark} marks for a question about one "
+            "image, and expected is one: the model would answer without the image; correct "
+            "chat_template.jinja, or set lvlm.template"
+        )
+    if count != tokens:
+        raise InputError(
+            f"{source}: its processor makes {count} tokens of an image, and config.json's vision tower {tokens}; "
+            "correct the size of the images in processor_config.json or preprocessor_config.json"
+        )
+    return tokens
+
+
+def load_profile_lvlm(profile: Profile, adapter: str | Path | None = None, device: str | None = None,
+                      template: str | None = None) -> MedLVLM:
+    """The Med-LVLM that a profile's section ``lvlm`` describes (see `load_lvlm`).
+
+    ``device`` and ``template`` replace the profile's.
+    """
     values = profile.lvlm
-    return load_lvlm(values.model, device or values.device, adapter, values.quantization, values.vision_tower, values.template)
+    return load_lvlm(values.model, device or values.device, adapter, values.quantization, values.vision_tower,
+                     template or values.template, values.base_adapter)
+
+
+def model_folder(name_or_path: str | Path, vision_tower: str, base_adapter: str | Path | None = None) -> Path:
+    """The Hugging Face folder to load a Med-LVLM from.
+
+    A model in the original layout is converted first, one on the Hub fetched. With ``base_adapter`` the
+    two are merged; the merged folder is kept beside the converted ones, and used again as long as its
+    model and its adapter are the same files.
+
+    Raises:
+        InputError: as `load_lvlm`, or no room on the disk.
+    """
+    source = _hugging_face_folder(name_or_path, vision_tower)
+    if base_adapter is None:
+        return source
+    adapter = adapter_folder(base_adapter)
+    record = {"model": folder_record(source), "adapter": adapter_record(adapter)}
+    name = f"{Path(name_or_path).name}-with-{Path(base_adapter).name}"
+
+    def write(draft: Path) -> None:
+        save_merged(load_lvlm(name_or_path, "auto", adapter, vision_tower=vision_tower), draft)
+
+    target = cache_folder(name, f"{source} {adapter.resolve()}")
+    cached(target, record, write)
+    return target
+
+
+def save_merged(lvlm: MedLVLM, folder: Path) -> None:
+    """Write a model with its adapter merged, and its processor, into ``folder``. Raises OSError: no room."""
+    with quiet_loading():
+        lvlm.model.merge_and_unload().save_pretrained(folder, max_shard_size="5GB")
+        lvlm.processor.save_pretrained(folder)
 
 
 def _hugging_face_folder(name_or_path: str | Path, vision_tower: str) -> Path:
@@ -129,19 +270,21 @@ def _hugging_face_folder(name_or_path: str | Path, vision_tower: str) -> Path:
     if original is not None:
         with quiet_loading():
             source = converted(source, original, vision_tower, str(name_or_path))
-    _check_architecture(source)
+    read_config(source)
     return source
 
 
-def _check_architecture(source: Path) -> None:
+def read_config(source: Path) -> Any:
+    """The `LlavaConfig` of a Hugging Face folder. Raises InputError: unreadable, or of another architecture."""
     try:
-        config = AutoConfig.from_pretrained(source)
-    except (OSError, ValueError, StrictDataclassError) as error:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
         raise InputError(f"{source}: no readable model configuration ({first_line(error)}); expected \"phantom\", a "
                          "folder with a LLaVA config.json, or a model's name on the Hub") from error
     if config.model_type != "llava":
         raise InputError(f"{source}: config.json says model_type {config.model_type!r}; expected 'llava' "
                          "(LlavaForConditionalGeneration)")
+    return config
 
 
 def nf4_config(precision: torch.dtype = torch.bfloat16) -> Any:
@@ -162,21 +305,6 @@ def _keep_packing(model: torch.nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-
-
-def _with_adapter(model: LlavaForConditionalGeneration, adapter: str | Path) -> Any:
-    from peft import PeftModel
-
-    file = Path(adapter) / "adapter_config.json"
-    if not file.is_file():
-        raise InputError(f"{file}: no such file; expected a PEFT adapter folder, as a training run writes it")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # between peft and transformers; nothing a reader can do
-            return PeftModel.from_pretrained(model, str(adapter))
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise InputError(f"{adapter}: the adapter does not fit this model ({first_line(error)}); load the model that "
-                         "it was trained on") from error
 
 
 @contextmanager
@@ -260,6 +388,12 @@ def _embed(lvlm: MedLVLM, texts: Sequence[str], features: torch.Tensor) -> dict[
                                       return_tensors="pt").to(lvlm.device)
     embeddings = lvlm.llava.get_input_embeddings()(inputs["input_ids"])
     image_mask = inputs["input_ids"] == lvlm.llava.config.image_token_id
+    if (image_mask.sum(1) != features.shape[1]).any():
+        # `masked_scatter` below would take what fits and say nothing.
+        raise InputError(
+            f"prompt: holds {image_mask.sum(1).tolist()} image tokens, and an image has {features.shape[1]}; "
+            "the chat template or the image token was changed after loading"
+        )
     embeddings = embeddings.masked_scatter(image_mask[..., None], features.to(embeddings.dtype))
     return {"inputs_embeds": embeddings, "attention_mask": inputs["attention_mask"], "image_mask": image_mask}
 

@@ -73,16 +73,31 @@ def our_key(key: str) -> str:
     return f"res_features.encoder.stages.{int(block[1]) - 4}.layers.{block[2]}.{rest}"
 
 
+def misfits(state: dict[str, Tensor], wanted: dict[str, Tensor]) -> str:
+    """What of ``state`` is missing, unexpected or misshapen beside ``wanted``; empty where all fit."""
+    misshapen = []
+    for key in sorted(wanted.keys() & state.keys()):
+        if state[key].shape != wanted[key].shape:
+            found, expected = list(state[key].shape), list(wanted[key].shape)
+            misshapen.append(f"{key} {found} instead of {expected}")
+    problems = {
+        "missing": sorted(wanted.keys() - state.keys()),
+        "unexpected": sorted(state.keys() - wanted.keys()),
+        "misshapen": misshapen,
+    }
+    listed = []
+    for kind, keys in problems.items():
+        if keys:
+            rest = ", ..." if len(keys) > 3 else ""
+            listed.append(f"{len(keys)} {kind} ({', '.join(keys[:3])}{rest})")
+    return "; ".join(listed)
+
+
 def check_state(path: Path, state: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
     """InputError where the keys or shapes of ``state`` are not the wanted ones."""
-    shapes = {k: f"{k} {list(state[k].shape)} instead of {list(wanted[k].shape)}"
-              for k in wanted.keys() & state.keys() if state[k].shape != wanted[k].shape}
-    problems = {"missing": sorted(wanted.keys() - state.keys()), "unexpected": sorted(state.keys() - wanted.keys()),
-                "misshapen": [shapes[k] for k in sorted(shapes)]}
-    listed = [f"{len(keys)} {kind} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
-              for kind, keys in problems.items() if keys]
-    if listed:
-        raise InputError(f"{path}: not the architecture of its configuration: tensors {'; '.join(listed)}; "
+    problems = misfits(state, wanted)
+    if problems:
+        raise InputError(f"{path}: not the architecture of its configuration: tensors {problems}; "
                          "check that weights and configuration belong together")
 
 

@@ -57,6 +57,7 @@ class LVLM:
     """The medical vision-language model that is trained."""
 
     model: str = field(metadata={"path": True})
+    base_adapter: str | None = field(metadata={"path": True})
     vision_tower: str = one_of("checkpoint", "config")
     template: str | None = one_of("mistral_instruct", "v1")
     batch_size: int = between(1)
@@ -174,8 +175,14 @@ class Training:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What is evaluated, and how intervals are drawn."""
+    """What is evaluated, how it answers, and how intervals are drawn.
 
+    ``adapters``: somebody's adapters by name, compared with the base model instead of the profile's own variants.
+    ``decoding`` released is that of the authors' evaluation (`evaluate.RELEASED_DECODING`).
+    """
+
+    adapters: dict[str, str] | None = field(metadata={"path": True})
+    decoding: str = one_of("greedy", "released")
     batch_size: int = between(1)
     questions: int | None = between(1)
     bootstrap_samples: int = between(1)
@@ -308,6 +315,8 @@ def _check_together(profile: Profile, file: str) -> None:
         "training.cache_reference: expected false where training.reference is released, since that reference drifts":
             training.reference == "released" and training.cache_reference,
     } | _judge_problems(profile.judge)
+    problems |= {f"evaluation.adapters.{name}: expected another name (letters, digits, _, -), not base":
+                 name == "base" or not re.fullmatch(r"[\w-]+", name) for name in profile.evaluation.adapters or {}}
     problems |= {f"training.variants.{name}.objective: expected sft for the pairs `truth`, which have no rejected answers":
                  variant.pairs == "truth" and variant.objective != "sft" for name, variant in training.variants.items()}
     for problem, holds in problems.items():

@@ -115,7 +115,7 @@ def _convert(hint: Any, value: Any, rule: Any, file: str, key: str) -> Any:
         if not isinstance(value, dict) or not value or any(not re.fullmatch(names, str(name)) for name in value):
             expected = "named sections (letters, digits, _, -)" if is_dataclass(parts[1]) else "keys and values"
             raise InputError(f"{file}: key `{key}`: expected {expected}, found {value!r}")
-        return {str(name): _convert(parts[1], item, {}, file, f"{key}.{name}") for name, item in value.items()}
+        return {str(name): _convert(parts[1], item, rule, file, f"{key}.{name}") for name, item in value.items()}
     if get_origin(hint) is tuple:
         if not isinstance(value, list | tuple) or not value or len(set(map(str, value))) < len(value):
             raise InputError(f"{file}: key `{key}`: expected a list of different values, found {value!r}")
