@@ -112,6 +112,8 @@ def _fetch(name: str) -> Path:
     repository, _, inside = rest.partition("/")
     wanted = [f"{inside}/{file}" if inside else file for file in ADAPTER_FILES]
     try:
+        if not repository:
+            raise ValueError("a name on the Hub is owner/repository")
         return Path(snapshot_download(f"{owner}/{repository}", allow_patterns=wanted)) / inside
     except (OSError, ValueError, HfHubHTTPError) as error:
         raise InputError(

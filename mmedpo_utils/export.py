@@ -21,17 +21,19 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from .adapters import adapter_folder
 from .cards import load_card
 from .errors import InputError, exit_status
 from .files import atomic_write, write_json
-from .lvlm import PHANTOM_WEIGHTS, MedLVLM, load_lvlm, quiet_loading
+from .lvlm import PHANTOM_WEIGHTS, MedLVLM, load_lvlm, save_merged
 from .manifests import Row, load_json, row_source
 from .profiles import LanguageModel, Profile, load_profile
 from .schema import repository_root
 
 TAGS = ["mmedpo", "dpo", "lora", "medical", "llava"]
 SCORES = "\n## Test scores\n"
-BASE = "base.json"  # beside the adapter: the vision tower and the chat template that it was trained with
+BASE = "base.json"  # beside the adapter: how the base model was loaded that it was trained on
+LOADING = ("vision_tower", "template", "base_adapter")  # keys of the profile's section lvlm that say so
 LIBRARY = "library_name: {}\n"
 USE = """For research and teaching on preference optimisation of medical vision-language models. **Not for clinical use**: its
 answers are not checked by anyone, and no diagnosis or treatment may rest on them."""
@@ -63,7 +65,10 @@ def write_model_card(folder: Path, profile: Profile, name: str, seed: int, rows:
     adapter, base = folder / "adapter", public_name(profile.lvlm.model)
     config = load_json(adapter / "adapter_config.json", "the configuration of a PEFT adapter")
     write_json(adapter / "adapter_config.json", config | {"base_model_name_or_path": base})
-    write_json(adapter / BASE, {"vision_tower": profile.lvlm.vision_tower, "template": profile.lvlm.template})
+    settings = {key: getattr(profile.lvlm, key) for key in LOADING}
+    if settings["base_adapter"]:
+        settings["base_adapter"] = public_name(settings["base_adapter"])
+    write_json(adapter / BASE, settings)
     data = ModelCardData(base_model=base, library_name="peft", pipeline_tag="image-text-to-text", tags=TAGS,
                          license=base_licence(profile.lvlm.model))
     sections = {
@@ -74,8 +79,8 @@ def write_model_card(folder: Path, profile: Profile, name: str, seed: int, rows:
     text = f"---\n{data}\n---\n\n# {profile.name}: {name}\n\n"
     text += (f"LoRA weights and projector for {base}, trained with the recipe `{name}` (seed {seed}) of the MMedPO notebooks "
              "(arXiv 2412.06141). Load it with `PeftModel.from_pretrained`.\n"
-             f"The base model's vision tower is `{profile.lvlm.vision_tower}`, its template `{profile.lvlm.template}`, as "
-             "`mmedpo_utils.lvlm.load_lvlm` takes them.\n")
+             "The base model is loaded with " + ", ".join(f"{key} `{settings[key]}`" for key in LOADING) +
+             ", as `mmedpo_utils.lvlm.load_lvlm` takes them.\n")
     text += "".join(f"\n## {title}\n\n{content}\n" for title, content in sections.items())
     _write(adapter / "README.md", text)
 
@@ -132,6 +137,8 @@ def _recipe(profile: Profile, name: str, seed: int) -> list[tuple[str, Any]]:
     sections = {"variant": asdict(profile.training.variants[name]), "training": training, "noise": values["noise"],
                 "relevance": values["relevance"], "curation": values["curation"]}
     rows = [("seed", seed), *((f"lvlm.{key}", values["lvlm"][key]) for key in ("quantization", "vision_tower", "template"))]
+    start = profile.lvlm.base_adapter
+    rows.append(("lvlm.base_adapter", start and public_name(start)))
     rows += [(f"{section}.{key}", value) for section, part in sections.items() for key, value in part.items()]
     speakers = {"judge": judge.judge, **{f"panel.{member}": model for member, model in (judge.panel or {}).items()}}
     rows += [(f"judge.{role}", public_name(model.model)) for role, model in speakers.items() if isinstance(model, LanguageModel)]
@@ -158,7 +165,13 @@ def _write(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def merge(adapter: str | Path, output: str | Path, base: str | None = None, device: str = "cpu") -> Path:
+def merge(
+    adapter: str | Path,
+    output: str | Path,
+    base: str | None = None,
+    device: str = "cpu",
+    base_adapter: str | None = None,
+) -> Path:
     """Write base model and adapter as one Hugging Face LLaVA folder, whole or not at all: usable as ``lvlm.model``.
 
     It holds the model with LoRA merged and the trained projector, the processor with its chat template, the generation
@@ -167,19 +180,19 @@ def merge(adapter: str | Path, output: str | Path, base: str | None = None, devi
     trained on, but nearer to the original weights than a merge into the rounded ones.
 
     Args:
-        adapter: a run folder, or the adapter folder in it or from elsewhere.
+        adapter: a run folder, the adapter folder in it, or anybody's that `adapters.adapter_folder` finds.
         output: a folder that does not exist yet, or an empty one.
         base: the model that the adapter was trained on; None: what the run's profile or the adapter itself names.
         device: auto | cpu | cuda.
+        base_adapter: the adapter that was merged into the base before; None: as for ``base``.
 
     Raises:
         InputError: no adapter, another base model, ``output`` holds something already, or no room to write.
     """
-    adapter, output = Path(adapter), Path(output).resolve()
-    adapter = adapter / "adapter" if (adapter / "adapter").is_dir() else adapter
+    adapter, output = adapter_folder(adapter), Path(output).resolve()
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise InputError(f"{output}: holds something already; remove it, or choose another output folder")
-    lvlm = _load(adapter, base, device)
+    lvlm = _load(adapter, base, device, base_adapter)
     draft = None
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -196,23 +209,24 @@ def merge(adapter: str | Path, output: str | Path, base: str | None = None, devi
     return output
 
 
-def _load(adapter: Path, base: str | None, device: str) -> MedLVLM:
+def _load(adapter: Path, base: str | None, device: str, base_adapter: str | None) -> MedLVLM:
     """The unquantised base model with the adapter on top."""
     config = load_json(adapter / "adapter_config.json", "the configuration of a PEFT adapter")
     record = adapter.parent / "profile.yaml"
     settings: dict[str, Any] = {}
     if record.is_file():
         values = load_profile(record).lvlm
-        base, settings = base or values.model, {"vision_tower": values.vision_tower, "template": values.template}
+        base, settings = base or values.model, {key: getattr(values, key) for key in LOADING}
     elif (adapter / BASE).is_file():
-        settings = load_json(adapter / BASE, "how the adapter's base model is loaded")
+        stored = load_json(adapter / BASE, "how the adapter's base model is loaded")
+        settings = {key: stored[key] for key in LOADING if key in stored}
+    if base_adapter is not None:
+        settings["base_adapter"] = base_adapter
     return load_lvlm(base or config["base_model_name_or_path"], device, adapter, **settings)
 
 
 def _save(lvlm: MedLVLM, adapter: Path, folder: Path) -> None:
-    with quiet_loading():
-        lvlm.model.merge_and_unload().save_pretrained(folder, max_shard_size="5GB")
-        lvlm.processor.save_pretrained(folder)
+    save_merged(lvlm, folder)
     card = adapter / "README.md"
     if card.is_file():
         text = card.read_text(encoding="utf-8").replace(LIBRARY.format("peft"), LIBRARY.format("transformers"), 1)
@@ -226,9 +240,15 @@ def main() -> int:
     parser.add_argument("--adapter", type=Path, required=True, help="a run folder, or a PEFT adapter folder")
     parser.add_argument("--output", type=Path, required=True, help="the folder to write")
     parser.add_argument("--base", help="the base model, where the run's profile or the adapter does not name it rightly")
+    parser.add_argument("--base-adapter", help="the adapter that was merged into the base before, in the same case")
     parser.add_argument("--device", default="cpu", choices=("auto", "cpu", "cuda"), help="cpu: float32; cuda: bfloat16")
     options = parser.parse_args()
-    return exit_status(lambda: print(f"written: {merge(options.adapter, options.output, options.base, options.device)}"))
+
+    def action() -> None:
+        folder = merge(options.adapter, options.output, options.base, options.device, options.base_adapter)
+        print(f"written: {folder}")
+
+    return exit_status(action)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ from .errors import InputError
 from .estimate import accumulation, total_steps
 from .export import write_model_card
 from .files import write_json
-from .lvlm import load_profile_lvlm, model_digest
+from .lvlm import load_profile_lvlm, model_digest, model_folder
 from .manifests import read_manifest, row_source
 from .metrics import patient_of
 from .profiles import Profile, Variant, check_device, load_profile
@@ -271,6 +271,8 @@ def run(profile: Profile, name: str, seed: int, folder: Path) -> None:
         raise InputError(f"{manifest}: has no pairs of the sources {', '.join(variant.sources)} that variant {name!r} trains on; "
                          "run notebook 03, or change the variant's `sources`")
     validation, digest = held_out(rows, seed), run_digest(profile, name, seed, manifest)
+    # Before ZeRO stage 3 is switched on below: it would divide the model that is converted or merged here.
+    model_folder(profile.lvlm.model, profile.lvlm.vision_tower, profile.lvlm.base_adapter)
     arguments = training_arguments(profile, name, seed, folder, int((~validation).sum()), bool(validation.any()))
     with run_lock(folder, "train") if arguments.process_index == 0 else nullcontext():
         finished, checkpoint = begin(folder, digest, arguments)
