@@ -79,18 +79,19 @@ class AdapterReport:
         )
 
 
-def adapter_folder(name_or_path: str | Path) -> Path:
+def adapter_folder(name_or_path: str | Path, cached: bool = False) -> Path:
     """The folder of an adapter: a run folder's ``adapter``, any adapter folder, or one on the Hub.
 
     Args:
         name_or_path: a folder, or on the Hub ``owner/repository`` or ``owner/repository/folder``.
+        cached: never download.
 
     Raises:
         InputError: no such folder, not to be had from the Hub, or no adapter in it.
     """
     folder = Path(name_or_path)
     if not folder.is_dir():
-        folder = _fetch(str(name_or_path))
+        folder = _fetch(str(name_or_path), cached)
     if (folder / "adapter" / CONFIG).is_file():
         folder = folder / "adapter"
     if not (folder / CONFIG).is_file():
@@ -107,15 +108,21 @@ def adapter_record(folder: Path) -> dict[str, list[Any]]:
     return file_record(file for file in files if file.is_file())
 
 
-def _fetch(name: str) -> Path:
+def _fetch(name: str, cached: bool) -> Path:
     owner, _, rest = name.partition("/")
     repository, _, inside = rest.partition("/")
     wanted = [f"{inside}/{file}" if inside else file for file in ADAPTER_FILES]
+    source = f"{owner}/{repository}"
     try:
         if not repository:
             raise ValueError("a name on the Hub is owner/repository")
-        return Path(snapshot_download(f"{owner}/{repository}", allow_patterns=wanted)) / inside
+        return Path(snapshot_download(source, allow_patterns=wanted, local_files_only=cached)) / inside
     except (OSError, ValueError, HfHubHTTPError) as error:
+        if cached and repository:
+            raise InputError(
+                f"adapter {name}: is no folder, and was not downloaded yet; a run downloads it, or `hf "
+                f"download {source}` does"
+            ) from error
         raise InputError(
             f"adapter {name}: no such folder, and not to be had from the Hub ({first_line(error)}); give "
             "an adapter's folder, or its name on the Hub; without network, download it elsewhere (hf "

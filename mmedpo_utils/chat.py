@@ -145,6 +145,27 @@ class EndpointModel:
             raise Unanswered("half an answer", billed=True) from None
         return self._read(answer)
 
+    def reach(self) -> str:
+        """Ask which models the endpoint serves, and say so in words; no completion is asked for.
+
+        Raises:
+            InputError: it does not answer, refuses the key, or serves other models only.
+        """
+        import openai
+
+        try:
+            served = [model.id for model in self._client.models.list()]
+        except openai.APIStatusError as error:
+            if error.status_code != 404:  # not every server lists its models
+                raise InputError(f"{self._url}: answers {error.status_code}{_reason(error.status_code)}") from None
+            return f"{self.name} at {self._url}, which answers and lists no models"
+        except (openai.APIError, ValueError):
+            raise InputError(f"{self._url}: does not answer; start the server, or correct the base_url") from None
+        if served and self.name not in served:
+            names = ", ".join(map(str, served[:5]))
+            raise InputError(f"{self._url}: serves {names} and not {self.name}; correct the model's name")
+        return f"{self.name} at {self._url}, which serves it"
+
     def _read(self, answer: Any) -> Reply:
         try:
             choice, usage = answer.choices[0], answer.usage

@@ -15,6 +15,7 @@ import shutil
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import torch
 from filelock import FileLock
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
@@ -79,6 +80,9 @@ def fetch(name: str, weights: bool = True, cached: bool = False) -> Path:
         if weights and not any(folder.glob("*.safetensors")):
             snapshot_download(name, allow_patterns=[*TEXT_FILES, "pytorch_model*.bin"], local_files_only=cached)
     except (OSError, ValueError, HfHubHTTPError) as error:
+        if cached:
+            raise InputError(f"{name}: is no folder, and was not downloaded yet; a run downloads it, or `hf download "
+                             f"{name}` does") from error
         raise InputError(f"{name}: no readable model configuration: no such folder, and not to be had from the Hub "
                          f"({first_line(error)}); expected \"phantom\", a folder, or a model's name on the Hub; without network, "
                          "download it elsewhere (hf download NAME --local-dir FOLDER) and give that folder") from error
@@ -111,18 +115,40 @@ def converted(source: Path, config: dict[str, Any], vision_tower: str, name: str
         InputError: a setting that the layout does not allow, tensors missing or left over, no tower, no room on the disk.
     """
     tower = _find_tower(source, config, weights=vision_tower == "config")
-    record = {"layout": LAYOUT, "source": str(source.resolve()) if Path(name).exists() else name, "vision_tower": vision_tower,
-              "files": folder_record(source), "tower": config["mm_vision_tower"],
-              "tower_files": folder_record(tower if vision_tower == "config" else None)}
-    target = cache_folder(f"{Path(record['source']).name}-{vision_tower}", f"{record['source']} {vision_tower}")
+    record = _record(source, config, vision_tower, name, tower)
+    target = _target(record)
 
     def write(draft: Path) -> dict[str, Any]:
-        return _convert(source, config, tower, draft, record)
+        return _convert(inspect_original(source, config, vision_tower), draft, record)
 
     found = cached(target, record, write)
     if found["difference"]:
         warnings.warn(found["difference"], stacklevel=4)
     return target
+
+
+def converted_before(source: Path, config: dict[str, Any], vision_tower: str, name: str) -> Path | None:
+    """The folder that `converted` would use as it is; None where it would be written. Nothing is downloaded."""
+    tower = _find_tower(source, config, vision_tower == "config", download=False)
+    record = _record(source, config, vision_tower, name, tower)
+    target = _target(record)
+    return target if _read_record(target, record) else None
+
+
+def _record(source: Path, config: dict[str, Any], vision_tower: str, name: str, tower: Path | None) -> dict[str, Any]:
+    return {
+        "layout": LAYOUT,
+        "source": str(source.resolve()) if Path(name).exists() else name,
+        "vision_tower": vision_tower,
+        "files": folder_record(source),
+        "tower": config["mm_vision_tower"],
+        "tower_files": folder_record(tower if vision_tower == "config" else None),
+    }
+
+
+def _target(record: dict[str, Any]) -> Path:
+    name = f"{Path(record['source']).name}-{record['vision_tower']}"
+    return cache_folder(name, f"{record['source']} {record['vision_tower']}")
 
 
 def cache_folder(name: str, identity: str) -> Path:
@@ -186,28 +212,64 @@ def _read_record(target: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
     return found if {key: found.get(key) for key in wanted} == wanted else None
 
 
-def _convert(source: Path, config: dict[str, Any], tower: Path | None, draft: Path, record: dict[str, Any]) -> dict[str, Any]:
-    """Write the converted model into ``draft``. Returns what its record says beside its source."""
+@dataclass(frozen=True)
+class Original:
+    """What a checkpoint in the original layout becomes, before anything is written.
+
+    Attributes:
+        config: of the Hugging Face model; every tensor of it was found, in its shape.
+        tower: the folder of the vision tower that the checkpoint's configuration names; None: not here.
+        template: the name of the chat template in `llava_text.TEMPLATES`.
+        shards: per file, its keys and their names in the original layout.
+    """
+
+    source: Path
+    config: LlavaConfig
+    processor: LlavaProcessor
+    tower: Path | None
+    template: str
+    shards: dict[Path, dict[str, str]]
+
+    @property
+    def bytes(self) -> int:
+        """Size of the files that are read."""
+        return sum(file.stat().st_size for file in self.shards)
+
+
+def inspect_original(source: Path, config: dict[str, Any], vision_tower: str, download: bool = True) -> Original:
+    """Read all but the weights of a checkpoint in the original layout, and compare the shapes of these.
+
+    Arguments and errors are those of `converted`; without ``download`` a vision tower has to be here.
+    """
+    tower = _find_tower(source, config, vision_tower == "config", download)
     backbone = "mistral" if "mistral" in f"{config.get('model_type')} {config.get('architectures')}".lower() else "llama"
     template = "mistral_instruct" if backbone == "mistral" else "v1"
     vision, mean_std = _vision_config(config["mm_vision_tower"], tower)
     tokenizer = image_tokenizer(source, int(config.get("vocab_size", 0)))
     llava = _llava_config(source, config, backbone, vision, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
-    shards = _plan(source, tower, record["vision_tower"], llava)
-    difference = _difference(source, tower, config["mm_vision_tower"], record["vision_tower"])
+    shards = _plan(source, tower, vision_tower, llava)
+    processor = _processor(config, vision, mean_std, tokenizer, template)
+    return Original(source, llava, processor, tower, template, shards)
+
+
+def _convert(found: Original, draft: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """Write the converted model into ``draft``. Returns what its record says beside its source."""
+    difference = _difference(found.source, found.tower, record["tower"], record["vision_tower"])
     try:
-        size = sum(file.stat().st_size for file in shards)
-        print(f"converting {record['source']} ({size / 1e9:.1f} GB), once, into {draft.parent}", flush=True)
-        if shutil.disk_usage(draft).free < size:
-            raise OSError(f"{size / 1e9:.1f} GB are needed and {shutil.disk_usage(draft).free / 1e9:.1f} GB are free")
-        _processor(config, vision, mean_std, tokenizer, template).save_pretrained(draft)
-        ids = {"bos_token_id": llava.text_config.bos_token_id, "eos_token_id": llava.text_config.eos_token_id}
-        GenerationConfig(**ids, pad_token_id=tokenizer.pad_token_id).save_pretrained(draft)
-        _write_shards(shards, draft)
-        llava.save_pretrained(draft)
+        print(f"converting {record['source']} ({found.bytes / 1e9:.1f} GB), once, into {draft.parent}", flush=True)
+        free = shutil.disk_usage(draft).free
+        if free < found.bytes:
+            raise OSError(f"{found.bytes / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free")
+        found.processor.save_pretrained(draft)
+        text = found.config.text_config
+        padding = found.processor.tokenizer.pad_token_id
+        GenerationConfig(bos_token_id=text.bos_token_id, eos_token_id=text.eos_token_id,
+                         pad_token_id=padding).save_pretrained(draft)
+        _write_shards(found.shards, draft)
+        found.config.save_pretrained(draft)
     except (SafetensorError, RuntimeError) as error:
         raise OSError(first_line(error)) from error
-    return {"template": template, "package": __version__, "difference": difference}
+    return {"template": found.template, "package": __version__, "difference": difference}
 
 
 def weight_files(folder: Path | None) -> list[Path]:
@@ -251,6 +313,18 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def read_shapes(file: Path) -> dict[str, Tensor]:
+    """Tensors of one file on the meta device: names and shapes. Of safetensors only the head is read."""
+    if file.suffix != ".safetensors":
+        return {name: tensor.to("meta") for name, tensor in read_tensors(file).items()}
+    try:
+        with safe_open(file, "pt") as opened:
+            return {name: torch.empty(opened.get_slice(name).get_shape(), device="meta") for name in opened.keys()}
+    except UNREADABLE as error:
+        raise InputError(f"{file}: cannot be read as weights ({first_line(error)}); the file is damaged or cut short: download "
+                         "it again") from error
+
+
 def folder_record(folder: Path | None) -> dict[str, list[Any]]:
     """`file_record` of every file of a model's folder that decides what it becomes; empty for None."""
     if folder is None:
@@ -273,7 +347,7 @@ def file_record(files: Iterable[Path]) -> dict[str, list[Any]]:
     return found
 
 
-def _find_tower(source: Path, config: dict[str, Any], weights: bool) -> Path | None:
+def _find_tower(source: Path, config: dict[str, Any], weights: bool, download: bool = True) -> Path | None:
     """The folder of the vision tower that the configuration names. None: not here, and its configuration is known."""
     name = str(config["mm_vision_tower"])
     for folder in (Path(name), source / name, source.parent / name):
@@ -281,7 +355,7 @@ def _find_tower(source: Path, config: dict[str, Any], weights: bool) -> Path | N
             return folder
     known = not weights and name in KNOWN_TOWERS
     try:
-        folder = fetch(name, weights, cached=known)
+        folder = fetch(name, weights, cached=known or not download)
         return None if known and not (folder / "config.json").is_file() else folder
     except InputError as error:
         if known:
@@ -343,18 +417,18 @@ def _plan(source: Path, tower: Path | None, vision_tower: str, llava: LlavaConfi
     if not files:
         raise InputError(f"{source}: holds no weights; expected model*.safetensors or pytorch_model*.bin")
     for file in files:
-        tensors = read_tensors(file)
+        tensors = read_shapes(file)
         plan[file] = {key: key for key in tensors if not key.endswith(BUFFERS)
                       and (vision_tower == "checkpoint" or not key.startswith(TOWER))}
-        shapes |= {key: tensors[key].to("meta") for key in plan[file]}
+        shapes |= {key: tensors[key] for key in plan[file]}
     if vision_tower == "checkpoint" and not any(key.startswith(TOWER) for key in shapes):
         raise InputError(f"{source}: holds no vision tower ({TOWER}...); set lvlm.vision_tower to config, for the one that its "
                          "configuration names")
     for file in weight_files(tower) if vision_tower == "config" else ():
-        tensors = read_tensors(file)
+        tensors = read_shapes(file)
         plan[file] = {key: TOWER + match[1] for key in tensors
                       if (match := TOWER_KEY.fullmatch(key)) and not key.endswith(BUFFERS)}
-        shapes |= {name: tensors[key].to("meta") for key, name in plan[file].items()}
+        shapes |= {name: tensors[key] for key, name in plan[file].items()}
     with torch.device("meta"):
         wanted = LlavaForConditionalGeneration(llava).state_dict()
     check_state(source, shapes, {renamed(key, ORIGINAL): tensor for key, tensor in wanted.items()})

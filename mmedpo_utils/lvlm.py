@@ -118,6 +118,15 @@ def _read_folder(source: Path, target: torch.device, quantization: str) -> tuple
         except (OSError, RuntimeError, ValueError, SafetensorError) as error:
             raise InputError(f"{source}: cannot be loaded as a LLaVA model ({first_line(error)}); the folder needs "
                              "config.json, model.safetensors and the processor's files") from error
+    _check_loaded(source, info)
+    if small:
+        _keep_packing(model)
+    placed = small or is_deepspeed_zero3_enabled()  # bitsandbytes or DeepSpeed has put the weights where they belong
+    return (model if placed else model.to(target)), read_processor(source)
+
+
+def _check_loaded(source: Path, info: dict[str, Any]) -> None:
+    """Refuse a folder that does not hold exactly the model's tensors; transformers would only say so."""
     for kind, meaning in (("missing_keys", "missing"), ("unexpected_keys", "left over")):
         if info[kind]:
             names = sorted(info[kind])
@@ -125,10 +134,26 @@ def _read_folder(source: Path, target: torch.device, quantization: str) -> tuple
                 f"{source}: {len(names)} weights are {meaning}, e.g. {names[0]}; the checkpoint is "
                 "incomplete or of another architecture"
             )
-    if small:
-        _keep_packing(model)
-    placed = small or is_deepspeed_zero3_enabled()  # bitsandbytes or DeepSpeed has put the weights where they belong
-    return (model if placed else model.to(target)), read_processor(source)
+
+
+def empty_model(source: Path) -> LlavaForConditionalGeneration:
+    """The model of a Hugging Face folder without its weights, on the meta device; their names and shapes are compared.
+
+    Raises:
+        InputError: as `load_lvlm` would, for the weights.
+    """
+    with quiet_loading():
+        try:
+            model, info = LlavaForConditionalGeneration.from_pretrained(
+                source, device_map={"": "meta"}, trust_remote_code=False, output_loading_info=True
+            )
+        except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+            raise InputError(
+                f"{source}: cannot be loaded as a LLaVA model ({first_line(error)}); the folder needs "
+                "config.json, model.safetensors and the processor's files"
+            ) from error
+    _check_loaded(source, info)
+    return model
 
 
 def read_processor(source: Path) -> LlavaProcessor:

@@ -23,6 +23,7 @@ class Server(ThreadingHTTPServer):
         self.plan: list[Behaviour] = []
         self.usual: Behaviour = '{"score": 0.5, "reason": "usual"}'
         self.seen: list[tuple[dict[str, str], dict[str, Any]]] = []
+        self.models: list[str] | int = []  # what GET /models lists, or the status that it answers with
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
 
 
@@ -33,6 +34,14 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *arguments: Any) -> None:
         """Keep the test's output clean."""
+
+    def do_GET(self) -> None:
+        """List the models."""
+        if isinstance(self.server.models, int):
+            self.reply(self.server.models, "{}")
+            return
+        listed = [{"id": name, "object": "model", "created": 0, "owned_by": "x"} for name in self.server.models]
+        self.reply(200, json.dumps({"object": "list", "data": listed}))
 
     def do_POST(self) -> None:
         """Behave as planned."""
