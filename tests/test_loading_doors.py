@@ -1,0 +1,110 @@
+"""A model that would answer without its image, or bring code of its own, is refused when it is loaded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from mmedpo_utils.errors import InputError
+from mmedpo_utils.lvlm import PHANTOM_WEIGHTS, generate, image_attention, load_lvlm
+from mmedpo_utils.preferences import image_token_count
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A copy of the shipped Med-LVLM, to spoil."""
+    return Path(shutil.copytree(PHANTOM_WEIGHTS, tmp_path / "model"))
+
+
+def change(file: Path, **values: Any) -> None:
+    """Set keys of a JSON file; None takes a key out."""
+    stored = json.loads(file.read_text()) | values
+    kept = {key: value for key, value in stored.items() if value is not None}
+    file.write_text(json.dumps(kept))
+
+
+TEMPLATES = {
+    "no mark": ("{{ bos_token }}[INST] {{ messages[0].content[1].text }} [/INST]", "writes 0 <image> marks"),
+    "two marks": ("<image><image>{{ messages[0].content[1].text }}", "writes 2 <image> marks"),
+    "fails": ("{{ messages[7].content[0].text }}", "cannot write a prompt"),
+    "is no template": ("{% if %}", "cannot write a prompt"),
+}
+
+
+@pytest.mark.parametrize("fault", TEMPLATES)
+def test_a_template_without_the_image_is_refused(folder, fault):
+    template, told = TEMPLATES[fault]
+    (folder / "chat_template.jinja").write_text(template)
+    with pytest.raises(InputError, match=told) as refused:
+        load_lvlm(folder, "cpu")
+    assert "lvlm.template" in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_another_image_token_than_the_tokenizers_is_refused(folder):
+    change(folder / "config.json", image_token_index=5, image_token_id=5)
+    with pytest.raises(InputError, match=r"config\.json: `image_token_index` is 5, and the tokenizer's <image> is 4"):
+        load_lvlm(folder, "cpu")
+
+
+def test_a_template_that_is_changed_after_loading_is_refused_too():
+    lvlm = load_lvlm("phantom", "cpu")
+    lvlm.processor.chat_template = TEMPLATES["no mark"][0]
+    film, question = [Image.new("L", (64, 64))], ["Is there a nodule?"]
+    for ask in (lambda: generate(lvlm, film, question, 4, 1), lambda: image_attention(lvlm, film, question, 1)):
+        with pytest.raises(InputError, match=r"holds \[0\] image tokens, and an image has 64"):
+            ask()
+
+
+KEYS = ("patch_size", "vision_feature_select_strategy", "num_additional_image_tokens")
+
+
+@pytest.mark.parametrize("absent", [KEYS, *[(key,) for key in KEYS]], ids=str)
+def test_what_the_processor_leaves_out_comes_from_the_configuration(folder, absent):
+    """Training, generation and the model's own forward pass then count the same image tokens."""
+    change(folder / "processor_config.json", **dict.fromkeys(absent))
+    lvlm = load_lvlm(folder, "cpu")
+    whole = load_lvlm("phantom", "cpu")
+    assert image_token_count(lvlm.processor) == image_token_count(whole.processor) == 64
+    batch = lvlm.processor(images=Image.new("RGB", (64, 64)), text="<image> Is there a nodule?", return_tensors="pt")
+    with torch.no_grad():
+        assert torch.equal(lvlm.model(**batch).logits, whole.model(**batch).logits)
+
+
+@pytest.mark.parametrize(("key", "value"), [("patch_size", 14), ("vision_feature_select_strategy", "full"),
+                                            ("num_additional_image_tokens", 0)])
+def test_a_processor_of_another_model_is_refused(folder, key, value):
+    change(folder / "processor_config.json", **{key: value})
+    with pytest.raises(InputError, match=rf"processor_config\.json: `{key}` is .*needs"):
+        load_lvlm(folder, "cpu")
+
+
+def test_images_of_another_size_are_refused(folder):
+    file = folder / "processor_config.json"
+    images = json.loads(file.read_text())["image_processor"]
+    for key in ("crop_size", "size"):
+        images[key] = {name: 112 for name in images[key]}
+    change(file, image_processor=images)
+    with pytest.raises(InputError, match="makes 16 tokens of an image, and config.json's vision tower 64"):
+        load_lvlm(folder, "cpu")
+
+
+def test_a_folder_without_a_llava_processor_is_refused(folder):
+    (folder / "processor_config.json").unlink()
+    with pytest.raises(InputError, match="processor"):
+        load_lvlm(folder, "cpu")
+
+
+def test_tensors_that_no_place_is_found_for_are_refused(folder):
+    tensors = load_file(folder / "model.safetensors")
+    first = next(name for name in tensors if "language_model" in name and "q_proj" in name)
+    lora = {first.replace(".weight", ".lora_A.default.weight"): torch.zeros(4, 128)}
+    save_file(tensors | lora, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match="1 weights are left over.*lora_A"):
+        load_lvlm(folder, "cpu")
