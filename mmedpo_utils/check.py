@@ -25,7 +25,14 @@ from .cards import check_dataset, load_card
 from .chat import EndpointModel
 from .commands import process_count
 from .errors import InputError, exit_status
-from .estimate import GIB, profile_memory
+from .estimate import (
+    GIB,
+    NF4_BYTES,
+    WORKING_SPACE,
+    model_config,
+    parameter_counts,
+    profile_memory,
+)
 from .llava_checkpoint import (
     converted_before,
     fetch,
@@ -83,7 +90,8 @@ def check_profile(profile: Profile) -> list[Finding]:
     base = _model(profile, lines)
     lines += _adapters(profile, base)
     lines += _guarded("data set", lambda: _dataset(profile))
-    lines += _judges(profile)
+    if profile.evaluation.adapters is None:  # else nothing is trained, so that no pairs are made
+        lines += _judges(profile)
     lines += _guarded("device", lambda: _device(profile))
     lines += _guarded("memory", lambda: _memory(profile))
     return lines
@@ -260,13 +268,17 @@ def _device(profile: Profile) -> Iterator[Finding]:
 
 
 def _memory(profile: Profile) -> Iterator[Finding]:
-    """What training takes of the GPUs and of this machine's memory, beside what is free now."""
-    processes = process_count(profile, dry_run=True)
-    each, cpu = 0.0, 0.0
-    for variant in profile.training.variants:
-        parts, shared = profile_memory(profile, variant, processes=processes)
-        each, cpu = max(each, sum(parts.values())), max(cpu, shared)
-    told = f"{each:.1f} GiB estimated for each of {processes} processes"
+    """What training takes of each GPU or of this machine, or evaluation of one, beside what is free now."""
+    evaluation = _evaluation_memory(profile)
+    told, each, processes, cpu = f"{evaluation:.1f} GiB estimated to evaluate", evaluation, 1, 0.0
+    if profile.evaluation.adapters is None:
+        processes = process_count(profile, dry_run=True)
+        training = 0.0
+        for variant in profile.training.variants:
+            parts, shared = profile_memory(profile, variant, processes=processes)
+            training, cpu = max(training, sum(parts.values())), max(cpu, shared)
+        told += f", {training:.1f} GiB for each of {processes} training processes"
+        each = max(evaluation, training)
     if profile.lvlm.device != "cpu" and torch.cuda.is_available():
         gpus = range(torch.cuda.device_count())
         free = min(torch.cuda.mem_get_info(gpu)[0] for gpu in gpus) / GIB
@@ -279,8 +291,19 @@ def _memory(profile: Profile) -> Iterator[Finding]:
     if cpu:
         available = psutil.virtual_memory().available / GIB
         less = "close other programs, or take fewer processes"
-        told = f"{cpu:.1f} GiB estimated for {processes} processes, {available:.1f} GiB available"
+        told += f", {available:.1f} GiB available"
         yield Finding("CPU memory", told, "" if cpu <= available else less)
+
+
+def _evaluation_memory(profile: Profile) -> float:
+    """GiB that one process takes to answer questions: the weights, an adapter, and working space."""
+    config, _ = model_config(profile.lvlm.model)
+    parts = parameter_counts(config, profile.training.lora_rank)
+    on_gpu = profile.lvlm.device == "cuda" or (profile.lvlm.device == "auto" and torch.cuda.is_available())
+    width = 2 if on_gpu else 4
+    matrices = NF4_BYTES if profile.lvlm.quantization == "nf4" else width
+    others = sum(parts.values()) - parts["matrices"]
+    return (parts["matrices"] * matrices + others * width + WORKING_SPACE) / GIB
 
 
 def main() -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,40 @@ from .profiles import Profile
 
 COMPARED = ("closed_accuracy", "open_recall", "bleu", "rouge_l")
 ROW_KEYS = ("question_id", "image", "patient_id", "finding", "question_type", "answer_type")
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How questions are answered.
+
+    Attributes:
+        template: a name in `llava_text.TEMPLATES`; None is the profile's own.
+        temperature: 0 decodes greedily, above 0 samples (seed 0).
+        answer_tokens: the longest closed or open answer.
+        report_tokens: the longest report.
+    """
+
+    template: str | None
+    temperature: float
+    answer_tokens: int
+    report_tokens: int
+
+
+# The authors' inference: Vicuna's template on a Mistral model, and sampling, as their scripts set it.
+RELEASED_DECODING = Decoding("v1", 0.2, 64, 1024)
+
+
+def greedy_decoding(max_new_tokens: int) -> Decoding:
+    """Greedy answers: reports get all of ``max_new_tokens``, other answers a quarter of it (16 at least)."""
+    short = min(max_new_tokens, max(16, max_new_tokens // 4))
+    return Decoding(None, 0.0, short, max_new_tokens)
+
+
+def profile_decoding(profile: Profile) -> Decoding:
+    """What the profile's ``evaluation.decoding`` says."""
+    if profile.evaluation.decoding == "released":
+        return RELEASED_DECODING
+    return greedy_decoding(profile.lvlm.max_new_tokens)
 
 
 def shuffled_images(questions: Sequence[dict[str, Any]], seed: int) -> list[str]:
@@ -51,8 +86,12 @@ def shuffled_images(questions: Sequence[dict[str, Any]], seed: int) -> list[str]
     return [shown[patient_of(row), row["image"]] for row in questions]
 
 
-def _input_digest(lvlm: MedLVLM, questions: Sequence[dict], images: Sequence[Path], max_new_tokens: int) -> str:
-    digest = hashlib.sha256(f"{model_digest(lvlm.model)} {max_new_tokens} {lvlm.processor.chat_template}".encode())
+def _input_digest(
+    lvlm: MedLVLM, questions: Sequence[dict], images: Sequence[Path], decoding: Decoding, batch_size: int
+) -> str:
+    # Sampled answers depend on who shares a batch; greedy ones do not.
+    ways = (*astuple(decoding), batch_size if decoding.temperature > 0 else None)
+    digest = hashlib.sha256(f"{model_digest(lvlm.model)} {ways} {lvlm.processor.chat_template}".encode())
     digest.update(f"{row_sha(questions)} {[path.name for path in images]}".encode())
     for path in sorted(set(images)):
         digest.update(path.read_bytes())
@@ -99,28 +138,29 @@ def _check_prediction(row: Any, where: str) -> None:
                          f"{row['answer_type']!r:.80}; predict again")
 
 
-def _answers(lvlm: MedLVLM, questions: Sequence[dict], images: Sequence[Path], batch_size: int,
-             max_new_tokens: int) -> dict[int, str]:
+def _answers(
+    lvlm: MedLVLM, questions: Sequence[dict], images: Sequence[Path], batch_size: int, decoding: Decoding
+) -> dict[int, str]:
     answers: dict[int, str] = {}
     for kind in sorted({row["answer_type"] for row in questions}):
         places = [i for i, row in enumerate(questions) if row["answer_type"] == kind]
-        tokens = max_new_tokens if kind == "REPORT" else min(max_new_tokens, max(16, max_new_tokens // 4))
+        tokens = decoding.report_tokens if kind == "REPORT" else decoding.answer_tokens
         for part in _parts(places, batch_size):
             texts = generate(lvlm, [open_image(images[i]) for i in part], [question_text(questions[i]) for i in part],
-                             max_new_tokens=tokens, batch_size=batch_size)
+                             max_new_tokens=tokens, batch_size=batch_size, temperature=decoding.temperature)
             answers.update({i: text[0] for i, text in zip(part, texts)})
     return answers
 
 
 def predict(lvlm: MedLVLM, questions: Sequence[dict[str, Any]], image_root: str | Path, path: str | Path,
-            batch_size: int, max_new_tokens: int, shuffle_images: int | None = None) -> list[dict[str, Any]]:
-    """Answer every question greedily and write the predictions, or read them where they stand already.
+            batch_size: int, decoding: Decoding, shuffle_images: int | None = None) -> list[dict[str, Any]]:
+    """Answer every question and write the predictions, or read them where they were written already.
 
-    Questions of one answer type share a batch, because the longest answer sets a batch's time. Closed and open answers
-    get a quarter of ``max_new_tokens`` (16 at least); reports get all of it.
+    Questions of one answer type share a batch, because the longest answer sets a batch's time.
 
     Args:
         questions: Rows of `manifests.read_questions`.
+        decoding: How the answers are written; its template is the one that ``lvlm`` was loaded with.
         path: The predictions file (JSON lines). A digest of model, questions and images lies beside it (`.sha256`);
             where it still holds, the file is read instead of computed.
         shuffle_images: None, or the seed by which each question is asked about another patient's image (key
@@ -133,11 +173,11 @@ def predict(lvlm: MedLVLM, questions: Sequence[dict[str, Any]], image_root: str 
     if shuffle_images is not None:
         shown = shuffled_images(questions, shuffle_images)
     images = [resolve_image(image_root, name) for name in shown]
-    digest, key_file = _input_digest(lvlm, questions, images, max_new_tokens), path.with_suffix(".sha256")
+    digest, key_file = _input_digest(lvlm, questions, images, decoding, batch_size), path.with_suffix(".sha256")
     if path.is_file() and key_file.is_file() and key_file.read_text().strip() == digest:
         print(f"{path.name}: read, {len(questions)} predictions of the same model, questions and images")
         return read_predictions(path)
-    answers = _answers(lvlm, questions, images, batch_size, max_new_tokens)
+    answers = _answers(lvlm, questions, images, batch_size, decoding)
     rows = [{**_known(row), "question": question_text(row),
              "answer": row["gpt4_answer"], "prediction": answers[i],
              **({} if shuffle_images is None else {"shown_image": shown[i]})} for i, row in enumerate(questions)]
@@ -248,34 +288,45 @@ def asked_questions(profile: Profile, dataset: Dataset) -> list[dict[str, Any]]:
     return rows[:: max(1, -(-len(rows) // profile.evaluation.questions))]
 
 
-def answer_test(profile: Profile, dataset: Dataset, label: str, adapter: Path | None,
-                shuffle: bool = False) -> list[dict[str, Any]]:
+def answer_test(
+    profile: Profile, dataset: Dataset, label: str, adapter: str | Path | None, shuffle: bool = False
+) -> list[dict[str, Any]]:
     """One model's predictions on the test split, in ``evaluation/<label>.jsonl`` (see `predict`).
 
     Args:
-        adapter: a PEFT adapter folder; None is the base model.
+        adapter: an adapter, as `adapters.adapter_folder` finds it; None is the base model.
         shuffle: ask each question about another patient's image.
     """
-    lvlm = load_profile_lvlm(profile, adapter)
-    return predict(lvlm, asked_questions(profile, dataset), dataset.image_root, profile.output / "evaluation" / f"{label}.jsonl",
-                   profile.evaluation.batch_size, profile.lvlm.max_new_tokens, profile.seed if shuffle else None)
+    decoding = profile_decoding(profile)
+    lvlm = load_profile_lvlm(profile, adapter, template=decoding.template)
+    path = profile.output / "evaluation" / f"{label}.jsonl"
+    seed = profile.seed if shuffle else None
+    return predict(lvlm, asked_questions(profile, dataset), dataset.image_root, path,
+                   profile.evaluation.batch_size, decoding, seed)
 
 
-def attend_test(profile: Profile, dataset: Dataset, adapter: Path | None) -> list[dict[str, Any]]:
+def attend_test(profile: Profile, dataset: Dataset, adapter: str | Path | None) -> list[dict[str, Any]]:
     """One model's attention to the lesion on the open questions of the test split (see `lesion_attention`)."""
-    lvlm = load_profile_lvlm(profile, adapter)
+    lvlm = load_profile_lvlm(profile, adapter, template=profile_decoding(profile).template)
     rows = [row for row in asked_questions(profile, dataset) if row["answer_type"] == "OPEN"]
     return lesion_attention(lvlm, rows, dataset.image_root, dataset.masks_root, profile.evaluation.batch_size)
 
 
-def attention_example(profile: Profile, dataset: Dataset, adapter: Path) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
-    """The first open test question, and the attention to its image without and with the adapter. Shape: [grid, grid] each."""
+def attention_example(
+    profile: Profile, dataset: Dataset, adapter: str | Path
+) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
+    """The first open test question, and the attention to its image without and with the adapter.
+
+    Shape of each: [grid, grid].
+    """
     rows = asked_questions(profile, dataset)
     row = next((row for row in rows if row["answer_type"] == "OPEN"), rows[0])
-    before, after = (
-        np.asarray(image_attention(load_profile_lvlm(profile, folder), [dataset.image(row["image"])], [question_text(row)], 1)[0])
-        for folder in (None, adapter))
-    return row, before, after
+    template, maps = profile_decoding(profile).template, []
+    for place in (None, adapter):
+        lvlm = load_profile_lvlm(profile, place, template=template)
+        film, question = dataset.image(row["image"]), question_text(row)
+        maps.append(np.asarray(image_attention(lvlm, [film], [question], 1)[0]))
+    return row, *maps
 
 
 def score_table(predictions: dict[str, list[list[dict[str, Any]]]], attention: dict[str, list[list[dict[str, Any]]]],

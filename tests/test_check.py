@@ -170,4 +170,4 @@ def test_a_data_set_is_held_against_its_card(tmp_path, capsys, monkeypatch):
 
 def test_memory_is_held_against_what_is_free():
     lines = found(check_profile(load_profile("phantom", {"training.processes": 16, "training.per_device_batch_size": 4000})))
-    assert "estimated for 16 processes" in lines["CPU memory"].found and "close other programs" in lines["CPU memory"].to_do
+    assert "each of 16 training processes" in lines["CPU memory"].found and "close other programs" in lines["CPU memory"].to_do

@@ -7,11 +7,15 @@ import json
 import numpy as np
 import pytest
 import torch
+from peft import get_peft_model
 
 from mmedpo_utils import evaluate, lvlm, metrics
+from mmedpo_utils.datasets import Dataset
 from mmedpo_utils.errors import InputError
 from mmedpo_utils.manifests import open_image, question_text, read_questions
 from mmedpo_utils.phantom.texts import read_masks, write_dataset
+from mmedpo_utils.profiles import load_profile
+from mmedpo_utils.trainer import adapter_config
 
 from .test_trainer import tiny_lvlm
 
@@ -28,7 +32,8 @@ def world(tmp_path_factory):
 
 
 def predict(world, path, **more):
-    return evaluate.predict(world["model"], world["questions"], world["images"], path, 4, 16, **more)
+    decoding = more.pop("decoding", evaluate.greedy_decoding(16))
+    return evaluate.predict(world["model"], world["questions"], world["images"], path, 4, decoding, **more)
 
 
 def test_predictions_are_what_generate_says_in_the_order_of_the_questions(world, tmp_path, capsys):
@@ -65,6 +70,42 @@ def test_a_file_is_read_again_only_while_model_questions_and_images_are_the_same
     world["model"].processor.chat_template = template
     assert ["computed" in line for line in capsys.readouterr().out.splitlines() if line] == [True, True]
     assert not list(tmp_path.glob(".*"))
+
+
+def test_released_decoding_samples_at_their_temperature_and_length(world, tmp_path, capsys):
+    rows = predict(world, tmp_path / "released.jsonl", decoding=evaluate.RELEASED_DECODING)
+    for kind, tokens in (("CLOSED", 64), ("OPEN", 64), ("REPORT", 1024)):
+        asked = [row for row in world["questions"] if row["answer_type"] == kind]
+        images = [open_image(world["images"] / row["image"]) for row in asked]
+        texts = [question_text(row) for row in asked]
+        drawn = lvlm.generate(world["model"], images, texts, tokens, 4, temperature=0.2, seed=0)
+        assert [row["prediction"] for row in rows if row["answer_type"] == kind] == [text[0] for text in drawn]
+    predict(world, tmp_path / "released.jsonl")
+    assert "computed" in capsys.readouterr().out.splitlines()[-1], "another decoding gives other predictions"
+
+
+def test_a_profile_evaluates_somebodys_adapter_with_released_decoding(world, tmp_path):
+    """The same questions, the Vicuna template, base and adapter side by side, and the attention of both."""
+    tuned = get_peft_model(lvlm.load_lvlm(world["folder"] / "model", "cpu").model, adapter_config(2, 4, 0.0))
+    for name, parameter in tuned.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    tuned.save_pretrained(tmp_path / "theirs")
+    profile = load_profile("phantom-smoke", {
+        "output": str(tmp_path), "lvlm.model": str(world["folder"] / "model"), "evaluation.decoding": "released",
+        "evaluation.adapters": {"theirs": str(tmp_path / "theirs")}, "lvlm.device": "cpu"})
+    data = Dataset(world["images"], {"test": world["questions"]}, world["masks"], None)
+    answers = {name: evaluate.answer_test(profile, data, name, adapter)
+               for name, adapter in ({"base": None} | profile.evaluation.adapters).items()}
+    loaded = lvlm.load_profile_lvlm(profile, tmp_path / "theirs", template="v1")
+    assert lvlm.prompt(loaded.processor, "q").removeprefix("<s>").startswith("A chat between a curious user")
+    kept = [dict(row) for row in world["questions"]]
+    expected = evaluate.predict(loaded, kept, world["images"], tmp_path / "again.jsonl", profile.evaluation.batch_size,
+                                evaluate.RELEASED_DECODING)
+    assert answers["theirs"] == expected
+    assert [row["prediction"] for row in answers["theirs"]] != [row["prediction"] for row in answers["base"]]
+    _, before, after = evaluate.attention_example(profile, data, tmp_path / "theirs")
+    assert before.sum() == pytest.approx(1, abs=1e-4) and np.abs(after - before).max() > 1e-4
 
 
 def test_shuffling_gives_everyone_another_patients_image(world, tmp_path):

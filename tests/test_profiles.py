@@ -43,7 +43,12 @@ def test_recipes_keep_the_papers_values_and_its_global_batch(name: str) -> None:
     assert training.processes * training.gradient_accumulation_steps * training.per_device_batch_size == 4
 
 
-@pytest.mark.parametrize("name", [name for name in profile_names() if load_profile(name).lvlm.device == "cuda"])
+def trains_on_a_gpu(name: str) -> bool:
+    profile = load_profile(name)
+    return profile.lvlm.device == "cuda" and profile.evaluation.adapters is None
+
+
+@pytest.mark.parametrize("name", filter(trains_on_a_gpu, profile_names()))
 def test_the_head_of_each_recipe_states_what_it_is_reckoned_to_take(name: str) -> None:
     head = re.search(r"^# Estimated: (\S+) GiB on each GPU, (\S+) hours on \w+ RTX A6000 for `(\w+)`",
                      (profiles.PROFILE_FOLDER / f"{name}.yaml").read_text(encoding="utf-8"), re.MULTILINE)
