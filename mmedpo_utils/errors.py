@@ -14,7 +14,12 @@ class InputError(ValueError):
 
 
 def first_line(error: Exception) -> str:
-    """What an error says first; its kind where it says nothing."""
+    """What an error says first; its kind where it says nothing.
+
+    Libraries advise to switch a safeguard off; that advice is not passed on.
+    """
+    if "trust_remote_code" in str(error):
+        return "it brings code of its own, which is never run here"
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 

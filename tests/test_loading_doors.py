@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import shutil
 from pathlib import Path
@@ -12,9 +14,15 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from mmedpo_utils.check import check_profile
 from mmedpo_utils.errors import InputError
+from mmedpo_utils.estimate import model_config
 from mmedpo_utils.lvlm import PHANTOM_WEIGHTS, generate, image_attention, load_lvlm
 from mmedpo_utils.preferences import image_token_count
+from mmedpo_utils.profiles import load_profile
+
+from .foreign_code import CLASSES, bring_code
+from .test_llava_checkpoint import cache, original, state  # noqa: F401 (fixtures)
 
 
 @pytest.fixture
@@ -108,3 +116,33 @@ def test_tensors_that_no_place_is_found_for_are_refused(folder):
     save_file(tensors | lora, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(InputError, match="1 weights are left over.*lora_A"):
         load_lvlm(folder, "cpu")
+
+
+@pytest.fixture
+def says_yes(monkeypatch) -> None:
+    """A reader at the terminal who answers y to whatever is asked."""
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 20))
+
+
+@pytest.mark.parametrize("file", CLASSES)
+def test_code_that_a_model_brings_is_never_run_nor_asked_for(folder, tmp_path, says_yes, capsys, file):
+    bring_code(folder, file, tmp_path / "ran")
+    profile = load_profile("phantom", {"lvlm.model": str(folder)})
+    model_config(str(folder))  # the plan of a dry run
+    lines = check_profile(profile)
+    with contextlib.suppress(InputError):
+        load_lvlm(folder, "cpu")
+    assert "[y/N]" not in capsys.readouterr().out
+    assert not (tmp_path / "ran").exists()
+    if file == "config.json":  # the other two are read by the classes that are installed
+        assert any("code of its own" in line.to_do for line in lines if line.what == "base model")
+        with pytest.raises(InputError) as refused:
+            load_lvlm(folder, "cpu")
+        assert "\n" not in str(refused.value) and "trust_remote_code=True" not in str(refused.value)
+
+
+def test_nor_by_a_checkpoint_in_the_original_layout(original, tmp_path, says_yes, capsys):  # noqa: F811
+    bring_code(original, "tokenizer_config.json", tmp_path / "ran")
+    with contextlib.suppress(InputError):
+        load_lvlm(original, "cpu")
+    assert "[y/N]" not in capsys.readouterr().out and not (tmp_path / "ran").exists()
