@@ -1,7 +1,8 @@
 """Scores of predictions, as pure functions of tables; every score is in percent.
 
-The paper (arXiv 2412.06141) reports closed accuracy, open recall, BLEU (the mean of BLEU-1..4), ROUGE-L and METEOR and
-names no implementation. `METHODS` says how each is computed here; print it beside the numbers.
+The paper (arXiv 2412.06141) reports closed accuracy, open recall, BLEU (the mean of BLEU-1..4), ROUGE-L and METEOR. It names
+no implementation; its authors released one later. `METHODS` says how each score is computed here; print it beside the
+numbers. The names that begin with ``released_`` are the authors' rules (`released_metrics`), and the others are ours.
 
 A prediction row holds `question_id`, `image`, `answer_type` (CLOSED, OPEN or REPORT), `answer` and `prediction`, and
 optionally `patient_id`, `finding` and `question_type`. Without `patient_id` the image stands for the patient.
@@ -19,6 +20,9 @@ import numpy as np
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU
 
+from . import released_metrics
+from .errors import first_line
+
 Row = dict[str, Any]
 Statistic = Callable[[np.ndarray], np.ndarray]
 METHODS = {
@@ -27,16 +31,24 @@ METHODS = {
     "open_recall": "share of the true answer's words found in the prediction, counted with multiplicity (lower case; "
                    "punctuation parts words), mean over questions",
     "bleu": "mean of BLEU-1 to BLEU-4; each is sacrebleu's cumulative corpus BLEU (lower case, tokenizer 13a, "
-            "smoothing 'exp')",
-    "rouge_l": "rouge-score's ROUGE-L F1 without stemming, mean over reports",
+            "smoothing 'exp'; each ideograph is a word)",
+    "rouge_l": "rouge-score's ROUGE-L F1 without stemming, mean over reports; words of any script, each ideograph one",
     "meteor": "nltk's METEOR with its WordNet word list, mean over reports",
     "attention_in_lesion": "share of the image attention that falls inside the lesion mask, mean over questions",
+    **released_metrics.METHODS,
 }
 BLEU_ORDERS = (1, 2, 3, 4)
-WORD = re.compile(r"\d{1,3}(?:,\d{3})+(?!\d)|\d+(?:\.\d+)+|[^\W_]+(?:['\u2019][^\W_]+)*")
+# Chinese and Japanese write no blanks: each character counts as a word.
+IDEOGRAPH = "[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]"
+LETTERS = rf"(?:(?!{IDEOGRAPH})[^\W_])+"
+RUN = re.compile(f"{IDEOGRAPH}|{LETTERS}")
+NUMBER = r"\d{1,3}(?:,\d{3})+(?!\d)|\d+(?:\.\d+)+"
+WORD = re.compile(rf"{IDEOGRAPH}|{NUMBER}|{LETTERS}(?:['\u2019]{LETTERS})*")
 LETTER_HYPHEN = re.compile(r"\b([^\W\d_])-(?=[^\W\d_])")
-ANSWER_TYPES = {"closed_accuracy": "CLOSED", "open_recall": "OPEN"}
+ANSWER_TYPES = {"closed_accuracy": "CLOSED", "open_recall": "OPEN",
+                "released_closed_accuracy": "CLOSED", "released_open_recall": "OPEN"}
 SCORES = ("closed_accuracy", "open_recall", "bleu", *(f"bleu{n}" for n in BLEU_ORDERS), "rouge_l", "meteor")
+RELEASED_SCORES = tuple(released_metrics.METHODS)
 
 
 def words(text: str) -> list[str]:
@@ -73,9 +85,17 @@ def recall(answer: str, prediction: str) -> float:
     return found / truth.total() if truth else float("nan")
 
 
+class AnyScript:
+    """A tokenizer for rouge-score, whose own drops all but a to z and digits; on such text they agree."""
+
+    def tokenize(self, text: str) -> list[str]:
+        """Lower-case runs of letters and digits; each ideograph is one."""
+        return RUN.findall(text.lower())
+
+
 @cache
 def _rouge() -> RougeScorer:
-    return RougeScorer(["rougeL"], use_stemmer=False)
+    return RougeScorer(["rougeL"], use_stemmer=False, tokenizer=AnyScript())
 
 
 def answer_score(row: Row) -> float:
@@ -96,7 +116,8 @@ def mean_percent(sums: np.ndarray) -> np.ndarray:
 @lru_cache(100_000)
 def bleu_statistics(answer: str, prediction: str) -> tuple[int, ...]:
     """The ten counts BLEU sums over a corpus: matching and total n-grams for n = 1..4, predicted and true length."""
-    counts = BLEU(lowercase=True).corpus_score([prediction], [[answer]])
+    said, truth = (re.sub(f"({IDEOGRAPH})", r" \1 ", text) for text in (prediction, answer))
+    counts = BLEU(lowercase=True).corpus_score([said], [[truth]])
     return (*counts.counts, *counts.totals, counts.sys_len, counts.ref_len)
 
 
@@ -111,8 +132,8 @@ def bleu_from_statistics(sums: np.ndarray, orders: Sequence[int] = BLEU_ORDERS) 
 def row_statistics(rows: Iterable[Row], metric: str) -> tuple[np.ndarray, Statistic, list[Row]]:
     """What a bootstrap resamples: per-row statistics, the function from their sums to percent, and the rows used.
 
-    ``metric`` is one of `METHODS` or `bleu1` to `bleu4`; `attention_in_lesion` wants rows with a ``share``, METEOR is
-    `meteor`'s. The statistics have shape [N, 2] (score and one) or, for BLEU, [N, 10] (`bleu_statistics`).
+    ``metric`` is one of `METHODS` or `bleu1` to `bleu4`; `attention_in_lesion` wants rows with a ``share``. METEOR of either
+    rule is not among them (`meteor`). The statistics have shape [N, 2] (score and one) or, for BLEU, [N, 10] (`bleu_statistics`).
     """
     if metric == "attention_in_lesion":
         used = list(rows)
@@ -123,7 +144,11 @@ def row_statistics(rows: Iterable[Row], metric: str) -> tuple[np.ndarray, Statis
             orders = [int(metric[4:])] if metric[4:] else BLEU_ORDERS
             counts = [bleu_statistics(str(row["answer"]), str(row["prediction"])) for row in used]
             return np.array(counts, float).reshape(-1, 10), lambda sums: bleu_from_statistics(sums, orders), used
-        scores = np.array([answer_score(row) for row in used])
+        if metric in RELEASED_SCORES:
+            texts = [(str(row["answer"]), str(row["prediction"])) for row in used]
+            scores = np.array([released_metrics.answer_score(*pair, metric) for pair in texts])
+        else:
+            scores = np.array([answer_score(row) for row in used])
     known = np.isfinite(scores)
     return np.stack([np.where(known, scores, 0), known], axis=1), mean_percent, used
 
@@ -155,34 +180,66 @@ def rouge_l(rows: Iterable[Row]) -> float | None:
     return score(rows, "rouge_l")
 
 
-def meteor(rows: Iterable[Row]) -> tuple[float | None, str]:
-    """Mean METEOR over the REPORT rows, in percent, and the reason where it is None: no reports, or no WordNet."""
+def meteor(rows: Iterable[Row], released: bool = False) -> tuple[float | None, str]:
+    """Mean METEOR over the REPORT rows, in percent, and the reason where it is None: no reports, or no WordNet.
+
+    Args:
+        released: on the tokens of the authors' released evaluation instead of ours.
+    """
     from nltk.corpus import wordnet
     from nltk.translate.meteor_score import single_meteor_score
 
     reports = [row for row in rows if row["answer_type"] == "REPORT"]
     if not reports:
         return None, "no reports"
+    scores = []
     try:
         wordnet.ensure_loaded()
-    except (LookupError, OSError):
+        for row in reports:
+            if released:
+                scores.append(released_metrics.meteor(row["answer"], row["prediction"], wordnet))
+            else:
+                scores.append(single_meteor_score(words(row["answer"]), words(row["prediction"])))
+    except LookupError:
         return None, "nltk's WordNet word list is absent; `python -m nltk.downloader wordnet` fetches it"
-    scores = [single_meteor_score(words(row["answer"]), words(row["prediction"])) for row in reports]
+    except Exception as error:  # a word list that arrived in part fails in as many ways as it has files
+        return None, (f"nltk's WordNet word list cannot be read ({first_line(error)}); `python -m nltk.downloader --force wordnet` "
+                      "fetches it again")
     return float(100 * np.mean(scores)), ""
 
 
-def score_predictions(rows: Sequence[Row]) -> dict[str, Row]:
-    """Every score of one prediction table.
+def score_predictions(rows: Sequence[Row], names: Sequence[str] = SCORES) -> dict[str, Row]:
+    """Scores of one prediction table.
+
+    Args:
+        names: `SCORES`, or `RELEASED_SCORES` for the authors' rules.
 
     Returns:
-        ``{metric: {"score": percent or None, "n": rows it is over}}`` for the metrics in `SCORES`. METEOR also holds a
-        ``reason`` where its score is None.
+        ``{metric: {"score": percent or None, "n": rows it is over}}``. METEOR also holds a ``reason`` where its score
+        is None.
     """
     count = Counter(row["answer_type"] for row in rows)
-    table: dict[str, Row] = {name: {"score": None if name == "meteor" else score(rows, name),
-                                    "n": count[ANSWER_TYPES.get(name, "REPORT")]} for name in SCORES}
-    table["meteor"]["score"], reason = meteor(rows)
-    return table | ({"meteor": {**table["meteor"], "reason": reason}} if reason else {})
+    table: dict[str, Row] = {}
+    for name in names:
+        table[name] = {"score": None, "n": count[ANSWER_TYPES.get(name, "REPORT")]}
+        if name.endswith("meteor"):
+            table[name]["score"], reason = meteor(rows, released=name in RELEASED_SCORES)
+            table[name] |= {"reason": reason} if reason else {}
+        else:
+            table[name]["score"] = score(rows, name)
+    return table
+
+
+def both_rules(predictions: dict[str, Sequence[Row]]) -> list[Row]:
+    """The same predictions by our rules and by the authors' released ones, in percent: a row per model and score."""
+    table = []
+    for model, rows in predictions.items():
+        ours, theirs = score_predictions(rows), score_predictions(rows, RELEASED_SCORES)
+        for name in ("closed_accuracy", "open_recall", "bleu", "rouge_l", "meteor"):
+            values = {"our rule": ours[name]["score"], "released rule": theirs[f"released_{name}"]["score"]}
+            if ours[name]["score"] is not None:
+                table.append({"model": model, "score": name.replace("_", " "), "n": ours[name]["n"], **values})
+    return table
 
 
 def scores_by(rows: Sequence[Row], key: str) -> dict[str, dict[str, Row]]:

@@ -51,6 +51,18 @@ def test_punctuation_parts_words():
     assert metrics.is_yes_no("YES!") and not metrics.is_yes_no("No acute disease.") and not metrics.is_yes_no("?")
 
 
+@pytest.mark.parametrize("text", ["\u53cc\u80ba\u6e05\u6670\uff0c\u672a\u89c1\u7ed3\u8282\u3002",
+                                  "\u041b\u0435\u0433\u043a\u0438\u0435 \u0447\u0438\u0441\u0442\u044b\u0435 \u0438 \u043d\u0435\u0442 \u0443\u0437\u043b\u0430",
+                                  "\u80ba\u306f\u304d\u308c\u3044\u3067\u3059", "Lungen sind frei, kein Erguss"])
+def test_reports_in_any_script(text):
+    """A copy scores 100 by ROUGE-L and BLEU and 1 by recall; half of it about half."""
+    copy, half = row("REPORT", text, text), row("REPORT", text, text[: len(text) // 2])
+    assert metrics.rouge_l([copy]) == pytest.approx(100) and metrics.bleu([copy]) == pytest.approx(100)
+    assert metrics.recall(text, text) == 1
+    assert 20 < metrics.rouge_l([half]) < 90
+    assert metrics.rouge_l([row("REPORT", text, "Other words")]) == 0
+
+
 def test_who_the_patient_is():
     """A row that names no patient counts by its image, however it fails to name one; 0 is a name."""
     named = [metrics.patient_of({"image": "a.png", **row})
@@ -161,3 +173,29 @@ def test_released_questions_score_their_own_answers_fully(shared):
     rows = [row(q["answer_type"], q["gpt4_answer"], q["gpt4_answer"]) for q in map(json.loads, lines)]
     assert Counter(r["answer_type"] for r in rows) == {"CLOSED": 272, "OPEN": 179}
     assert metrics.closed_accuracy(rows) == 100 and metrics.open_recall(rows) == pytest.approx(100)
+
+
+@pytest.mark.parametrize("fault", ["torn zip", "empty folder", "a file missing", "half a file"])
+def test_a_word_list_that_arrived_in_part_leaves_the_other_scores(fault, tmp_path, monkeypatch):
+    import nltk
+    from nltk.corpus.reader.wordnet import WordNetCorpusReader
+    from nltk.corpus.util import LazyCorpusLoader
+
+    corpora = tmp_path / "corpora"
+    corpora.mkdir()
+    if fault == "torn zip":
+        (corpora / "wordnet.zip").write_bytes(b"PK\x03\x04" + bytes(2000))
+    else:
+        (corpora / "wordnet").mkdir()
+    if fault in ("a file missing", "half a file"):
+        for name in WordNetCorpusReader._FILES[: -2 if fault == "a file missing" else None]:
+            (corpora / "wordnet" / name).write_text("00\tadj.all\t3\n" if name == "lexnames" else "half a line")
+    monkeypatch.setattr(nltk.data, "path", [str(tmp_path)])
+    fresh = LazyCorpusLoader("wordnet", WordNetCorpusReader, None)
+    monkeypatch.setattr("nltk.corpus.wordnet", fresh)
+    rows = [row("REPORT", "clear lungs", "clear lungs")]
+    for released in (False, True):
+        value, reason = metrics.meteor(rows, released)
+        assert value is None and "WordNet" in reason and "\n" not in reason
+    table = metrics.score_predictions(rows)
+    assert table["rouge_l"]["score"] == 100 and table["meteor"]["score"] is None and table["meteor"]["reason"]
