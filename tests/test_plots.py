@@ -111,6 +111,15 @@ def test_published_numbers_are_the_papers(shared):
     assert "53.99" in plots.results_table(published["tables"]["1"]["rows"], decimals=2)
 
 
+def test_undone_dots_stand_at_their_numbers():
+    rows = [{"method": "a $b$", "printed": 20.0, "undone": 8.5}, {"method": "c", "printed": 14.5, "undone": 2.2}]
+    (axes,) = plots.undone_dots(rows, "method", 12.3).axes
+    marks = {line.get_label(): list(line.get_xdata()) for line in axes.lines}
+    assert marks["printed"] == [20.0, 14.5] and marks["smoothing undone"] == [8.5, 2.2]
+    assert marks["no word right, smoothed"] == [12.3, 12.3]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["a $b$", "c"]
+
+
 def test_pair_schema_accepts_the_released_files_and_refuses_broken_rows(shared):
     schema = json.loads((DATA_MANIFESTS / "pair_schema.json").read_text())
     rows = json.loads((shared / "data/released/vqa-rad_dpo_weighted.json").read_text())
