@@ -291,7 +291,7 @@ def undone_dots(rows: Sequence[Mapping[str, Any]], label: str, floor: float) -> 
 
     Args:
         rows: one dict a method: its name under ``label``, ``printed`` and ``undone`` in percent.
-        floor: what the smoothing gives where no word is right, in percent.
+        floor: what the smoothing gives where hardly a word is right, in percent.
     """
     figure, ((axes,),) = _axes(1, 1, (6.4, 0.28 * len(rows) + 1.1))
     for place, row in enumerate(rows):
@@ -299,7 +299,7 @@ def undone_dots(rows: Sequence[Mapping[str, Any]], label: str, floor: float) -> 
     places = range(len(rows))
     axes.plot([row["printed"] for row in rows], places, "o", color=BLUE, label="printed")
     axes.plot([row["undone"] for row in rows], places, "D", color=ORANGE, label="smoothing undone")
-    axes.axvline(floor, color=BLACK, linestyle=":", linewidth=1, label="no word right, smoothed")
+    axes.axvline(floor, color=BLACK, linestyle=":", linewidth=1, label="hardly a word right, smoothed")
     axes.set_yticks(places, [row[label] for row in rows])
     axes.invert_yaxis()
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12 - 1.2 / len(rows)), ncols=3, frameon=False, fontsize=8)

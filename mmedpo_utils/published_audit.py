@@ -11,7 +11,8 @@ method 7 on one order n at a time. With p_n the n-gram precision of a report and
 
     BLEU-1 = BP (1 + 2 p_1 + p_2) / 3        BLEU-n = (BLEU-(n-1) + BP (p_n + p_(n+1))) / 3
 
-Both are linear, so that means over a test set obey them too, with q_n, the mean of BP p_n.
+and all of them 0 for a report without one right word. These equations are linear, so that means over a
+test set obey them too, with q_n, the mean of BP p_n, and the mean of BP.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ ROUNDING = 0.005  # a number printed with two decimals
 REPORT_SETS = {"iu_xray": "IU-Xray", "mimic_cxr": "MIMIC-CXR"}
 QUESTION_SETS = {"slake": "SLAKE", "vqa_rad": "VQA-RAD"}
 ORDERS = (1, 2, 3, 4)
-# What the smoothing gives to reports of which no word is right: 1/3, 1/9, 1/27, 1/81.
+# What the smoothing tends to where hardly a word is right: 1/3, 1/9, 1/27, 1/81.
 FLOOR = sum(100 / 3**order for order in ORDERS) / 4
 # Questions of the test sets in LLaVA-Med's format (the cards of data_manifests/).
 COUNTS = {
@@ -129,7 +130,7 @@ def smoothing(tables: Tables) -> list[Line]:
 
 
 def undone_bleu(bleu: Sequence[float]) -> float | None:
-    """The mean of BLEU-1 to 4 without the smoothing, if no report was shorter than its reference.
+    """The mean of BLEU-1 to 4 without the smoothing, if no report was short and each had a right word.
 
     With BP = 1 the equations at the top leave one number open, q_5, which lies between 0 and q_4; half of
     that range is taken, and it moves the result by less than 0.1. A smaller BP would raise the result.
@@ -138,7 +139,7 @@ def undone_bleu(bleu: Sequence[float]) -> float | None:
         bleu: smoothed BLEU-1 to BLEU-4, in percent.
 
     Returns:
-        percent; None where BLEU-1 is below its floor of 33.33, so that BP cannot have been 1.
+        percent; None where BLEU-1 is below 33.33, so that BP cannot have been 1 in every report.
     """
     second, third, fourth = remainders(bleu)
     q5 = fourth / 4
@@ -156,9 +157,9 @@ def undone(tables: Tables) -> list[Line]:
         bleu = bleu_cells(row, dataset)
         what = f"Table {number}, {row['method']}, {REPORT_SETS[dataset]}, mean of BLEU-1 to 4"
         value = undone_bleu(bleu)
-        rule = "smoothing undone, if no report was shorter than its reference (BP 1)"
+        rule = "smoothing undone, if no report was shorter than its reference and each had a right word (BP 1)"
         if value is None:
-            rule += f"; impossible here, since BLEU-1 is below 33.33: BP was {3 * bleu[0] / 100:.2f} at most"
+            rule += f"; impossible here, since BLEU-1 is below 33.33: the mean BP was {3 * bleu[0] / 100:.2f} at most"
         printed = _round(sum(bleu) / 4)
         computed = None if value is None else _round(value)
         lines.append(Line("undone", "inferred", what, rule, printed, computed, value is not None))
@@ -335,8 +336,12 @@ def _round(value: float) -> float:
 
 
 def select(lines: Sequence[Line], keep: Callable[[Line], bool]) -> list[dict[str, Any]]:
-    """The lines that ``keep`` wants as rows of a table."""
-    return [asdict(line) for line in lines if keep(line)]
+    """The lines that ``keep`` wants, as rows of a table: what, rule, printed, computed."""
+    rows = []
+    for line in lines:
+        if keep(line):
+            rows.append({"what": line.what, "rule": line.rule, "printed": line.printed, "computed": line.computed})
+    return rows
 
 
 def main() -> int:

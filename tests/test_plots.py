@@ -116,7 +116,7 @@ def test_undone_dots_stand_at_their_numbers():
     (axes,) = plots.undone_dots(rows, "method", 12.3).axes
     marks = {line.get_label(): list(line.get_xdata()) for line in axes.lines}
     assert marks["printed"] == [20.0, 14.5] and marks["smoothing undone"] == [8.5, 2.2]
-    assert marks["no word right, smoothed"] == [12.3, 12.3]
+    assert marks["hardly a word right, smoothed"] == [12.3, 12.3]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["a $b$", "c"]
 
 

@@ -124,6 +124,10 @@ def test_what_one_may_not_expect():
     report = "The heart is normal in size and the lungs are clear today."
     copies = [bleu_n(report, report, n) for n in (1, 2, 3, 4)]
     assert copies == pytest.approx([4 / 3, 10 / 9, 28 / 27, 82 / 81])
+    one_of_26 = "heart " + " ".join(f"x{n}" for n in range(25))
+    hardly = [100 * bleu_n(report + " " + "longer " * 15, one_of_26, n) for n in (1, 2, 3, 4)]
+    assert hardly == pytest.approx([36.3, 12.8, 4.6, 1.7], abs=0.1)
+    assert bleu_n(report, "nothing matches", 1) == 0
     assert [bleu_n(report, "...", 1), released_metrics.rouge_l(report, "..."), word_overlap("", report)["f1"]] == [0, 0, 0]
 
 
