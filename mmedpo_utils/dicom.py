@@ -1,4 +1,4 @@
-"""DICOM films as 8-bit images, through pydicom (the optional extra ``dicom``)."""
+"""DICOM films as 8-bit images, through pydicom and GDCM's decoders (the optional extra ``dicom``)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .errors import InputError
+from .errors import InputError, first_line
+
+EXTRA = "pip install 'mmedpo-notebooks[dicom]'"
 
 
 def is_dicom(path: str | os.PathLike) -> bool:
@@ -23,41 +25,100 @@ def is_dicom(path: str | os.PathLike) -> bool:
 
 
 def open_dicom(path: str | os.PathLike) -> Image.Image:
-    """Open one frame as mode L or RGB, 8 bits, dark where little was attenuated (MONOCHROME1 is inverted).
+    """Open one frame as mode L or RGB, 8 bits, dark where little was attenuated.
 
-    Grey values are rescaled to the modality's unit, then cut by the file's first window; without a window they are
-    scaled from their own minimum and maximum.
+    What the file says of its grey values is followed: modality LUT or rescale, then the first VOI LUT or
+    the first window, then inversion (MONOCHROME1, or a presentation LUT of shape INVERSE). Without VOI
+    LUT and window the values are scaled from their own minimum and maximum. Padding is black, and does
+    not count for these.
 
     Raises:
         InputError: pydicom is not installed, or the file is not one grey or RGB frame that it can decode.
     """
     try:
         import pydicom
-        from pydicom.pixels import apply_modality_lut, pixel_array
+        from pydicom.pixels import pixel_array
     except ImportError as error:
-        raise InputError(f"{path}: DICOM needs pydicom; install the extra: pip install 'mmedpo-notebooks[dicom]'") from error
+        raise InputError(f"{path}: DICOM needs pydicom; install the extra: {EXTRA}") from error
     try:
         dataset = pydicom.dcmread(path)
         pixels, kind = pixel_array(dataset), dataset.PhotometricInterpretation
         if kind.startswith("MONOCHROME") and pixels.ndim == 2:
-            scaled = _scale(np.asarray(apply_modality_lut(pixels, dataset), dtype=np.float64), dataset)
-            grey = np.round((1 - scaled if kind == "MONOCHROME1" else scaled) * 255)
-            return Image.fromarray(grey.astype(np.uint8))
-    except (pydicom.errors.InvalidDicomError, OSError, EOFError, AttributeError, KeyError, TypeError, ValueError,
-            NotImplementedError, RuntimeError) as error:
-        raise InputError(f"{path}: cannot be decoded as DICOM ({error}); fetch the file again, convert it to PNG, or "
-                         "remove its row") from error
-    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[-1] != 3 or kind.startswith("PALETTE"):
+            return _grey(pixels, dataset)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    except Exception as error:  # decoders of damaged files raise whatever they meet
+        raise InputError(
+            f"{path}: cannot be decoded as DICOM ({first_line(error)}); fetch the file again, convert it to "
+            f"PNG, or remove its row; where a decoder is missing, install the extra: {EXTRA}"
+        ) from error
+    grey_or_palette = pixels.ndim != 3 or pixels.shape[-1] != 3 or kind.startswith("PALETTE")
+    if pixels.dtype != np.uint8 or grey_or_palette:
         raise InputError(f"{path}: expected one grey frame or one of 8-bit RGB, found {kind} of shape "
                          f"{list(pixels.shape)}; convert it to PNG, or remove its row")
     return Image.fromarray(pixels)
 
 
-def _scale(values: np.ndarray, dataset: Any) -> np.ndarray:
-    """Grey values to [0, 1] by the first window (DICOM PS3.3 C.11.2.1.2), else by their own range. Shape: as given."""
-    centre, width = (np.atleast_1d(dataset.get(name, np.nan)).astype(float)[0] for name in ("WindowCenter", "WindowWidth"))
+def scale_to_8_bits(values: np.ndarray, counted: np.ndarray | None = None) -> np.ndarray:
+    """Grey values of any range to 0 to 255, from the least to the greatest of the finite ones.
+
+    Args:
+        values: Shape: [H, W].
+        counted: False where a value shall neither count nor be seen (black). Shape: [H, W]; None: all.
+
+    Returns:
+        uint8; NaN is black, an infinity the end that it lies beyond. Shape: [H, W].
+
+    Raises:
+        InputError: no value is finite.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    counted = np.ones(values.shape, bool) if counted is None else counted
+    known = values[counted & np.isfinite(values)]
+    if not known.size:
+        raise InputError("holds no finite grey value; fetch the file again, or remove its row")
+    low, high = known.min(), known.max()
+    scaled = (np.clip(values, low, high) - low) / max(high - low, 1e-12)
+    scaled[np.isnan(values) | ~counted] = 0
+    return np.round(scaled * 255).astype(np.uint8)
+
+
+def _grey(pixels: np.ndarray, dataset: Any) -> Image.Image:
+    from pydicom.pixels import apply_modality_lut, apply_voi_lut
+
+    padding = _padding(pixels, dataset)
+    values = np.asarray(apply_modality_lut(pixels, dataset))
+    if dataset.get("VOILUTSequence"):
+        # A table's output has bits of its own; the window, where there is one too, is not applied then.
+        bits = dataset.VOILUTSequence[0].LUTDescriptor[2]
+        table = apply_voi_lut(values, dataset, prefer_lut=True)
+        grey = np.round(np.clip(table.astype(np.float64) / (2**bits - 1), 0, 1) * 255).astype(np.uint8)
+    else:
+        window = _windowed(values.astype(np.float64), dataset)
+        grey = scale_to_8_bits(values, ~padding) if window is None else np.round(window * 255).astype(np.uint8)
+    shape = dataset.get("PresentationLUTShape", "IDENTITY")
+    if dataset.PhotometricInterpretation == "MONOCHROME1" or shape == "INVERSE":
+        grey = 255 - grey
+    grey[padding] = 0
+    return Image.fromarray(grey)
+
+
+def _padding(pixels: np.ndarray, dataset: Any) -> np.ndarray:
+    """Where the file says that a pixel is filling, by its stored value. Shape: as ``pixels``."""
+    first = dataset.get("PixelPaddingValue")
+    if first is None:
+        return np.zeros(pixels.shape, bool)
+    last = dataset.get("PixelPaddingRangeLimit", first)
+    return (pixels >= min(first, last)) & (pixels <= max(first, last))
+
+
+def _windowed(values: np.ndarray, dataset: Any) -> np.ndarray | None:
+    """Grey values in [0, 1] by the first window (DICOM PS3.3 C.11.2.1.2); None without one. Shape: as given."""
+    centre, width = (
+        np.atleast_1d(dataset.get(name, np.nan)).astype(float)[0] for name in ("WindowCenter", "WindowWidth")
+    )
     if not width > 0 or not np.isfinite(centre):
-        return (values - values.min()) / max(np.ptp(values), 1e-12)
+        return None
     function = dataset.get("VOILUTFunction", "LINEAR")
     if function == "SIGMOID":
         return 1 / (1 + np.exp(-4 * (values - centre) / width))

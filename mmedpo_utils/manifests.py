@@ -15,13 +15,15 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from .dicom import is_dicom, open_dicom
-from .errors import InputError
+from .dicom import is_dicom, open_dicom, scale_to_8_bits
+from .errors import InputError, first_line
 from .files import write_json
 from .metrics import is_yes_no, opener
 
 IMAGE_MARK = "<image>"
 ANSWER_TYPES = ("CLOSED", "OPEN", "REPORT")
+# Pillow would try all its formats, whatever a file is called, and hand EPS to Ghostscript.
+IMAGE_FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "PPM", "JPEG2000")
 OPTIONAL_KEYS = ("patient_id", "finding", "question_type")
 Row = dict[str, Any]
 
@@ -232,21 +234,22 @@ def open_image(path: str | os.PathLike) -> Image.Image:
     the extra ``dicom``.
 
     Raises:
-        InputError: missing, truncated, or not an image.
+        InputError: missing, truncated, or not an image of a kind in `IMAGE_FORMATS`.
     """
     if is_dicom(path):
         return open_dicom(path)
     try:
-        with Image.open(path) as opened:
+        with Image.open(path, formats=IMAGE_FORMATS) as opened:
             opened.load()
             image = ImageOps.exif_transpose(opened)
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path}: cannot be opened as an image ({error}); the file is missing, truncated or not an "
-                         "image: fetch it again, or remove its row") from error
+    except Exception as error:  # decoders of damaged files raise whatever they meet
+        raise InputError(f"{path}: cannot be opened as an image ({first_line(error)}); the file is missing, truncated or not an "
+                         f"image ({', '.join(IMAGE_FORMATS)} or DICOM): fetch it again, or remove its row") from error
     if image.mode[0] in "IF":
-        values = np.asarray(image, dtype=np.float64)
-        low, high = values.min(), values.max()
-        return Image.fromarray(np.round((values - low) / max(high - low, 1e-12) * 255).astype(np.uint8))
+        try:
+            return Image.fromarray(scale_to_8_bits(np.asarray(image)))
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "black"), image).convert("RGB")

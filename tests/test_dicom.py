@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from mmedpo_utils.errors import InputError
 from mmedpo_utils.manifests import open_image
@@ -90,3 +91,118 @@ def test_a_torn_file_and_a_missing_reader_say_what_to_do(tmp_path: Path, monkeyp
     monkeypatch.setitem(__import__("sys").modules, "pydicom", None)
     with pytest.raises(InputError, match=r"film.dcm: DICOM needs pydicom.*mmedpo-notebooks\[dicom\]"):
         open_image(path)
+
+
+def test_a_voi_lut_is_applied_as_pydicom_does(tmp_path: Path) -> None:
+    from pydicom.dataset import Dataset
+    from pydicom.pixels import apply_modality_lut, apply_voi_lut
+    from pydicom.sequence import Sequence
+
+    curve = Dataset()
+    curve.LUTDescriptor = [4096, 0, 12]
+    curve.LUTData = (4095 / (1 + np.exp(-12 * (np.linspace(0, 1, 4096) - 0.7)))).round().astype("<u2").tobytes()
+    for tags in ({}, {"WindowCenter": 100, "WindowWidth": 50}, {"RescaleSlope": 1, "RescaleIntercept": 0}):
+        path = save(tmp_path / "film.dcm", RAMP, VOILUTSequence=Sequence([curve]), BitsStored=12, HighBit=11, **tags)
+        read = pydicom.dcmread(path)
+        theirs = apply_voi_lut(apply_modality_lut(read.pixel_array, read), read, prefer_lut=True) / 4095 * 255
+        assert np.abs(grey(path) - theirs).max() <= 0.5
+        assert np.abs(grey(path) - RAMP / RAMP.max() * 255).max() > 50, "the curve is far from a line"
+
+
+def test_a_modality_lut_comes_before_the_window(tmp_path: Path) -> None:
+    from pydicom.dataset import Dataset
+    from pydicom.sequence import Sequence
+
+    table = Dataset()
+    table.LUTDescriptor, table.ModalityLUTType = [4096, 0, 16], "US"
+    table.LUTData = (np.arange(4096)[::-1] * 2).astype("<u2").tobytes()
+    path = save(tmp_path / "film.dcm", RAMP, ModalityLUTSequence=Sequence([table]), WindowCenter=4000, WindowWidth=2000)
+    expected = np.clip(((4095.0 - RAMP) * 2 - 3999.5) / 1999 + 0.5, 0, 1) * 255
+    assert np.abs(grey(path) - expected).max() <= 0.5 + 1e-6
+
+
+def test_an_inverse_presentation_inverts(tmp_path: Path) -> None:
+    plain = grey(save(tmp_path / "a.dcm", RAMP, PresentationLUTShape="IDENTITY"))
+    for tags in ({}, {"PhotometricInterpretation": "MONOCHROME1"}):
+        assert np.array_equal(grey(save(tmp_path / "b.dcm", RAMP, PresentationLUTShape="INVERSE", **tags)), 255 - plain)
+
+
+@pytest.mark.parametrize("kind", ["MONOCHROME1", "MONOCHROME2"])
+def test_padding_is_black_and_does_not_set_the_scale(tmp_path: Path, kind: str) -> None:
+    film = RAMP.copy()
+    film[:, :2] = 65535
+    path = save(tmp_path / "film.dcm", film, PixelPaddingValue=65535, PhotometricInterpretation=kind)
+    inside = RAMP[:, 2:]
+    expected = (inside - inside.min()) / np.ptp(inside) * 255
+    expected = 255 - expected if kind == "MONOCHROME1" else expected
+    assert np.abs(grey(path)[:, 2:] - expected).max() <= 0.5 and grey(path)[:, :2].max() == 0
+    film[:, :2] = 65000
+    path = save(tmp_path / "range.dcm", film, PixelPaddingValue=65535, PixelPaddingRangeLimit=64000,
+                PhotometricInterpretation=kind)
+    assert np.abs(grey(path)[:, 2:] - expected).max() <= 0.5 and grey(path)[:, :2].max() == 0
+
+
+def test_signed_values_and_bits_that_are_not_stored(tmp_path: Path) -> None:
+    signed = (RAMP.astype(np.int16) - 2048).astype("<i2")
+    path = save(tmp_path / "signed.dcm", signed, PixelRepresentation=1, WindowCenter=0, WindowWidth=1000)
+    expected = np.clip((signed + 0.5) / 999 + 0.5, 0, 1) * 255
+    assert np.abs(grey(path) - expected).max() <= 0.5 + 1e-6
+    twelve = save(tmp_path / "twelve.dcm", RAMP, BitsStored=12, HighBit=11)
+    assert np.abs(grey(twelve) - RAMP / RAMP.max() * 255).max() <= 0.5
+
+
+def float_film(path: Path, values: np.ndarray) -> Path:
+    """A film of 32-bit floating-point values, which DICOM keeps under a name of its own."""
+    save(path, values.astype("<u4"), BitsAllocated=32)
+    dataset = pydicom.dcmread(path)
+    del dataset.PixelData, dataset.PixelRepresentation, dataset.BitsStored, dataset.HighBit
+    dataset.FloatPixelData = values.astype("<f4").tobytes()
+    dataset.save_as(path)
+    return path
+
+
+@pytest.mark.parametrize("form", ["DICOM", "TIFF"])
+def test_values_that_are_no_numbers_do_not_blacken_a_film(tmp_path: Path, form: str) -> None:
+    values = RAMP.astype(np.float32)
+    values[0, :3] = np.nan, np.inf, -np.inf
+    path = tmp_path / ("film.dcm" if form == "DICOM" else "film.tiff")
+    if form == "DICOM":
+        float_film(path, values)
+    else:
+        Image.fromarray(values).save(path)
+    known = RAMP.ravel()[3:].astype(float)
+    expected = np.round((known - known.min()) / np.ptp(known) * 255)
+    assert np.abs(grey(path).ravel()[3:] - expected).max() <= 0.5
+    assert grey(path)[0, :3].tolist() == [0, 255, 0]
+    values[:] = np.nan
+    float_film(path, values) if form == "DICOM" else Image.fromarray(values).save(path)
+    with pytest.raises(InputError, match="film.*holds no finite grey value; fetch the file again"):
+        open_image(path)
+
+
+def test_jpeg_lossless_is_decoded(tmp_path: Path) -> None:
+    """Encoded by GDCM, read back: every grey value is there."""
+    gdcm = pytest.importorskip("gdcm", reason="the extra `dicom` brings it")
+    plain = save(tmp_path / "plain.dcm", RAMP)
+    reader, change, writer = gdcm.ImageReader(), gdcm.ImageChangeTransferSyntax(), gdcm.ImageWriter()
+    reader.SetFileName(str(plain))
+    assert reader.Read()
+    change.SetTransferSyntax(gdcm.TransferSyntax(gdcm.TransferSyntax.JPEGLosslessProcess14_1))
+    change.SetInput(reader.GetImage())
+    assert change.Change()
+    writer.SetFileName(str(tmp_path / "lossless.dcm"))
+    writer.SetFile(reader.GetFile())
+    writer.SetImage(change.GetOutput())
+    assert writer.Write()
+    assert pydicom.dcmread(tmp_path / "lossless.dcm").file_meta.TransferSyntaxUID == pydicom.uid.JPEGLosslessSV1
+    assert np.array_equal(grey(tmp_path / "lossless.dcm"), grey(plain))
+
+
+def test_a_decoder_that_is_missing_is_named_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*_: object, **__: object) -> None:
+        raise RuntimeError("Unable to decompress: missing dependencies\n\tgdcm - requires gdcm>=3\n\tpylibjpeg")
+
+    monkeypatch.setattr(pydicom.pixels, "pixel_array", none)
+    with pytest.raises(InputError) as refused:
+        open_image(save(tmp_path / "film.dcm", RAMP))
+    assert "\n" not in str(refused.value) and "pip install 'mmedpo-notebooks[dicom]'" in str(refused.value)
