@@ -90,7 +90,7 @@ def adapter_folder(name_or_path: str | Path, cached: bool = False) -> Path:
         InputError: no such folder, not to be had from the Hub, or no adapter in it.
     """
     folder = Path(name_or_path)
-    if not folder.is_dir():
+    if not folder.is_dir() and not folder.is_absolute():
         folder = _fetch(str(name_or_path), cached)
     if (folder / "adapter" / CONFIG).is_file():
         folder = folder / "adapter"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -120,11 +121,14 @@ def check_dataset(card: DatasetCard, root: str | os.PathLike) -> list[dict[str, 
             rows.append(_line(f"{path}: SHA-256", f"{digest[:12]}...", f"{found[:12]}...",
                               "" if found == digest else "fetch it again, or note which version you have"))
     try:
-        questions, folder = _read(card.name, root)
+        with warnings.catch_warnings(record=True) as left_out:
+            warnings.simplefilter("always")
+            questions, folder = _read(card.name, root)
     except InputError as error:
         return [*rows, _line("questions", "readable", "not readable", str(error))]
     for split, size in card.splits.items():
         rows += _check_split(split, size, questions.get(split, []), folder)
+    rows += [_line("rows that can be used", "all", "not all", str(warning.message)) for warning in left_out]
     return rows
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable
 
 
@@ -11,6 +12,44 @@ class InputError(ValueError):
 
     The message names the file, the row and the field, says what was expected and what to do.
     """
+
+
+class Unusable:
+    """The rows of one file that cannot be used: left out, counted, and named in one warning.
+
+    Args:
+        source: the file.
+        unit: what a row is called in the warning.
+    """
+
+    def __init__(self, source: object, unit: str = "rows") -> None:
+        self.source, self.unit = source, unit
+        self.errors: list[InputError] = []
+
+    def note(self, error: InputError) -> None:
+        """Leave a row out; ``error`` names it and says why."""
+        self.errors.append(error)
+
+    def tell(self, used: int) -> None:
+        """Warn once of what was left out of a file of which ``used`` rows are used.
+
+        Raises:
+            InputError: rows were left out and none is used: then the first one's error.
+        """
+        if not self.errors:
+            return
+        if not used:
+            raise self.errors[0]
+        count = len(self.errors)
+        named = "; ".join(str(error) for error in self.errors[:NAMED])
+        more = f"; and {count - NAMED} more" if count > NAMED else ""
+        warnings.warn(
+            f"{self.source}: {count} of {used + count} {self.unit} left out, since they cannot be used: {named}{more}",
+            stacklevel=4,
+        )
+
+
+NAMED = 5  # rows that a warning names one by one
 
 
 def first_line(error: Exception) -> str:

@@ -33,7 +33,7 @@ def figure_png(figure: Figure) -> bytes:
     raw, small = io.BytesIO(), io.BytesIO()
     figure.savefig(raw, format="png", dpi=110, facecolor="white")
     figure.set_layout_engine("none")  # a second save keeps the layout of the first
-    with Image.open(raw) as image:
+    with Image.open(raw, formats=["PNG"]) as image:
         few_colours = image.convert("RGB").quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
         few_colours.save(small, format="PNG", optimize=True)
     return small.getvalue()
@@ -198,8 +198,9 @@ def pairs_explorer(rows: Sequence[dict[str, Any]], image_root: str | Path,
 
     def draw(row: dict[str, Any]) -> tuple[Figure, str]:
         rejected = open_pixels(noised_root, row["rejected_image"]) if row.get("rejected_image") and noised_root else None
-        parts = (question_text(row), answer_text(row), answer_text(row, rejected=True), float(row["weighted_score"]))
-        alt = f"Preference pair about {row['image']}, clinical relevance {parts[3]:.2f}; its text stands below"
+        parts = (question_text(row), answer_text(row), answer_text(row, rejected=True), row.get("weighted_score"))
+        relevance = "without a relevance score" if parts[3] is None else f"clinical relevance {parts[3]:.2f}"
+        alt = f"Preference pair about {row['image']}, {relevance}; its text stands below"
         return plots.pair_card(open_pixels(image_root, row["image"]), rejected, *parts), alt
 
     def text(row: dict[str, Any]) -> str:

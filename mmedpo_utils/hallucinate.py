@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from .errors import InputError
-from .manifests import open_image, question_text, resolve_image
+from .manifests import IMAGE_MARK, open_image, question_text, resolve_image
 from .metrics import words
 
 CHUNK = 64
@@ -67,15 +67,16 @@ def choose_rejected(
         InputError: the judge's conflict lies outside [0, 1], or it writes the reference answer itself.
     """
     def graded(text: str, origin: str) -> Rejected:
+        text = text.replace(IMAGE_MARK, " ").strip()  # a model may write the mark, and no answer may hold it
         conflict = judge.conflict(question, answer, text)
         if not 0 <= conflict <= 1:
             raise InputError(f"judge: gave the conflict {conflict!r} for {text!r:.80}; expected a value from 0 to 1")
         return Rejected(text, origin, conflict)
 
-    best = max((graded(text.strip(), "sampled") for text in candidates), key=lambda item: item.conflict, default=None)
+    best = max((graded(text, "sampled") for text in candidates), key=lambda item: item.conflict, default=None)
     if best is not None and best.text and best.conflict >= threshold:
         return best
-    written = graded(judge.write(question, answer, rng).strip(), "written")
+    written = graded(judge.write(question, answer, rng), "written")
     if not written.text or words(written.text) == words(answer):
         raise InputError(f"judge: wrote {written.text!r} for the question {question!r:.80}, which rejects nothing")
     return written

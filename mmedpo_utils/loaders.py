@@ -1,7 +1,8 @@
 """The data sets' own folder layouts, read into questions in the format of ``manifests.read_questions``.
 
 A report is a question too: ``REPORT_QUESTION``, answered by the report. Where a layout names no patient, none is made up;
-the image's name then stands for the patient (``metrics.patient_of``).
+the image's name then stands for the patient (``metrics.patient_of``). A row that cannot be used does not stop its file: it is
+left out, and one warning a file counts such rows and names them.
 """
 
 from __future__ import annotations
@@ -14,21 +15,23 @@ import os
 import re
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from .errors import InputError
+from .errors import InputError, Unusable, first_line
 from .files import atomic_write, write_json_lines
 from .manifests import (
-    ANSWER_TYPES,
-    IMAGE_MARK,
+    IMAGE_FORMATS,
     Row,
     check_fields,
     check_question,
+    check_text,
     load_json,
+    mended_question,
+    mended_text,
     place,
     read_questions,
     read_text,
@@ -52,13 +55,14 @@ def read_layout(name: str, root: str | os.PathLike, images: bool = True) -> Ques
             ``<split>_questions.jsonl`` per split, images in images/). ``import_hugging_face`` leaves question files
             too: they are read where the published files are not there.
         root: the data set's folder; its dataset card says what lies there.
-        images: whether every image must be there, inside the image folder. Nothing is decoded.
+        images: whether the images must be there, inside the image folder; a row without one is left out. Nothing is
+            decoded.
 
     Returns:
         rows per split, of train, validation and test those that the data set has.
 
     Raises:
-        InputError: names the file, the row and the field, or says that nothing of the layout is there.
+        InputError: nothing of the layout is there, a file is of another kind, or none of its rows can be used.
     """
     _check_name(name)
     root, files = Path(root), [file for file in LAYOUTS[name] if (Path(root) / file).is_file()]
@@ -72,7 +76,7 @@ def read_layout(name: str, root: str | os.PathLike, images: bool = True) -> Ques
                          "there: data_manifests/ has a card that says how to get the data, and how its folder looks")
     if images:
         for split, rows in questions.items():
-            _find_images(root / IMAGE_FOLDERS[name], split, rows)
+            questions[split] = _with_images(root / IMAGE_FOLDERS[name], split, rows)
     return questions
 
 
@@ -96,15 +100,8 @@ def import_hugging_face(source: Any, root: str | os.PathLike, name: str) -> Ques
         raise InputError(f"data set {name!r}: has no Hugging Face copy to import; expected vqa-rad or slake")
     root, folder, questions = Path(root), Path(root) / IMAGE_FOLDERS[name], {}
     for split, table in _hugging_face_splits(source).items():
-        known, rows, written = _split_name(split, name), [], set()
-        for number, item in enumerate(table):
-            where = f"{name}, split {split}: row {number}"
-            if item.get("q_lang") not in (None, "en"):
-                continue
-            check_fields(item, where, ("question", "answer", "image"))
-            row = _row(where, item.get("qid", f"{split}-{number}"), _store_image(item["image"], folder, where, written),
-                       item["question"], item["answer"], item.get("answer_type"), item.get("content_type"))
-            rows.append(row)
+        known = _split_name(split, name)
+        rows = _import_split(f"{name}, split {split}", split, table, folder)
         if rows:
             questions[known] = rows
     if not questions:
@@ -112,6 +109,31 @@ def import_hugging_face(source: Any, root: str | os.PathLike, name: str) -> Ques
     for split, rows in questions.items():
         write_json_lines(root / f"{split}_questions.jsonl", rows)
     return questions
+
+
+def _import_split(source: str, split: str, table: Iterable[dict[str, Any]], folder: Path) -> list[Row]:
+    rows, written, left_out = [], set(), Unusable(source)
+    for number, item in enumerate(table):
+        where = f"{source}: row {number}"
+        if not _is_english(item.get("q_lang")):
+            continue
+        try:
+            check_fields(item, where, ("question", "answer", "image"))
+            names = {"text": "question", "gpt4_answer": "answer"}
+            row = _row(where, names, item.get("qid", f"{split}-{number}"), "not stored yet", item["question"], item["answer"],
+                       item.get("answer_type"), item.get("content_type"))
+            row["image"] = _store_image(item["image"], folder, where, written)
+        except InputError as error:
+            left_out.note(error)
+        else:
+            rows.append(row)
+    left_out.tell(len(rows))
+    return rows
+
+
+def _is_english(language: Any) -> bool:
+    """Whether a row of SLAKE is an English one, however the code is written; without a code it is taken."""
+    return language is None or str(language).strip().lower() == "en"
 
 
 def _hugging_face_splits(source: Any) -> dict[str, Iterable[dict[str, Any]]]:
@@ -143,11 +165,12 @@ def _store_image(value: dict[str, Any], folder: Path, where: str, written: set[s
     """Write an undecoded image {bytes, path} once; its file name."""
     try:
         content = value["bytes"] or Path(value["path"]).read_bytes()
-        with Image.open(io.BytesIO(content)) as image:
+        with Image.open(io.BytesIO(content), formats=IMAGE_FORMATS) as image:
             image.load()
             suffix = {"JPEG": "jpg"}.get(image.format, image.format.lower())
-    except (OSError, SyntaxError, ValueError, TypeError, KeyError, Image.DecompressionBombError) as error:
-        raise InputError(f"{where}: `image`: cannot be opened as an image ({error}); fetch the data set again") from error
+    except Exception as error:  # decoders of damaged files raise whatever they meet
+        reason = first_line(error)
+        raise InputError(f"{where}: `image`: cannot be opened as an image ({reason}); fetch the data set again") from error
     name = f"{hashlib.sha256(content).hexdigest()[:16]}.{suffix}"
     if name not in written:
         with atomic_write(folder / name) as temporary:
@@ -156,19 +179,23 @@ def _store_image(value: dict[str, Any], folder: Path, where: str, written: set[s
     return name
 
 
-def _row(where: str, number: Any, image: Any, question: Any, answer: Any, answer_type: Any = None,
+def _row(where: str, names: dict[str, str], number: Any, image: Any, question: Any, answer: Any, answer_type: Any = None,
          question_type: Any = None, **optional: Any) -> Row:
-    """One checked question. Numbers among the answers become text; yes and no are CLOSED where the type is not said."""
-    answer = str(answer).strip() if isinstance(answer, str | int | float) else answer
-    kind = str(answer_type).strip().upper() if answer_type else None
-    if kind is None:
-        kind = "CLOSED" if is_yes_no(str(answer)) else "OPEN"
-    if kind not in ANSWER_TYPES:
-        raise InputError(f"{where}: `answer_type`: expected one of {', '.join(ANSWER_TYPES)}, found {answer_type!r}")
-    text = f"{question.strip()}\n{IMAGE_MARK}" if isinstance(question, str) and question.strip() else ""
-    row = {"question_id": number, "image": image, "text": text, "gpt4_answer": answer, "answer_type": kind, **optional}
+    """One checked question, mended as `manifests.mended_question` does; yes and no are CLOSED where the type is not said.
+
+    Args:
+        names: what the file calls ``text``, ``gpt4_answer``, ``image`` and ``answer_type``, for the errors.
+    """
+    answer = mended_text(answer)
+    row = {"question_id": number, "image": image, "text": question, "gpt4_answer": answer, "answer_type": answer_type, **optional}
+    for key in ("text", "gpt4_answer", "image"):
+        check_text(row[key], f"{where}: `{names.get(key, key)}`")
+    row["gpt4_answer"] = answer.strip()
+    if not answer_type:
+        row["answer_type"] = "CLOSED" if is_yes_no(answer) else "OPEN"
     if question_type:
         row["question_type"] = str(question_type).strip()
+    row = mended_question(row)
     check_question(row, where)
     return row
 
@@ -186,48 +213,95 @@ def _split_name(split: str, where: str) -> str:
     return known
 
 
-def _find_images(folder: Path, split: str, rows: list[Row]) -> None:
-    for name in dict.fromkeys(row["image"] for row in rows):
-        try:
-            resolve_image(folder, name)
-        except InputError as error:
-            raise InputError(f"{split}, question {next(row['question_id'] for row in rows if row['image'] == name)!r}: "
-                             f"{error}") from error
+def _with_images(folder: Path, split: str, rows: list[Row]) -> list[Row]:
+    """The rows whose image is there; the others are named in one warning."""
+    kept, left_out, faults = [], Unusable(f"{folder}, split {split}"), {}
+    for row in rows:
+        name = row["image"]
+        if name not in faults:
+            try:
+                resolve_image(folder, name)
+                faults[name] = None
+            except InputError as error:
+                faults[name] = error
+        if faults[name] is None:
+            kept.append(row)
+        else:
+            left_out.note(InputError(f"{split}, question {row['question_id']!r}: {faults[name]}"))
+    left_out.tell(len(kept))
+    return kept
 
 
-def _entries(path: Path, rows: Any, keys: tuple[str, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each entry of a JSON list with its place, checked to have ``keys``."""
-    if not isinstance(rows, list) or not rows:
+def _usable(
+    path: Path, entries: Any, keys: tuple[str, ...], build: Callable[[str, dict[str, Any]], tuple[str, Row] | None],
+    left_out: Unusable, questions: Questions, within: str = "",
+) -> None:
+    """Add what ``build`` makes of each entry of a JSON list, a split and its row, to ``questions``.
+
+    Args:
+        keys: what each entry must have, its id first.
+        build: None leaves an entry out on purpose, an InputError because it cannot be used.
+        left_out: is told of the latter.
+        within: where in the file the list is, for the errors.
+    """
+    if not isinstance(entries, list) or not entries:
         raise InputError(f"{path}: expected a non-empty list of entries with {', '.join(keys)}, found "
-                         f"{'an empty list' if rows == [] else type(rows).__name__}; fetch the file again")
-    for number, row in enumerate(rows):
-        where = place(path, number, row, keys[0])
-        check_fields(row, where, keys)
-        yield where, row
+                         f"{'an empty list' if entries == [] else type(entries).__name__}; fetch the file again")
+    for number, entry in enumerate(entries):
+        where = place(path, number, entry, keys[0]) + within
+        try:
+            check_fields(entry, where, keys)
+            built = build(where, entry)
+        except InputError as error:
+            left_out.note(error)
+        else:
+            if built is not None:
+                questions.setdefault(built[0], []).append(built[1])
+
+
+def _count(questions: Questions) -> int:
+    return sum(map(len, questions.values()))
 
 
 def _read_vqa_rad(root: Path) -> Questions:
     """The list on OSF: test rows are those whose phrase_type begins with "test"."""
     path, questions = root / "VQA_RAD Dataset Public.json", {"train": [], "test": []}
     keys = ("qid", "image_name", "question", "answer", "answer_type", "phrase_type")
-    for where, row in _entries(path, load_json(path, "the list of questions from OSF"), keys):
+    names = {"text": "question", "gpt4_answer": "answer", "image": "image_name"}
+
+    def build(where: str, row: dict[str, Any]) -> tuple[str, Row]:
         split = "test" if str(row["phrase_type"]).strip().startswith("test") else "train"
-        questions[split].append(_row(where, row["qid"], row["image_name"], row["question"], row["answer"],
-                                     row["answer_type"], row.get("question_type")))
+        return split, _row(where, names, row["qid"], row["image_name"], row["question"], row["answer"], row["answer_type"],
+                           row.get("question_type"))
+
+    left_out = Unusable(path)
+    _usable(path, load_json(path, "the list of questions from OSF"), keys, build, left_out, questions)
+    left_out.tell(_count(questions))
     return questions
 
 
 def _read_slake(root: Path) -> Questions:
     """train.json, validate.json and test.json; the English rows only."""
-    questions = {}
+    if (root / "validate.json").is_file() and (root / "validation.json").is_file():
+        raise InputError(f"{root}: holds validate.json and validation.json, which are one split; keep the right one")
+    questions: Questions = {}
+    keys = ("qid", "img_name", "question", "answer", "answer_type", "q_lang")
+    names = {"text": "question", "gpt4_answer": "answer", "image": "img_name"}
     for file, split in (("train", "train"), ("validate", "validation"), ("validation", "validation"), ("test", "test")):
         path = root / f"{file}.json"
-        if path.is_file():
-            keys = ("qid", "img_name", "question", "answer", "answer_type", "q_lang")
-            questions[split] = [
-                _row(where, row["qid"], row["img_name"], row["question"], row["answer"], row["answer_type"],
-                     row.get("content_type"))
-                for where, row in _entries(path, load_json(path, "a list of SLAKE's questions"), keys) if row["q_lang"] == "en"]
+        if not path.is_file():
+            continue
+
+        def build(where: str, row: dict[str, Any], split: str = split) -> tuple[str, Row] | None:
+            if not _is_english(row["q_lang"]):
+                return None
+            return split, _row(where, names, row["qid"], row["img_name"], row["question"], row["answer"], row["answer_type"],
+                               row.get("content_type"))
+
+        left_out, read = Unusable(path), {}
+        _usable(path, load_json(path, "a list of SLAKE's questions"), keys, build, left_out, read)
+        left_out.tell(_count(read))
+        questions |= read
     return questions
 
 
@@ -237,15 +311,21 @@ def _read_annotation(root: Path, patient: Callable[[dict[str, Any]], str], keys:
     splits, questions = load_json(path, "an object with train, val and test"), {}
     if not isinstance(splits, dict) or not splits:
         raise InputError(f"{path}: expected an object with train, val and test, found {type(splits).__name__}")
+    left_out = Unusable(path)
     for split, entries in splits.items():
-        rows = questions.setdefault(_split_name(split, str(path)), [])
-        for where, row in _entries(path, entries, ("id", "report", "image_path", *keys)):
-            where = f"{where}, split {split}"
+        known = _split_name(split, str(path))
+
+        def build(where: str, row: dict[str, Any], known: str = known) -> tuple[str, Row]:
             names = row["image_path"]
             if not isinstance(names, list) or not names:
                 raise InputError(f"{where}: `image_path`: expected a list of one image or more, found {names!r:.80}")
-            rows.append(_row(where, row["id"], names[0], REPORT_QUESTION, row["report"], "REPORT", "report",
-                             patient_id=patient(row)))
+            told = {"gpt4_answer": "report", "image": "image_path"}
+            return known, _row(where, told, row["id"], names[0], REPORT_QUESTION, row["report"], "REPORT", "report",
+                               patient_id=patient(row))
+
+        wanted = ("id", "report", "image_path", *keys)
+        _usable(path, entries, wanted, build, left_out, questions, f", split {split}")
+    left_out.tell(_count(questions))
     return questions
 
 
@@ -264,40 +344,79 @@ def _read_mimic_split(root: Path) -> Questions:
     Warns how many images were left out because their study has no report file or no such section.
     """
     path = next(root / file for file in MIMIC_SPLITS if (root / file).is_file())
-    questions, reports, without, number = {}, {}, 0, -1
+    questions: Questions = {}
+    reports: dict[str, str] = {}
+    without, number, left_out = 0, -1, Unusable(path)
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8", newline="") as stream:
             for number, row in enumerate(csv.DictReader(stream)):
                 where = place(path, number, row, "dicom_id")
-                check_fields(row, where, ("dicom_id", "study_id", "subject_id", "split"))
-                if not (row["subject_id"].isdigit() and row["study_id"].isdigit()):
-                    raise InputError(f"{where}: `subject_id`, `study_id`: expected numbers, found {row['subject_id']!r}, "
-                                     f"{row['study_id']!r}; fetch the file again")
-                study = f"p{row['subject_id'][:2]}/p{row['subject_id']}/s{row['study_id']}"
-                if study not in reports:
-                    reports = {study: _findings(root / "files" / f"{study}.txt")}  # a study's images stand in a row
-                if not reports[study]:
-                    without += 1
-                    continue
-                questions.setdefault(_split_name(row["split"], where), []).append(
-                    _row(where, row["dicom_id"], f"{study}/{row['dicom_id']}.jpg", REPORT_QUESTION, reports[study], "REPORT",
-                         "report", patient_id=row["subject_id"]))
+                try:
+                    study = _mimic_study(row, where)
+                    if study not in reports:
+                        reports = {study: _mimic_report(root / "files", study)}  # a study's images follow one another
+                    if not reports[study]:
+                        without += 1
+                        continue
+                    split = _split_name(row["split"], where)
+                    built = _row(where, {}, row["dicom_id"], f"{study}/{row['dicom_id']}.jpg", REPORT_QUESTION, reports[study],
+                                 "REPORT", "report", patient_id=row["subject_id"])
+                except InputError as error:
+                    left_out.note(error)
+                else:
+                    questions.setdefault(split, []).append(built)
     except (OSError, EOFError, UnicodeDecodeError, csv.Error, zlib.error) as error:
-        raise InputError(f"{path}: cannot be read as a CSV table ({error}); fetch the file again") from error
+        raise InputError(f"{path}: cannot be read as a CSV table ({first_line(error)}); fetch the file again") from error
+    left_out.tell(_count(questions))
     if without:
         warnings.warn(f"{path.name}: {without} of {number + 1} images left out: no report file with a FINDINGS section",
                       stacklevel=3)
     return questions
 
 
+def _mimic_study(row: dict[str, Any], where: str) -> str:
+    """The study's folder under files/, by the numbers of a row of the split."""
+    check_fields(row, where, ("dicom_id", "study_id", "subject_id", "split"))
+    if not (row["subject_id"].isdigit() and row["study_id"].isdigit()):
+        raise InputError(f"{where}: `subject_id`, `study_id`: expected numbers, found {row['subject_id']!r}, "
+                         f"{row['study_id']!r}; fetch the file again")
+    return f"p{row['subject_id'][:2]}/p{row['subject_id']}/s{row['study_id']}"
+
+
+def _mimic_report(files: Path, study: str) -> str:
+    """The findings of a study's report; empty where there is no report. A link out of ``files`` is refused."""
+    name = f"{study}.txt"
+    return _findings(resolve_image(files, name)) if (files / name).is_file() else ""
+
+
+# A heading begins a line: capitals, blanks, ( ) / , - and a colon. The other two stand between two readings.
+HEADING = re.compile(r"^[ \t]*(?:([A-Z][A-Z0-9 ()/,-]*):|FINAL REPORT[ \t]*$|_{4,})", re.MULTILINE)
+
+
 def _findings(path: Path) -> str:
-    """The FINDINGS section of a report file, its white space joined; empty where there is none."""
-    if not path.is_file():
-        return ""
-    section = re.search(r"FINDINGS:(.*?)(?=\n\s*[A-Z][A-Z /]+:|\Z)", read_text(path), re.DOTALL)
-    return " ".join(section[1].split()) if section else ""
+    """The last FINDINGS section of a report file, its white space joined; empty where there is none.
+
+    A report that was read twice has two: a wet read first, then the final one. Where a heading follows FINDINGS at once,
+    it names the views, and the text under it belongs to the section.
+    """
+    text = read_text(path)
+    headings = list(HEADING.finditer(text))
+    ends = [heading.start() for heading in headings[1:]] + [len(text)]
+    found = ""
+    for number, heading in enumerate(headings):
+        if "FINDINGS" not in (heading[1] or "").split():
+            continue
+        section = text[heading.end():ends[number]]
+        if not section.strip() and number + 1 < len(headings):
+            following = headings[number + 1]
+            if following[1] and following[1].strip() not in OTHER_SECTIONS:
+                section = text[following.start():ends[number + 1]]
+        found = " ".join(section.split()) or found
+    return found
 
 
+OTHER_SECTIONS = ("IMPRESSION", "CONCLUSION", "RECOMMENDATION", "RECOMMENDATION(S)", "RECOMMENDATIONS", "NOTIFICATION",
+                  "NOTIFICATION(S)", "HISTORY", "INDICATION", "TECHNIQUE", "COMPARISON", "EXAMINATION", "REASON FOR EXAM")
 MIMIC_SPLITS = ("mimic-cxr-2.0.0-split.csv", "mimic-cxr-2.0.0-split.csv.gz")
 LAYOUTS: dict[str, dict[str, Callable[[Path], Questions]]] = {
     "folder": {},

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from .dicom import is_dicom, open_dicom, scale_to_8_bits
-from .errors import InputError, first_line
+from .errors import InputError, Unusable, first_line
 from .files import write_json
 from .metrics import is_yes_no, opener
 
@@ -25,6 +25,8 @@ ANSWER_TYPES = ("CLOSED", "OPEN", "REPORT")
 # Pillow would try all its formats, whatever a file is called, and hand EPS to Ghostscript.
 IMAGE_FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "PPM", "JPEG2000")
 OPTIONAL_KEYS = ("patient_id", "finding", "question_type")
+PAIR_KEYS = ("id", "image", "rejected_image", "conversations", "rejected_conversations", "weighted_score", "source", "origin",
+             "rejected_noised", *OPTIONAL_KEYS)
 Row = dict[str, Any]
 
 
@@ -34,33 +36,54 @@ def read_manifest(
     """Read preference pairs in the released MMedPO format and check every row.
 
     Args:
-        path: JSON list of rows with ``id``, ``image``, ``conversations``, ``rejected_conversations``,
-            ``weighted_score`` (raw relevance in [0, 1]) and optionally ``rejected_image``.
+        path: JSON list of rows with ``id``, ``image``, ``conversations``, ``rejected_conversations`` and optionally
+            ``weighted_score`` (raw relevance in [0, 1]) and ``rejected_image``.
         image_root: folder of the images; given, every ``image`` is opened and verified.
         rejected_root: folder of the rejected images; given, every ``rejected_image`` is opened and verified.
 
-    Warns (and keeps the rows) where chosen and rejected are identical, except in rows that have no rejected answer at all
-    (``origin`` none, for the SFT objective).
+    A row that cannot be used is left out; one warning counts such rows and names them. What is clear is mended: numbers
+    among the answers become text, and a missing image mark is put first.
+
+    Warns of keys that are not read, and where chosen and rejected are identical (these rows are kept), except in rows
+    that have no rejected answer at all (``origin`` none, for the SFT objective).
 
     Raises:
-        InputError: names the file, the row, its id and the field, and says what was expected.
+        InputError: the file is no list of pairs, or none of its rows can be used. It names the file, the row, its id and
+            the field, and says what was expected.
     """
-    rows = load_json(path, "a list of preference pairs")
-    if not isinstance(rows, list) or not rows:
+    stored = load_json(path, "a list of preference pairs")
+    if not isinstance(stored, list) or not stored:
         raise InputError(f"{path}: expected a non-empty list of preference pairs, found "
-                         f"{'an empty list' if rows == [] else type(rows).__name__}")
+                         f"{'an empty list' if stored == [] else type(stored).__name__}")
     verified: set[Path] = set()
-    for number, row in enumerate(rows):
+    rows, left_out = [], Unusable(path)
+    for number, row in enumerate(stored):
         where = place(path, number, row, "id")
-        _check_pair(row, where)
-        for root, key in ((image_root, "image"), (rejected_root, "rejected_image")):
-            if root is not None and row.get(key) is not None:
-                _verify_image(root, row[key], f"{where}: `{key}`", verified)
+        try:
+            row = mended_pair(row)
+            _check_pair(row, where)
+            for root, key in ((image_root, "image"), (rejected_root, "rejected_image")):
+                if root is not None and row.get(key) is not None:
+                    _verify_image(root, row[key], f"{where}: `{key}`", verified)
+        except InputError as error:
+            left_out.note(error)
+        else:
+            rows.append(row)
+    left_out.tell(len(rows))
+    _tell_unknown_keys(path, rows)
     same = [row["id"] for row in rows if row.get("origin") != "none" and is_identical(row, image_root, rejected_root)]
     if same:
         warnings.warn(f"{path}: {len(same)} of {len(rows)} rows have identical chosen and rejected sides and teach "
                       f"nothing (ids {', '.join(map(repr, same[:5]))}{', ...' if len(same) > 5 else ''})", stacklevel=2)
     return rows
+
+
+def _tell_unknown_keys(path: str | os.PathLike, rows: Sequence[Row]) -> None:
+    """Warn once of keys that would be dropped in silence; another maker's key may change what a pair means."""
+    unknown = Counter(key for row in rows for key in row if key not in PAIR_KEYS)
+    if unknown:
+        named = ", ".join(f"`{key}` ({count} rows)" for key, count in unknown.most_common(5))
+        warnings.warn(f"{path}: keys that are not read: {named}; the keys that are: {', '.join(PAIR_KEYS)}", stacklevel=3)
 
 
 def write_manifest(path: str | os.PathLike, rows: Sequence[Row]) -> None:
@@ -75,25 +98,83 @@ def write_manifest(path: str | os.PathLike, rows: Sequence[Row]) -> None:
 def read_questions(path: str | os.PathLike, image_root: str | os.PathLike | None = None) -> list[Row]:
     """Read questions (JSON lines: question_id, image, text, gpt4_answer, answer_type) and check every line.
 
+    A line that cannot be used is left out; one warning counts such lines and names them. `mended_question` says what is
+    mended. Further keys are kept.
+
     Raises:
-        InputError: names the file, the line, the question and the field.
+        InputError: no line can be used; it names the file, the line, the question and the field.
     """
-    rows, verified = [], set()
+    rows, verified, left_out = [], set(), Unusable(path)
     for number, line in enumerate(read_text(path).split("\n")):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}: row {number}: is not JSON ({error}); expected one question per line") from error
-        where = place(path, number, row, "question_id")
-        check_question(row, where)
-        if image_root is not None:
-            _verify_image(image_root, row["image"], f"{where}: `image`", verified)
-        rows.append(row)
+            try:
+                row = json.loads(line, object_pairs_hook=_object)
+            except (ValueError, RecursionError) as error:
+                raise InputError(
+                    f"{path}: row {number}: is not JSON ({error}); expected one question per line"
+                ) from error
+            where = place(path, number, row, "question_id")
+            row = mended_question(row)
+            check_question(row, where)
+            if image_root is not None:
+                _verify_image(image_root, row["image"], f"{where}: `image`", verified)
+        except InputError as error:
+            left_out.note(error)
+        else:
+            rows.append(row)
+    left_out.tell(len(rows))
     if not rows:
         raise InputError(f"{path}: holds no question; expected one JSON object per line")
     return rows
+
+
+def mended_text(value: Any) -> Any:
+    """A number as the text that it means; anything else, NaN and true among it, as it is."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
+        return value
+    return str(value)
+
+
+def mended_question(row: Any) -> Any:
+    """A question with what other makers write otherwise put right: the one place that says what that is.
+
+    Numbers among the answers become text; an answer type loses blanks and becomes upper case; a missing image mark is
+    put last. A row that needs nothing, or is no object, comes back as it is.
+    """
+    if not isinstance(row, dict):
+        return row
+    row = dict(row) if type(row) is dict else row
+    if "gpt4_answer" in row:
+        row["gpt4_answer"] = mended_text(row["gpt4_answer"])
+    if isinstance(row.get("answer_type"), str):
+        row["answer_type"] = row["answer_type"].strip().upper()
+    text = row.get("text")
+    if isinstance(text, str) and text.strip() and IMAGE_MARK not in text:
+        row["text"] = f"{text.strip()}\n{IMAGE_MARK}"
+    return row
+
+
+def mended_pair(row: Any) -> Any:
+    """A preference row with the same put right as in `mended_question`; both sides are mended alike."""
+    if not isinstance(row, dict):
+        return row
+    row = dict(row) if type(row) is dict else row
+    for key in ("conversations", "rejected_conversations"):
+        if not isinstance(row.get(key), list):
+            continue
+        turns = []
+        for turn in row[key]:
+            if type(turn) is dict and "value" in turn:
+                turn = turn | {"value": mended_text(turn["value"])}
+            turns.append(turn)
+        row[key] = turns
+        texts = [turn["value"] for turn in turns if isinstance(turn, dict) and isinstance(turn.get("value"), str)]
+        marked = any(IMAGE_MARK in text for text in texts)
+        if turns and not marked and type(turns[0]) is dict and isinstance(turns[0].get("value"), str):
+            turns[0] = turns[0] | {"value": f"{IMAGE_MARK}\n{turns[0]['value'].strip()}"}
+    return row
 
 
 def audit_manifest(rows: Sequence[Row]) -> Row:
@@ -101,10 +182,10 @@ def audit_manifest(rows: Sequence[Row]) -> Row:
 
     A pair leaks its label where something other than its content tells the answers apart: ``rejected_longer`` and
     ``rejected_shorter`` (in words), ``opposite_openers`` (one side begins with yes, the other with no) and
-    ``one_sided_openers`` (only one side begins with yes or no). ``duplicate_prompts`` are rows after the first that ask
+    ``one_sided_openers`` (only one side begins with yes or no). ``without_weight`` rows have no score. ``duplicate_prompts`` are rows after the first that ask
     the same question about the same image within a source; ``duplicate_ids`` repeat an id within a source.
     """
-    scores = [float(row["weighted_score"]) for row in rows]
+    scores = [float(row["weighted_score"]) for row in rows if has_weight(row)]
     lengths = [[len(answer_text(row, rejected).split()) for rejected in (False, True)] for row in rows]
     openers = [[opener(answer_text(row, rejected)) for rejected in (False, True)] for row in rows]
     return {
@@ -120,8 +201,9 @@ def audit_manifest(rows: Sequence[Row]) -> Row:
         "rejected_shorter": sum(chosen > rejected for chosen, rejected in lengths),
         "opposite_openers": sum({*pair} == {"yes", "no"} for pair in openers),
         "one_sided_openers": sum(pair.count("") == 1 for pair in openers),
-        "score_mean": float(np.mean(scores)),
-        "score_range": [min(scores), max(scores)],
+        "without_weight": len(rows) - len(scores),
+        "score_mean": float(np.mean(scores)) if scores else None,
+        "score_range": [min(scores), max(scores)] if scores else None,
     }
 
 
@@ -140,7 +222,7 @@ def repair_manifest(rows: Sequence[Row], choices: Sequence[str]) -> tuple[list[R
         InputError: an unknown choice.
     """
     left, counts, seen = list(rows), {}, set()
-    wrong = {"drop_zero_weight": lambda row: row["weighted_score"] == 0, "drop_identical": is_identical,
+    wrong = {"drop_zero_weight": lambda row: row.get("weighted_score") == 0, "drop_identical": is_identical,
              "drop_duplicates": lambda row: _prompt(row) in seen or seen.add(_prompt(row))}
     for choice in choices:
         if choice not in wrong:
@@ -161,6 +243,11 @@ def is_identical(
     if image_root is None or rejected_root is None:
         return False
     return (Path(image_root) / row["image"]).resolve() == (Path(rejected_root) / row["rejected_image"]).resolve()
+
+
+def has_weight(row: Row) -> bool:
+    """Whether a preference row has a raw relevance score of its own."""
+    return row.get("weighted_score") is not None
 
 
 def row_source(row: Row) -> str:
@@ -214,12 +301,17 @@ def resolve_image(root: str | os.PathLike, name: str) -> Path:
     """The file ``name`` inside ``root``. Raises InputError: missing, or outside root (.., an absolute path, a link)."""
     root = Path(root).resolve()
     try:
-        path = (root / name).resolve()
-        inside = not PurePath(name).is_absolute() and path.is_relative_to(root)
+        named = Path(os.path.normpath(root / name))
+        path = named.resolve()
+        relative = not PurePath(name).is_absolute() and named.is_relative_to(root)
+        inside = relative and path.is_relative_to(root)
         found = inside and path.is_file()
     except (OSError, RuntimeError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"image {name!r:.80}: is not a usable file name ({reason}); correct the name") from error
+    if relative and not inside:
+        raise InputError(f"image {name!r}: is a link that leads outside the image folder {root}, to {path.parent}; copy the files "
+                         f"that the links lead to (cp -rL {root} COPY), and give the copy as the image folder")
     if not inside:
         raise InputError(f"image {name!r}: lies outside the image folder {root}; give a path relative to that folder")
     if not found:
@@ -272,9 +364,26 @@ def read_text(path: str | os.PathLike) -> str:
 def load_json(path: str | os.PathLike, expected: str) -> Any:
     """The value of a JSON file. Raises InputError: cannot be read, or is not JSON (it says what was ``expected``)."""
     try:
-        return json.loads(read_text(path))
+        return json.loads(read_text(path), object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: is not JSON ({error}); expected {expected}") from error
+
+
+class WrittenTwice(dict):
+    """An object of a JSON file in which a key is written twice: which of the values was meant, nobody knows."""
+
+    key = ""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, marked where a key is written twice."""
+    values = dict(pairs)
+    if len(values) == len(pairs):
+        return values
+    marked = WrittenTwice(values)
+    names = [key for key, _ in pairs]
+    marked.key = next(name for name in names if names.count(name) > 1)
+    return marked
 
 
 def place(path: str | os.PathLike, number: int, row: Any, key: str) -> str:
@@ -300,6 +409,8 @@ def check_fields(row: Any, where: str, keys: Sequence[str]) -> None:
     """
     if not isinstance(row, dict):
         raise InputError(f"{where}: expected an object with {', '.join(keys)}, found {type(row).__name__}")
+    if isinstance(row, WrittenTwice):
+        raise InputError(f"{where}: `{row.key}` is written twice; expected each key once: take out the wrong one")
     for key in keys:
         if row.get(key) is None:
             raise InputError(f"{where}: `{key}` is missing; every row needs {', '.join(keys)}")
@@ -307,7 +418,8 @@ def check_fields(row: Any, where: str, keys: Sequence[str]) -> None:
         raise InputError(f"{where}: `{keys[0]}`: expected a text or a whole number")
 
 
-def _check_text(value: Any, where: str) -> None:
+def check_text(value: Any, where: str) -> None:
+    """Check that ``value`` is a text with something in it. Raises InputError: begins with ``where``."""
     if not _is_text(value):
         raise InputError(f"{where}: expected a non-empty text, found {value!r:.80}")
 
@@ -318,16 +430,19 @@ def _is_text(value: Any) -> bool:
 
 
 def _check_pair(row: Any, where: str) -> None:
-    check_fields(row, where, ("id", "image", "conversations", "rejected_conversations", "weighted_score"))
-    _check_text(row["image"], f"{where}: `image`")
+    check_fields(row, where, ("id", "image", "conversations", "rejected_conversations"))
+    check_text(row["image"], f"{where}: `image`")
     if row.get("rejected_image") is not None:
-        _check_text(row["rejected_image"], f"{where}: `rejected_image`")
+        check_text(row["rejected_image"], f"{where}: `rejected_image`")
+    elif row.get("rejected_noised"):
+        raise InputError(f"{where}: `rejected_noised` is {row['rejected_noised']!r:.20}: the rejected side is a noised image, and no "
+                         "`rejected_image` names it; make the noised images (notebook 02) and name them there")
     for key in ("conversations", "rejected_conversations"):
         _check_conversation(row[key], f"{where}: `{key}`")
     if question_text(row) != question_text(row["rejected_conversations"][0]["value"]):
         raise InputError(f"{where}: `rejected_conversations`: asks another question than `conversations`")
-    score = row["weighted_score"]
-    if type(score) not in (int, float) or not 0 <= score <= 1:
+    score = row.get("weighted_score")
+    if has_weight(row) and (type(score) not in (int, float) or not 0 <= score <= 1):
         raise InputError(f"{where}: `weighted_score`: expected a number from 0 to 1, found {score!r:.80}")
 
 
@@ -337,8 +452,15 @@ def _check_conversation(turns: Any, where: str) -> None:
                          f"{len(turns) if isinstance(turns, list) else type(turns).__name__}")
     for number, turn in enumerate(turns):
         speaker = ("human", "gpt")[number % 2]
-        if not isinstance(turn, dict) or turn.get("from") != speaker or not _is_text(turn.get("value")):
+        known = isinstance(turn, dict) and not isinstance(turn, WrittenTwice)
+        if not known or turn.get("from") != speaker or not _is_text(turn.get("value")):
             raise InputError(f"{where}: turn {number}: expected {{from: {speaker}, value: text}}, found {turn!r:.80}")
+    if len(turns) > 2:
+        # The prompt holds one question: an earlier turn would be dropped, and the last answer belong to another question.
+        raise InputError(f"{where}: has {len(turns)} turns; expected one question and one answer: write the last turn's question and "
+                         "answer as a pair of its own, or leave the row out")
+    if not question_text(turns[0]["value"]):
+        raise InputError(f"{where}: turn 0: asks nothing beside the {IMAGE_MARK} mark; expected a question")
     marks = [turn["value"].count(IMAGE_MARK) for turn in turns]
     if marks[0] != 1 or sum(marks) != 1:
         raise InputError(f"{where}: expected one {IMAGE_MARK} mark, in the first turn, found {sum(marks)}")
@@ -348,9 +470,13 @@ def check_question(row: Any, where: str) -> None:
     """Check one question in the format of ``read_questions``. Raises InputError: begins with ``where``, names the key."""
     check_fields(row, where, ("question_id", "image", "text", "gpt4_answer", "answer_type"))
     for key in ("image", "text", "gpt4_answer"):
-        _check_text(row[key], f"{where}: `{key}`")
+        check_text(row[key], f"{where}: `{key}`")
     if row["text"].count(IMAGE_MARK) != 1:
         raise InputError(f"{where}: `text`: expected one {IMAGE_MARK} mark, found {row['text'].count(IMAGE_MARK)}")
+    if not question_text(row["text"]):
+        raise InputError(f"{where}: `text`: asks nothing beside the {IMAGE_MARK} mark; expected a question")
+    if IMAGE_MARK in row["gpt4_answer"]:
+        raise InputError(f"{where}: `gpt4_answer`: holds the mark {IMAGE_MARK}, which stands in questions alone; take it out")
     kind = row["answer_type"]
     if kind not in ANSWER_TYPES:
         raise InputError(f"{where}: `answer_type`: expected one of {', '.join(ANSWER_TYPES)}, found {kind!r}")

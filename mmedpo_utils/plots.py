@@ -187,14 +187,14 @@ def _paragraphs(axes: Axes, parts: Sequence[tuple[str, str, str]], width: int = 
 
 
 def pair_card(image: np.ndarray, rejected_image: np.ndarray | None, question: str, chosen: str, rejected: str,
-              weight: float) -> Figure:
+              weight: float | None) -> Figure:
     """One preference pair: what is preferred on which image, what is rejected on which, and the pair's relevance."""
     figure, (panels,) = _axes(1, 3, (9, 3.0), width_ratios=(1, 1, 1.5))
     _film(panels[0], image, "image of the preferred side")
     _film(panels[1], image if rejected_image is None else rejected_image,
           "the same image" if rejected_image is None else "image of the rejected side")
     _paragraphs(panels[2], [("Question", question, BLACK), ("Preferred", chosen, BLUE), ("Rejected", rejected, RED),
-                            ("Clinical relevance", f"{weight:.2f}", BLACK)])
+                            ("Clinical relevance", "none given" if weight is None else f"{weight:.2f}", BLACK)])
     return figure
 
 

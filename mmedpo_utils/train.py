@@ -37,7 +37,7 @@ from .estimate import accumulation, total_steps
 from .export import write_model_card
 from .files import write_json
 from .lvlm import load_profile_lvlm, model_digest, model_folder
-from .manifests import read_manifest, row_source
+from .manifests import has_weight, read_manifest, row_source
 from .metrics import patient_of
 from .profiles import Profile, Variant, check_device, load_profile
 from .relevance import normalise
@@ -81,6 +81,13 @@ def training_weights(rows: Sequence[dict[str, Any]], variant: Variant, profile: 
     """Normalised relevance s' of every row; each source (text, visual) is normalised over its own scores. Shape: [N]."""
     sources, weights = np.array([row_source(row) for row in rows]), np.ones(len(rows))
     bounds = {key: getattr(profile.relevance, key) for key in ("mean", "variance", "low", "high")}
+    if variant.weights == "uniform" or variant.objective == "sft":
+        return weights  # no score is read, so that pairs without one can be trained on
+    absent = [row["id"] for row in rows if not has_weight(row)]
+    if absent:
+        raise InputError(f"`weighted_score` is missing in {len(absent)} of {len(rows)} preference rows (id {absent[0]!r} first), and the "
+                         f"variant's `weights` are {variant.weights}; write `weights: uniform` into the profile's variant, which "
+                         "uses no score, or give each row a score from 0 to 1")
     for source in np.unique(sources):
         scores = [float(row["weighted_score"]) for row in rows if row_source(row) == source]
         weights[sources == source] = normalise(scores, variant.weights, **bounds)

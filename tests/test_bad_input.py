@@ -1,7 +1,8 @@
-"""Bad input of every kind that a reader can give, in one table: each raises one InputError, and writes nothing.
+"""Bad input of every kind that a reader can give, in one table: each is told of once and clearly, and writes nothing.
 
 A case is a name, what it does in a folder of good things (``workspace``), and words that its message must hold: the file or
-object, the place in it, and what to do.
+object, the place in it, and what to do. The message is an InputError; of a row beside a good one it is a warning, and the
+good one is read.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import gzip
 import json
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,8 +18,10 @@ from typing import Any, NamedTuple
 import datasets
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
+from safetensors.torch import save
 
 from mmedpo_utils import cards, lvlm, medklip
 from mmedpo_utils.cards import load_card
@@ -44,11 +48,15 @@ HUGE = "9" * 5_000
 
 
 class Case(NamedTuple):
-    """``act`` prepares bad input in the workspace and returns what must raise; ``words`` must be in the message."""
+    """``act`` prepares bad input in the workspace and returns what must raise; ``words`` must be in the message.
+
+    ``left_out``: the bad thing is one of two rows, and the other is returned.
+    """
 
     name: str
     act: Callable[[Path], Callable[[], Any]]
     words: tuple[str, ...]
+    left_out: bool = False
 
 
 @pytest.fixture
@@ -97,7 +105,7 @@ def manifest(name: str, row: Any, *words: str) -> Case:
         file = put(folder / "pairs.json", [pair_row(QUESTION, "no", 0.5), row])
         return lambda: read_manifest(file, folder / "images", folder / "images")
     identity = f"(id {row.get('id')!r})" if isinstance(row, dict) else "row 1"
-    return Case(f"manifest: {name}", act, ("pairs.json: row 1", identity, *words))
+    return Case(f"manifest: {name}", act, ("pairs.json: 1 of 2 rows left out", "pairs.json: row 1", identity, *words), True)
 
 
 def file_case(name: str, file: str, content: Any, read: Callable[[Path], Any], *words: str) -> Case:
@@ -111,8 +119,9 @@ def file_case(name: str, file: str, content: Any, read: Callable[[Path], Any], *
 
 def question(name: str, new: dict[str, Any], *words: str) -> Case:
     content = f"{json.dumps(QUESTION)}\n\n{json.dumps(QUESTION | new)}\n"
-    return file_case(name, "questions.jsonl", content, lambda path: read_questions(path, path.parent / "images"),
-                     "row 2 (question_id 'q1')", *words)
+    case = file_case(name, "questions.jsonl", content, lambda path: read_questions(path, path.parent / "images"),
+                     "questions.jsonl: 1 of 2 rows left out", "row 2 (question_id 'q1')", *words)
+    return case._replace(left_out=True)
 
 
 def profile(name: str, key: str, value: Any, *words: str) -> Case:
@@ -166,7 +175,11 @@ OSF, CSV = "VQA_RAD Dataset Public.json", "mimic-cxr-2.0.0-split.csv"
 
 BAD_PAIRS = [
     *[manifest(f"no {key}", pair(key, new=GONE), f"`{key}` is missing; every row needs") for key in
-      ("id", "image", "conversations", "rejected_conversations", "weighted_score")],
+      ("id", "image", "conversations", "rejected_conversations")],
+    manifest("several turns", pair("conversations", new=[HUMAN, GPT, {"from": "human", "value": "Where?"}, GPT]),
+             "`conversations`: has 4 turns", "expected one question and one answer"),
+    manifest("a question without words", pair("conversations", 0, "value", new="<image>"), "turn 0: asks nothing"),
+    manifest("a noised side without an image", pair("rejected_noised", new=1), "`rejected_noised` is 1", "`rejected_image`"),
     manifest("not an object", 1, "expected an object with id, image"),
     manifest("image null", pair("image", new=None), "`image` is missing"),
     manifest("image blank", pair("image", new="  "), "`image`: expected a non-empty text"),
@@ -180,7 +193,6 @@ BAD_PAIRS = [
     manifest("answer null", pair("conversations", 1, "value", new=None), "`conversations`: turn 1: expected {from: gpt"),
     manifest("answer blank", pair("rejected_conversations", 1, "value", new=" "), "turn 1: expected {from: gpt"),
     manifest("half a character", pair("conversations", 1, "value", new="yes \ud800"), "turn 1: expected {from: gpt"),
-    manifest("no mark", pair("conversations", 0, "value", new="Is there a nodule?"), "expected one <image> mark"),
     manifest("two marks", pair("conversations", 0, "value", new="<image> <image> Is there?"), "one <image> mark", "found 2"),
     manifest("mark in the answer", pair("conversations", 1, "value", new="yes <image>"), "in the first turn, found 2"),
     manifest("another question", pair("rejected_conversations", 0, "value", new="<image>\nIs it?"), "asks another question"),
@@ -197,7 +209,7 @@ BAD_IMAGES = [
         ("not an image", "text.png", "not an image", "fetch it again"), ("empty", "empty.png", "not an image", "fetch it again"),
         ("above the root", "../outside.png", "outside the image folder", "give a path relative to that folder"),
         ("absolute", "/etc/hostname", "outside the image folder", "give a path relative"),
-        ("a link out", "link.png", "outside the image folder", "give a path relative"),
+        ("a link out", "link.png", "is a link that leads outside the image folder", "cp -rL"),
         ("a zero byte", "a\0.png", "is not a usable file name", "correct the name"),
         ("too long", "x" * 5000, "is not a usable file name", "correct the name")]
 ]
@@ -212,7 +224,14 @@ BAD_FILES = [
         ("an object", "{}", "found dict", "expected a non-empty list"), ("null", "null", "NoneType", "expected a non-empty list")]
 ]
 BAD_QUESTIONS = [
-    question("no mark", {"text": "Is there?"}, "`text`: expected one <image> mark"),
+    question("two marks", {"text": "<image> <image> Is there?"}, "`text`: expected one <image> mark"),
+    question("only the mark", {"text": "<image>"}, "`text`: asks nothing"),
+    question("mark in the answer", {"gpt4_answer": "yes <image>"}, "`gpt4_answer`: holds the mark"),
+    *[question(f"answer {value!r}", {"gpt4_answer": value}, "`gpt4_answer`: expected a non-empty text")
+      for value in (True, float("nan"), ["yes"], " ")],
+    file_case("key twice", "questions.jsonl", f'{json.dumps(QUESTION)}\n{json.dumps(QUESTION)[:-1]}, "image": "b.jpg"}}\n',
+              read_questions, "1 of 2 rows left out", "`image` is written twice", "take out the wrong one"
+              )._replace(left_out=True),
     question("odd answer type", {"answer_type": "MAYBE"}, "`answer_type`: expected one of CLOSED, OPEN, REPORT"),
     question("answer type a list", {"answer_type": ["OPEN"]}, "`answer_type`: expected one of CLOSED"),
     question("no answer", {"gpt4_answer": None}, "`gpt4_answer` is missing; every row needs"),
@@ -325,6 +344,7 @@ BAD_ARRAYS = [
 ]
 MEDKLIP, LVLM = (load_medklip, medklip.PHANTOM_CHECKPOINT), (load_lvlm, lvlm.PHANTOM_WEIGHTS)
 LORA_FILE, LORA_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+SOME_WEIGHTS = save({"base_model.model.query_key_value.lora_A.weight": torch.zeros(4, 4)})
 BAD_CHECKPOINTS = [
     checkpoint("MedKLIP: not weights", *MEDKLIP, "model.safetensors", b"x", "expected MedKLIP weights"),
     checkpoint("MedKLIP: no weights", *MEDKLIP, "model.safetensors", None, "model.safetensors", "expected"),
@@ -335,10 +355,12 @@ BAD_CHECKPOINTS = [
     checkpoint("LVLM: no weights", *LVLM, "model.safetensors", None, "cannot be loaded", "the folder needs config.json"),
     checkpoint("LVLM: not weights", *LVLM, "model.safetensors", b"x" * 99, "cannot be loaded", "the folder needs config.json"),
     adapter("absent", {}, LORA_FILE, "no such file", "expected a PEFT adapter folder"),
-    *[adapter(name, files, "does not fit this model", "load the model that it was trained on") for name, files in [
-        ("half a configuration", {LORA_FILE: "{"}), ("of no known kind", {LORA_FILE: {"peft_type": "MAGIC"}}),
-        ("no weights", {LORA_FILE: LORA}), ("not weights", {LORA_FILE: LORA, LORA_WEIGHTS: b"x" * 99}),
-        ("another model's", {LORA_FILE: LORA | {"target_modules": ["query_key_value"]}, LORA_WEIGHTS: b"x" * 99})]],
+    adapter("half a configuration", {LORA_FILE: "{"}, LORA_FILE, "is not JSON", "expected the configuration"),
+    adapter("of no known kind", {LORA_FILE: {"peft_type": "MAGIC"}}, LORA_FILE, "cannot be read", "fetch the adapter again"),
+    adapter("no weights", {LORA_FILE: LORA}, f"holds no {LORA_WEIGHTS}", "fetch the adapter again"),
+    adapter("not weights", {LORA_FILE: LORA, LORA_WEIGHTS: b"x" * 99}, LORA_WEIGHTS, "cannot be read", "download it again"),
+    adapter("another model's", {LORA_FILE: LORA | {"target_modules": ["query_key_value"]}, LORA_WEIGHTS: SOME_WEIGHTS},
+            "does not fit phantom", "load the model that it was trained on"),
 ]
 UNWRITABLE = [
     file_case("a file in the place of its folder", "taken", "x",
@@ -360,9 +382,15 @@ def contents(folder: Path) -> dict[str, bytes | None]:
 def test_bad_input_gives_one_clear_error_and_leaves_nothing(workspace: Path, case: Case) -> None:
     act = case.act(workspace)
     before = contents(workspace)
-    with pytest.raises(InputError) as caught:
-        act()
-    message = str(caught.value)
+    if case.left_out:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            assert len(act()) == 1, "the good row is read"
+        (message,) = [str(warning.message) for warning in said]
+    else:
+        with pytest.raises(InputError) as caught:
+            act()
+        message = str(caught.value)
     for word in case.words:
         assert word in message
     assert "\n" not in message and len(message) < 1200, "one message, not a report"
