@@ -14,7 +14,7 @@ from .errors import InputError
 from .loaders import LAYOUTS, Questions, read_layout
 from .manifests import resolve_image
 from .profiles import IMAGE_FOLDERS
-from .schema import build_section, nearest, read_yaml, repository_root
+from .schema import PACKAGE_FOLDER, build_section, is_path, nearest, read_yaml
 
 COUNT = {"low": 0, "high": 10**9}
 FOLDERS = {"phantom": ("folder", "data"), "vqa-rad-mini": ("folder", "")}
@@ -65,8 +65,11 @@ class DatasetCard:
 
 
 def card_folder() -> Path:
-    """The folder of the cards, data_manifests/."""
-    return repository_root() / "data_manifests"
+    """The folder of the cards, data_manifests/: the checkout's, or the copy that an installed package brings."""
+    checkout = PACKAGE_FOLDER.parent
+    if (checkout / "pyproject.toml").is_file():
+        return checkout / "data_manifests"
+    return PACKAGE_FOLDER / "data_manifests"
 
 
 def card_names() -> list[str]:
@@ -78,13 +81,13 @@ def load_card(name_or_path: str | os.PathLike) -> DatasetCard:
     """Read and check a dataset card.
 
     Args:
-        name_or_path: a card's name, or the path of a YAML file.
+        name_or_path: a shipped card's name, or the path of a YAML file (with its suffix, or a separator in it).
 
     Raises:
         InputError: no such card, not YAML, a key unknown or missing, a value of the wrong type.
     """
     path = Path(name_or_path)
-    if not path.suffix and not path.is_file():
+    if not is_path(name_or_path):
         path = card_folder() / f"{name_or_path}.yaml"
         if not path.is_file():
             raise InputError(f"dataset card {str(name_or_path)!r}: unknown{nearest(str(name_or_path), card_names())}")

@@ -14,9 +14,9 @@ from .cards import load_card
 from .errors import InputError
 from .files import write_json
 from .loaders import read_layout
-from .manifests import open_image, read_questions, resolve_image
+from .manifests import open_image, pair_images, read_questions, resolve_image
 from .phantom.texts import SPLITS, read_masks, write_dataset
-from .privacy import check_outputs
+from .privacy import check_origin, check_outputs
 from .profiles import Profile
 
 
@@ -62,13 +62,28 @@ def prepare_dataset(profile: Profile) -> Dataset:
         InputError: the folder of a real data set is not there, or not in its layout, or figures of credentialed data would
             leave the run folder.
     """
-    check_outputs(load_card(profile.data.card), profile.output, profile.figures, in_place=False)
+    card = load_card(profile.data.card)
+    check_outputs(card, profile.output, profile.figures, in_place=False)
     if profile.data.source == "phantom":
         return _phantom(profile)
+    dataset = _folder(profile) if profile.data.source == "folder" else _layout(profile)
+    for split, rows in dataset.questions.items():
+        check_origin(card, (row["image"] for row in rows), f"{profile.data.root}, split {split}")
+    if dataset.released_pairs is not None:
+        names = pair_images(dataset.released_pairs)
+        check_origin(card, names, dataset.released_pairs)
+    return dataset
+
+
+def _layout(profile: Profile) -> Dataset:
     root = Path(profile.data.root)
-    if profile.data.source != "folder":
-        released = root / "train_preferences.json"
-        return Dataset(profile.image_root, read_layout(profile.data.source, root), None, released if released.is_file() else None)
+    released = root / "train_preferences.json"
+    questions = read_layout(profile.data.source, root)
+    return Dataset(profile.image_root, questions, None, released if released.is_file() else None)
+
+
+def _folder(profile: Profile) -> Dataset:
+    root = Path(profile.data.root)
     if not (root / "test_questions.jsonl").is_file():
         raise InputError(f"{root}: no test_questions.jsonl; set data.root in the profile, or the environment variable "
                          "MMEDPO_DATA_ROOT, to the folder that holds images/, train_preferences.json and "

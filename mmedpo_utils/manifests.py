@@ -78,6 +78,15 @@ def read_manifest(
     return rows
 
 
+def pair_images(path: str | os.PathLike) -> list[str]:
+    """The images that a preference file names, whatever else its rows hold. Raises InputError: not a JSON file."""
+    if not Path(path).is_file():
+        return []
+    stored = load_json(path, "a list of preference pairs")
+    rows = [row for row in stored if isinstance(row, dict)] if isinstance(stored, list) else []
+    return [row["image"] for row in rows if isinstance(row.get("image"), str)]
+
+
 def _tell_unknown_keys(path: str | os.PathLike, rows: Sequence[Row]) -> None:
     """Warn once of keys that would be dropped in silence; another maker's key may change what a pair means."""
     unknown = Counter(key for row in rows for key in row if key not in PAIR_KEYS)

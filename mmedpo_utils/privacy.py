@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
 
@@ -63,6 +64,30 @@ def check_endpoint(base_url: str, card: Card, agreement: str | None) -> None:
         raise InputError(f"{card.name} is credentialed data, and {endpoint_host(base_url)} is not this machine: nothing "
                          "was sent. Use an endpoint on 127.0.0.1, or, if your data use agreement allows it, write into the "
                          f"profile's key `judge.agreement` exactly: {sentence}")
+
+
+MIMIC_IMAGE = re.compile(r"(?:^|/)p1[0-9]/p1[0-9]{7}/s5[0-9]{7}/")
+
+
+def check_origin(card: Card, names: Iterable[str], source: object) -> None:
+    """Refuse MIMIC-CXR's rows under another data set's card, whose terms would let them leave the machine.
+
+    A preference file of MIMIC-CXR is credentialed text wherever it was downloaded. Its images are known by their names,
+    ``p10/p10000032/s50414267/...``.
+
+    Args:
+        names: images, as the rows name them.
+        source: the file or folder that the rows come from.
+
+    Raises:
+        InputError: an image is named like MIMIC-CXR's, and the card says that the data is free to share.
+    """
+    if card.credentialed is not False:
+        return
+    for name in names:
+        if MIMIC_IMAGE.search(name):
+            raise InputError(f"{source}: its images are named like MIMIC-CXR's ({name[:60]}), whose texts are credentialed; "
+                             "write `card: mimic-cxr` into the profile's section `data`, so that its terms hold")
 
 
 def check_outputs(card: Card, output: Path, figures: Path, in_place: bool) -> None:

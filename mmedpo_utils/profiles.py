@@ -14,7 +14,7 @@ import yaml
 
 from .errors import InputError
 from .files import atomic_write
-from .schema import between, build_section, nearest, one_of, override, read_yaml, repository_root
+from .schema import between, build_section, is_path, nearest, one_of, override, read_yaml, repository_root
 
 PROFILE_FOLDER = Path(__file__).with_suffix("")
 IMAGE_FOLDERS = {"folder": "images", "vqa-rad": "VQA_RAD Image Folder", "slake": "imgs", "iu-xray": "images",
@@ -238,7 +238,7 @@ def load_profile(name_or_path: str | os.PathLike, overrides: dict[str, Any] | No
     """Read and check a profile.
 
     Args:
-        name_or_path: a shipped profile's name, or the path of a YAML file.
+        name_or_path: a shipped profile's name, or the path of a YAML file (with its suffix, or a separator in it).
         overrides: values that replace the file's, by dotted key (``{"training.max_steps": 4}``).
 
     A file may name in ``extends`` a shipped profile whose values it starts from; its list of variants, or of the judge's
@@ -262,7 +262,7 @@ def load_profile(name_or_path: str | os.PathLike, overrides: dict[str, Any] | No
 def _read_profile(name_or_path: str | os.PathLike) -> tuple[Path, dict[str, Any]]:
     """The file of a profile and its values, on top of those of the profile that it extends."""
     path = Path(name_or_path)
-    if not path.suffix and not path.is_file():
+    if not is_path(name_or_path):
         path = PROFILE_FOLDER / f"{name_or_path}.yaml"
         if not path.is_file():
             raise InputError(f"profile {str(name_or_path)!r}: unknown{nearest(str(name_or_path), profile_names())}")

@@ -77,6 +77,16 @@ def override(values: dict[str, Any], key: str, value: Any, file: str) -> None:
     values[last] = value
 
 
+def is_path(name_or_path: str | os.PathLike) -> bool:
+    """Whether something means a file, by a suffix or a separator, rather than the name of what the package ships.
+
+    A file of the same name in the working folder must not take the place of a shipped card: its terms could switch the
+    privacy gate off.
+    """
+    text = os.fspath(name_or_path)
+    return bool(Path(text).suffix) or any(mark in text for mark in (os.sep, os.altsep) if mark)
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """The end of a message about an unknown ``name``: the nearest valid one, and all of them."""
     valid = list(valid)

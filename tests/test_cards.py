@@ -19,6 +19,7 @@ from mmedpo_utils.errors import InputError
 from mmedpo_utils.loaders import import_hugging_face
 from mmedpo_utils.plots import results_table
 from mmedpo_utils.profiles import load_profile
+from mmedpo_utils.published_audit import COUNTS
 from tests.test_loaders import MAKERS, hugging_face, vqa_rad
 
 PAPER_NAMES = {"vqa-rad": "VQA-RAD", "slake": "SLAKE", "iu-xray": "IU-Xray", "mimic-cxr": "MIMIC-CXR"}
@@ -53,6 +54,26 @@ def test_counts_of_vqa_rad_are_those_of_the_released_rows(shared: Path) -> None:
     studies = json.loads((shared / "data/released/iuxray_dpo_weighted.json").read_text(encoding="utf-8"))
     assert load_card("iu-xray").splits["train"].images == len({row["image"] for row in studies}) == len(studies)
     assert len({row["id"].partition("_")[0] for row in studies}) == len(studies), "one report per patient"
+
+
+@pytest.mark.parametrize(("name", "file"), [("vqa-rad", "vqa-rad"), ("iu-xray", "iuxray")])
+def test_the_cards_count_the_released_rows(shared: Path, name: str, file: str) -> None:
+    rows = json.loads((shared / f"data/released/{file}_dpo_weighted.json").read_text(encoding="utf-8"))
+    scores = [row["weighted_score"] for row in rows]
+    texts = [[row[key][-1]["value"] for key in ("conversations", "rejected_conversations")] for row in rows]
+    longer = sum(len(chosen.split()) < len(rejected.split()) for chosen, rejected in texts)
+    told = " ".join(load_card(name).oddities)
+    assert f"{scores.count(0)} of them have weight 0; the mean weight is {sum(scores) / len(scores):.2f}" in told
+    assert f"{100 * longer / len(rows):.0f}% of the rejected answers are longer" in told
+
+
+def test_the_cards_count_the_test_questions(shared: Path) -> None:
+    lines = (shared / "data/released/vqa-rad_test_questions.jsonl").read_text(encoding="utf-8").splitlines()
+    kinds = [json.loads(line)["answer_type"] for line in lines]
+    closed, open_ones = kinds.count("CLOSED"), kinds.count("OPEN")
+    assert f"{len(kinds)} test questions are {closed} closed and {open_ones} open" in " ".join(load_card("vqa-rad").oddities)
+    assert COUNTS["vqa_rad_closed_accuracy"] == closed and COUNTS["vqa_rad_open_recall"] == open_ones
+    assert "645 open and 416 closed" in " ".join(load_card("slake").oddities)
 
 
 def test_each_missing_or_unknown_key_is_named(tmp_path: Path) -> None:

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mmedpo_utils.cards import card_folder
 from mmedpo_utils.errors import InputError
 from mmedpo_utils.manifests import (
+    PAIR_KEYS,
     answer_text,
     audit_manifest,
     is_identical,
@@ -29,7 +31,9 @@ from mmedpo_utils.manifests import (
     write_manifest,
 )
 from mmedpo_utils.plots import weight_histograms
+from mmedpo_utils.profiles import load_profile
 from mmedpo_utils.relevance import normalise
+from mmedpo_utils.train import training_weights
 
 QUESTION = {"question_id": "q1", "image": "a.png", "text": "Is there a nodule?\n<image>", "gpt4_answer": "yes",
             "answer_type": "CLOSED", "patient_id": "p1", "finding": "nodule", "question_type": "presence"}
@@ -175,3 +179,68 @@ def test_released_files_read_without_a_complaint(shared: Path) -> None:
         assert len(read_questions(shared / "data/released/vqa-rad_test_questions.jsonl")) == 451
     assert (vqa["rows"], vqa["zero_weights"], vqa["identical_pairs"]) == (1797, 12, 0)
     assert (iuxray["rows"], iuxray["zero_weights"], iuxray["identical_pairs"]) == (2069, 34, 0)
+
+
+def published(tmp_path: Path, *rows: dict) -> Path:
+    path = tmp_path / "theirs.json"
+    path.write_text(json.dumps(list(rows)), encoding="utf-8")
+    return path
+
+
+def test_question_files_of_other_makers_are_mended(tmp_path: Path) -> None:
+    """Each row says in another way what QUESTION says."""
+    rows = [QUESTION | {"gpt4_answer": 4}, QUESTION | {"answer_type": " closed "}, QUESTION | {"text": "Is there a nodule?"}]
+    path = tmp_path / "questions.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert read_questions(path) == [QUESTION | {"gpt4_answer": "4"}, QUESTION, QUESTION]
+
+
+def test_pairs_of_other_makers_are_mended_alike(tmp_path: Path) -> None:
+    row = good_row()
+    for key, answer in (("conversations", 4), ("rejected_conversations", 2.5)):
+        row[key] = [{"from": "human", "value": " Is there a nodule? "}, {"from": "gpt", "value": answer}]
+    (read,) = read_manifest(published(tmp_path, row))
+    assert read["conversations"][0]["value"] == read["rejected_conversations"][0]["value"] == "<image>\nIs there a nodule?"
+    assert (answer_text(read), answer_text(read, rejected=True)) == ("4", "2.5")
+    write_manifest(tmp_path / "ours.json", [read])
+    with pytest.raises(InputError, match="one <image> mark"):
+        write_manifest(tmp_path / "ours.json", [row | {"conversations": [{"from": "human", "value": "Is?"},
+                                                                         {"from": "gpt", "value": "yes"}]}])
+
+
+def test_keys_that_are_not_read_are_named_once(tmp_path: Path) -> None:
+    rows = [good_row() | {"image_root": "/films", "lang": "en"}, good_row() | {"image_root": "/films"}, good_row()]
+    with pytest.warns(UserWarning) as said:
+        assert len(read_manifest(published(tmp_path, *rows))) == 3
+    (warning,) = said
+    assert "keys that are not read: `image_root` (2 rows), `lang` (1 rows)" in str(warning.message)
+
+
+def test_a_noised_rejected_side_is_never_a_text_pair(tmp_path: Path) -> None:
+    flagged = good_row() | {"rejected_noised": 1}
+    rows = [flagged, flagged, good_row() | {"rejected_noised": 0}, flagged | {"rejected_image": "b.jpg"}]
+    with pytest.warns(UserWarning, match="2 of 4 rows left out.*`rejected_noised` is 1"):
+        kept = read_manifest(published(tmp_path, *rows))
+    assert [row_source(row) for row in kept] == ["text", "visual"]
+
+
+def test_pairs_without_a_score_are_read_counted_and_trained_on_where_none_is_asked_for(tmp_path: Path) -> None:
+    bare = {key: value for key, value in good_row().items() if key != "weighted_score"}
+    rows = read_manifest(published(tmp_path, bare, bare | {"weighted_score": None}, good_row()))
+    audit = audit_manifest(rows)
+    assert (audit["without_weight"], audit["score_mean"], audit["zero_weights"]) == (2, 0.5, 0)
+    assert audit_manifest(rows[:1])["score_mean"] is None and audit_manifest(rows[:1])["score_range"] is None
+    assert len(repair_manifest(rows, ["drop_zero_weight"])[0]) == 3
+    write_manifest(tmp_path / "again.json", rows)
+    profile = load_profile("phantom-smoke")
+    for name, variant in profile.training.variants.items():
+        if variant.weights == "uniform" or variant.objective == "sft":
+            assert (training_weights(rows, variant, profile) == 1).all(), name
+        else:
+            with pytest.raises(InputError, match="2 of 3 preference rows .id 'q1' first.*write `weights: uniform`"):
+                training_weights(rows, variant, profile)
+
+
+def test_the_schema_names_the_keys_that_are_read() -> None:
+    schema = json.loads((card_folder() / "pair_schema.json").read_text(encoding="utf-8"))
+    assert set(schema["items"]["properties"]) == set(PAIR_KEYS)
