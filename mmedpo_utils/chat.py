@@ -10,13 +10,14 @@ import json
 import math
 import os
 import random
+import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from email.utils import parsedate_to_datetime
 from typing import Any, Protocol
 
-from .errors import InputError
+from .errors import InputError, first_line
 from .files import write_json
 from .privacy import is_loopback, private_folder
 from .profiles import LanguageModel, check_device
@@ -25,6 +26,10 @@ Messages = list[dict[str, str]]
 ATTEMPTS = 5
 LONGEST_WAIT = 300.0
 MILLION = 1_000_000
+# What a server may refuse to take; newer models of OpenAI want another name for the longest answer.
+ADAPTABLE = ("max_tokens", "temperature", "seed", "response_format")
+RENAMED = {"max_tokens": "max_completion_tokens"}
+LONGEST_REASON = 200
 
 
 @dataclass(frozen=True)
@@ -113,37 +118,57 @@ class EndpointModel:
         import openai
 
         self.name, self._url, self._key = model.model, model.base_url, _api_key(model.api_key_env)
-        self._schema_accepted = True
+        self._refused: set[str] = set()  # parameters that the server does not take from this model
         web = openai.DefaultHttpxClient(follow_redirects=False, trust_env=not is_loopback(model.base_url))
         self._client = openai.OpenAI(base_url=model.base_url, api_key=self._key or "none", timeout=timeout,
                                      max_retries=0, http_client=web)
         self._client.organization = self._client.project = None  # else taken from the environment and sent along
 
     def __call__(self, messages: Messages, schema: dict[str, Any], sampling: Sampling) -> Reply:
-        """Answer once; a server that rejects ``response_format`` is asked without it from then on."""
+        """Answer once; a parameter that the server refuses is left out, or renamed, from then on."""
         import openai
 
-        request = {"model": self.name, "messages": messages, **asdict(sampling)}
-        if self._schema_accepted:
-            request["response_format"] = {"type": "json_schema", "json_schema": {
-                "name": "answer", "strict": True, "schema": schema}}
         try:
-            answer = self._client.chat.completions.create(**request)
+            answer = self._client.chat.completions.create(**self._request(messages, schema, sampling))
         except openai.APITimeoutError:
             raise Unanswered("no answer in time", billed=True) from None
         except openai.APIConnectionError:
             raise Unanswered("no connection, or it broke", billed=True) from None
         except openai.APIStatusError as error:
             status = error.status_code
-            if status in (408, 409, 429) or status >= 500:
+            out_of_money = getattr(error, "code", None) == "insufficient_quota"  # waiting would not help
+            if status in (408, 409, 429) and not out_of_money or status >= 500:
                 raise Unanswered(f"status {status}", _retry_after(error.response.headers)) from None
-            if status in (400, 422) and self._schema_accepted:
-                self._schema_accepted = False
-                raise Unanswered("the server rejects response_format", 0.0) from None
-            raise InputError(f"{self._url}: answers {status} for the model {self.name!r}{_reason(status)}") from None
+            if status in (400, 422):
+                refused = self._newly_refused(error)
+                if refused:
+                    self._refused.add(refused)
+                    raise Unanswered(f"the server rejects {refused}", 0.0) from None
+            raise InputError(f"{self._url}: answers {status} for the model {self.name!r}{_reason(status)}"
+                             f"{_said_by_server(error, messages, self._key)}") from None
         except (openai.APIError, ValueError):
             raise Unanswered("half an answer", billed=True) from None
         return self._read(answer)
+
+    def _request(self, messages: Messages, schema: dict[str, Any], sampling: Sampling) -> dict[str, Any]:
+        """The request as this server takes it. The cache names answers by what was wanted, whatever was left out."""
+        request = {"model": self.name, "messages": messages, **asdict(sampling)}
+        request["response_format"] = {"type": "json_schema", "json_schema": {
+            "name": "answer", "strict": True, "schema": schema}}
+        for refused in self._refused:
+            value = request.pop(refused)
+            if refused in RENAMED:
+                request[RENAMED[refused]] = value
+        return request
+
+    def _newly_refused(self, error: Any) -> str | None:
+        """The parameter that a refusal names; where it names none, the first time the answer's form."""
+        # What stands behind a brace may be the request itself, sent back.
+        told = f"{getattr(error, 'param', None)} {_message(error).partition('{')[0]}"
+        for parameter in ADAPTABLE:
+            if parameter not in self._refused and re.search(rf"\b{parameter}\b", told):
+                return parameter
+        return "response_format" if "response_format" not in self._refused else None
 
     def reach(self) -> str:
         """Ask which models the endpoint serves, and say so in words; no completion is asked for.
@@ -173,7 +198,8 @@ class EndpointModel:
             counts = (usage.prompt_tokens, usage.completion_tokens) if usage else (None, None)
             if not isinstance(text, str):
                 raise TypeError("the content is no text")
-            if any(type(count) is not int for count in counts):
+            # A negative count would give money back, and no limit of cost be reached.
+            if any(type(count) is not int or count < 0 for count in counts):
                 counts = (None, None)
         except (AttributeError, IndexError, TypeError):
             raise Unanswered("an answer that is no chat completion", billed=True) from None
@@ -199,13 +225,13 @@ class LocalModel:
         device_map = ("auto" if torch.cuda.device_count() > 1 else {"": target}) if small else None
         try:
             with quiet_loading():
-                self._tokenizer = AutoTokenizer.from_pretrained(model.model)
+                self._tokenizer = AutoTokenizer.from_pretrained(model.model, trust_remote_code=False)
                 self._model = AutoModelForCausalLM.from_pretrained(
-                    model.model, dtype=torch.float32 if target.type == "cpu" else torch.bfloat16,
+                    model.model, trust_remote_code=False, dtype=torch.float32 if target.type == "cpu" else torch.bfloat16,
                     device_map=device_map, quantization_config=nf4_config() if small else None).eval()
-        except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
             raise InputError(f"judge model {model.model}: cannot be loaded as a text-generation model "
-                             f"({str(error).strip().partition(chr(10))[0]}); give a folder, or a name on the Hub") from error
+                             f"({first_line(error)}); give a folder, or a name on the Hub") from error
         if self._tokenizer.chat_template is None:
             raise InputError(f"judge model {model.model}: its tokenizer has no chat template; use an instruction-tuned model, "
                              "or put chat_template.jinja into its folder")
@@ -333,3 +359,27 @@ def _reason(status: int) -> str:
     hints = {401: "the key is not accepted", 403: "the key does not allow it", 404: "no such model or address; see base_url",
              400: "the request is not accepted; the prompt may be too long"}
     return f" ({hints[status]})" if status in hints else ""
+
+
+def _message(error: Any) -> str:
+    """What a server says of a refused request, in one line; empty where it says nothing readable."""
+    body = getattr(error, "body", None)
+    text = body.get("message") if isinstance(body, dict) else body
+    return first_line(ValueError(text)) if isinstance(text, str) and text.strip() else ""
+
+
+def _said_by_server(error: Any, messages: Messages, key: str | None) -> str:
+    """The server's own reason, without the key and without what was asked: some servers send the request back."""
+    reason = _message(error).partition("{")[0].strip()
+    if key:
+        reason = reason.replace(key, "***")
+    asked = {words for message in messages for words in _runs(message["content"])}
+    if not reason or asked & _runs(reason):
+        return ""
+    return f"; the server says: {reason[:LONGEST_REASON]}"
+
+
+def _runs(text: str, length: int = 4) -> set[tuple[str, ...]]:
+    """Every run of ``length`` words of a text."""
+    words = re.findall(r"\w+", text.lower())
+    return {tuple(words[start:start + length]) for start in range(len(words) - length + 1)}

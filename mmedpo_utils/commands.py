@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shlex
 import socket
 import sys
@@ -13,11 +14,13 @@ import psutil
 import torch
 
 from .errors import InputError
+from .manifests import read_text
 from .profiles import Profile, check_device
 from .schema import repository_root
 
 PROGRAM = "mmedpo_utils.train"
 LAUNCHER = "deepspeed.launcher.runner"
+HOST_LINE = re.compile(r"([A-Za-z0-9][\w.:-]*)\s+slots=(\d+)")
 
 
 def process_count(profile: Profile, dry_run: bool = False) -> int:
@@ -62,7 +65,13 @@ def free_cores(processes: int) -> int:
                 continue
             taken[group] = int(words[words.index("--cores") + 1])
     left = max(1, cores - sum(taken.values()))
-    return min(left, int(os.environ.get("OMP_NUM_THREADS") or left) * processes)
+    return min(left, _thread_limit(left) * processes)
+
+
+def _thread_limit(otherwise: int) -> int:
+    """OMP_NUM_THREADS, of a list of them (one a nesting level) the first; ``otherwise`` where it is no number."""
+    first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return int(first) if first.isdecimal() and int(first) else otherwise
 
 
 def free_port() -> int:
@@ -89,18 +98,18 @@ def commands(profile: Profile, variant: str, seed: int, run_folder: Path, ssh: b
     """What starts the training: one command, or one per node where the profile has several nodes that ``ssh`` does not reach.
 
     One process is plain Python; more go through the deepspeed launcher on a free port. Paths inside the repository are relative
-    to it, so run them there. ``run_folder`` holds the resolved profile.yaml. MASTER_ADDR and MASTER_PORT say where the first
-    node is found; else it is this machine, and FIRST_NODE in a dry run, which may be made anywhere.
+    to it, so run them there. ``run_folder`` holds the resolved profile.yaml. Of several nodes, MASTER_ADDR and MASTER_PORT say
+    where the first is found; else it is this machine, and FIRST_NODE in a dry run, which may be made anywhere.
 
     Raises:
-        InputError: as `process_count`.
+        InputError: as `process_count`, or MASTER_PORT is no port.
     """
     values, processes, folder = profile.training, process_count(profile, dry_run), shorten(run_folder)
     program = [PROGRAM, "--profile", f"{folder}/profile.yaml", "--variant", variant, "--seed", str(seed), "--run-folder", folder,
-               "--cores", str(free_cores(processes // values.nodes))]
+               "--cores", str(free_cores(processes // values.nodes)), "--processes", str(processes)]
     if processes == 1:
         return [[sys.executable, "-m", *program]]
-    port = ["--master_port", os.environ.get("MASTER_PORT") or str(free_port())]
+    port = ["--master_port", _master_port() if values.nodes > 1 else str(free_port())]
     common = ["--no_local_rank", "--quiet", "--module", *program]
     start = [sys.executable, "-m", LAUNCHER]
     if values.nodes == 1:
@@ -110,6 +119,37 @@ def commands(profile: Profile, variant: str, seed: int, run_folder: Path, ssh: b
         return [[*start, *hosts, *port, *common]]
     address = ["--master_addr", os.environ.get("MASTER_ADDR") or ("FIRST_NODE" if dry_run else socket.gethostname())]
     return [[*start, *hosts, "--no_ssh", "--node_rank", str(rank), *address, *port, *common] for rank in range(values.nodes)]
+
+
+def _master_port() -> str:
+    port = os.environ.get("MASTER_PORT", "").strip()
+    if port and not (port.isdecimal() and 0 < int(port) < 65536):
+        raise InputError(f"environment variable MASTER_PORT: expected a port from 1 to 65535, found {port!r:.40}; correct it, or "
+                         "unset it")
+    return port or str(free_port())
+
+
+def check_hostfile(profile: Profile) -> None:
+    """Compare DeepSpeed's list of machines with the profile; the launcher would follow the list, whatever it says.
+
+    Raises:
+        InputError: the file is not there, a line is none of `NAME slots=NUMBER`, or nodes and slots are not the profile's.
+    """
+    path, training = profile.training.hostfile, profile.training
+    if path is None:
+        return
+    slots: dict[str, int] = {}
+    for number, line in enumerate(read_text(path).splitlines()):
+        text = line.partition("#")[0].strip()
+        if not text:
+            continue
+        host = HOST_LINE.fullmatch(text)  # a name that begins with - would be an option of ssh
+        if host is None:
+            raise InputError(f"{path}: row {number}: expected NAME slots=NUMBER, found {text!r:.60}; correct it")
+        slots[host[1]] = int(host[2])
+    if len(slots) != training.nodes or sum(slots.values()) != training.processes:
+        raise InputError(f"{path}: lists {len(slots)} nodes with {sum(slots.values())} slots; expected the profile's "
+                         f"`training.nodes` ({training.nodes}) and `training.processes` ({training.processes}): make them the same")
 
 
 def _devices(processes: int) -> list[str]:

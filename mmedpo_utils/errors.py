@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import warnings
 from collections.abc import Callable
+
+TERMINAL = re.compile(r"\x1b\[[0-9;]*[A-Za-z]|[\x00-\x1f\x7f]")  # colour codes, and what moves a terminal's cursor
+LONGEST = 300
+NAMED = 5  # rows that a warning names one by one
 
 
 class InputError(ValueError):
@@ -19,11 +24,10 @@ class Unusable:
 
     Args:
         source: the file.
-        unit: what a row is called in the warning.
     """
 
-    def __init__(self, source: object, unit: str = "rows") -> None:
-        self.source, self.unit = source, unit
+    def __init__(self, source: object) -> None:
+        self.source = source
         self.errors: list[InputError] = []
 
     def note(self, error: InputError) -> None:
@@ -44,22 +48,24 @@ class Unusable:
         named = "; ".join(str(error) for error in self.errors[:NAMED])
         more = f"; and {count - NAMED} more" if count > NAMED else ""
         warnings.warn(
-            f"{self.source}: {count} of {used + count} {self.unit} left out, since they cannot be used: {named}{more}",
+            f"{self.source}: {count} of {used + count} rows left out, since they cannot be used: {named}{more}",
             stacklevel=4,
         )
 
 
-NAMED = 5  # rows that a warning names one by one
-
-
 def first_line(error: Exception) -> str:
-    """What an error says first; its kind where it says nothing.
+    """What an error of another library says first, in one line that can be shown; its kind where it says nothing.
 
-    Libraries advise to switch a safeguard off; that advice is not passed on.
+    Colour codes and control characters go, and a long line is cut. Libraries advise to switch a safeguard off; that
+    advice is not passed on.
     """
-    if "trust_remote_code" in str(error):
+    text = str(error).strip()
+    if "trust_remote_code" in text:
         return "it brings code of its own, which is never run here"
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+    if "weights_only" in text:
+        return "its content is damaged, or more than tensors, which is never loaded here"
+    line = TERMINAL.sub("", text.partition("\n")[0]).strip()
+    return (line if len(line) <= LONGEST else f"{line[:LONGEST]}...") or type(error).__name__
 
 
 def exit_status(action: Callable[[], object]) -> int:

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from .datasets import Dataset
-from .errors import InputError
+from .errors import InputError, first_line
 from .files import atomic_write, write_json, write_json_lines
 from .lvlm import MedLVLM, generate, image_attention, load_profile_lvlm, model_digest
 from .manifests import ANSWER_TYPES, open_image, question_text, read_text, resolve_image, row_sha
@@ -118,7 +118,7 @@ def read_predictions(path: str | Path) -> list[dict[str, Any]]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}, line {number}: not a JSON object ({error}); predict again") from error
+            raise InputError(f"{path}, line {number}: not a JSON object ({first_line(error)}); predict again") from error
         _check_prediction(row, f"{path}, line {number}")
         rows.append(row)
     return rows

@@ -27,7 +27,7 @@ from IPython import get_ipython
 from IPython.display import Image, Pretty, display
 
 from . import plots
-from .commands import commands, free_cores, printed, process_count, shorten, write_hostfile
+from .commands import check_hostfile, commands, free_cores, printed, process_count, shorten, write_hostfile
 from .errors import InputError
 from .estimate import describe
 from .manifests import read_manifest, row_source
@@ -129,6 +129,7 @@ def _checked_manifest(profile: Profile, variant: str) -> Path:
     if profile.training.hostfile and shutil.which("pdsh") is None:
         raise InputError("profile key `training.hostfile`: the launcher reaches the nodes through pdsh, which is not installed; "
                          "install it, or write null: then each node gets a command of its own")
+    check_hostfile(profile)
     if not manifest.is_file():
         how = (f"run notebook 03 with profile {profile.name}" if manifest.stem == "train" else
                f"run python -m mmedpo_utils.baselines --profile {profile.name} --build-only")

@@ -287,7 +287,7 @@ def weight_files(folder: Path | None) -> list[Path]:
                 named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
                 files = [folder / file for file in sorted(named)]
             except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-                raise InputError(f"{index}: cannot be read as an index of weights ({error}); download it again") from error
+                raise InputError(f"{index}: cannot be read as an index of weights ({first_line(error)}); download it again") from error
             for file in files:
                 if not file.is_file():
                     raise InputError(f"{file}: no such file, though {index.name} names it; download it again")

@@ -147,7 +147,7 @@ def _hugging_face_splits(source: Any) -> dict[str, Iterable[dict[str, Any]]]:
         try:
             source = datasets.load_from_disk(str(source)) if saved else datasets.load_dataset(str(source))
         except (OSError, ValueError, RuntimeError) as error:
-            raise InputError(f"{source}: cannot be read as a Hugging Face data set ({str(error).partition(chr(10))[0]}); give "
+            raise InputError(f"{source}: cannot be read as a Hugging Face data set ({first_line(error)}); give "
                              "a folder that save_to_disk wrote, or a copy of the Hub repository") from error
     splits = {str(source.split or "train"): source} if isinstance(source, datasets.Dataset) else source
     if not isinstance(splits, dict) or not all(isinstance(table, datasets.Dataset) for table in splits.values()):

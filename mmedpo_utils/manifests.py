@@ -122,7 +122,7 @@ def read_questions(path: str | os.PathLike, image_root: str | os.PathLike | None
                 row = json.loads(line, object_pairs_hook=_object)
             except (ValueError, RecursionError) as error:
                 raise InputError(
-                    f"{path}: row {number}: is not JSON ({error}); expected one question per line"
+                    f"{path}: row {number}: is not JSON ({first_line(error)}); expected one question per line"
                 ) from error
             where = place(path, number, row, "question_id")
             row = mended_question(row)
@@ -367,7 +367,7 @@ def read_text(path: str | os.PathLike) -> str:
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as UTF-8 text ({error}); check the path, or save the file as UTF-8") from error
+        raise InputError(f"{path}: cannot be read as UTF-8 text ({first_line(error)}); check the path, or save the file as UTF-8") from error
 
 
 def load_json(path: str | os.PathLike, expected: str) -> Any:
@@ -375,7 +375,7 @@ def load_json(path: str | os.PathLike, expected: str) -> Any:
     try:
         return json.loads(read_text(path), object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: is not JSON ({error}); expected {expected}") from error
+        raise InputError(f"{path}: is not JSON ({first_line(error)}); expected {expected}") from error
 
 
 class WrittenTwice(dict):

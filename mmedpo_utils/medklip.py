@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import ResNetConfig, ResNetModel
 
-from .errors import InputError
+from .errors import InputError, first_line
 from .medklip_checkpoint import (
     DESCRIPTIONS,
     OFFICIAL_QUERIES,
@@ -206,7 +206,11 @@ def load_medklip(
     else:
         config, path = _read_config(folder / "config.json"), folder / "model.safetensors"
         state = read_state(path)
-    model = MedKLIP(config)
+    try:
+        model = MedKLIP(config)
+    except Exception as error:  # a value that no network can have fails wherever it is first used
+        raise InputError(f"{folder / 'config.json'}: its values make no MedKLIP ({first_line(error)}); expected those of a "
+                         "trained checkpoint: fetch the folder again") from error
     check_state(path, state, model.state_dict())
     model.load_state_dict(state)
     return model.to(device).eval().requires_grad_(False)
@@ -299,7 +303,9 @@ def _auc(scores: np.ndarray, truth: np.ndarray) -> float:
 def _read_config(path: Path) -> MedKLIPConfig:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
+        if any(isinstance(value, float) for value in values.values()):
+            raise ValueError("a size is no whole number")
         return MedKLIPConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: not a MedKLIP configuration ({error}); expected a folder with config.json and "
+        raise InputError(f"{path}: not a MedKLIP configuration ({first_line(error)}); expected a folder with config.json and "
                          "model.safetensors, the official checkpoint file, or \"phantom\"") from error

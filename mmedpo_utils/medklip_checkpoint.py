@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .errors import InputError
+from .errors import InputError, first_line
 from .files import atomic_write
 
 OFFICIAL_QUERIES = tuple("""
@@ -48,7 +48,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
         try:
             stored = load_file(path)
         except (OSError, SafetensorError) as error:
-            raise InputError(f"{path}: cannot be read as safetensors ({error}); expected MedKLIP weights") from error
+            raise InputError(f"{path}: cannot be read as safetensors ({first_line(error)}); expected MedKLIP weights") from error
     else:
         stored = _read_pickle(path)
     state = {our_key(key): value for key, value in stored.items()}
@@ -121,7 +121,7 @@ def query_embeddings(descriptions: Path, text_encoder: str = TEXT_ENCODER) -> Te
         try:
             return load_file(cache)["disease_book"]
         except (OSError, SafetensorError, KeyError) as error:
-            raise InputError(f"{cache}: cannot be read as the stored text embeddings ({error}); delete it, and it is "
+            raise InputError(f"{cache}: cannot be read as the stored text embeddings ({first_line(error)}); delete it, and it is "
                              "computed again") from error
     embeddings = _embed(texts, text_encoder)
     try:
@@ -137,9 +137,10 @@ def _embed(texts: Sequence[str], text_encoder: str) -> Tensor:
     from transformers import AutoModel, AutoTokenizer
 
     try:
-        tokenizer, model = AutoTokenizer.from_pretrained(text_encoder), AutoModel.from_pretrained(text_encoder)
-    except (OSError, ValueError) as error:
-        raise InputError(f"text encoder {text_encoder!r}: cannot be loaded ({error}); give the folder of a downloaded "
+        tokenizer, model = (
+            loader.from_pretrained(text_encoder, trust_remote_code=False) for loader in (AutoTokenizer, AutoModel))
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"text encoder {text_encoder!r}: cannot be loaded ({first_line(error)}); give the folder of a downloaded "
                          f"copy, or let this machine fetch {TEXT_ENCODER}") from error
     tokens = tokenizer(list(texts), padding=True, truncation=True, max_length=LONGEST_DESCRIPTION, return_tensors="pt")
     return model.eval()(**tokens).last_hidden_state[:, 0].float().contiguous()
@@ -150,7 +151,7 @@ def _read_descriptions(path: Path) -> list[str]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read as JSON ({error}); expected one description per query: fetch "
+        raise InputError(f"{path}: cannot be read as JSON ({first_line(error)}); expected one description per query: fetch "
                          f"\"{DESCRIPTIONS}\" from PreTrain_MedKLIP/data_file of the MedKLIP repository and put it beside "
                          "the checkpoint") from error
     if not isinstance(found, dict):
@@ -167,7 +168,7 @@ def _read_pickle(path: Path) -> dict[str, Any]:
     try:
         stored = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        reason = str(error).split("\n")[0]
+        reason = first_line(error)
         raise InputError(f"{path}: cannot be read as MedKLIP weights ({reason}); expected the official checkpoint, "
                          "tensors only: fetch it again") from error
     state = stored.get("model", stored) if isinstance(stored, dict) else stored

@@ -56,6 +56,11 @@ VALIDATION_SHARE = 0.1
 VALIDATION_PAIRS = 64
 NOT_DECIDING = ("logging_steps", "save_every", "report_to", "nodes", "hostfile")
 SHARED_DISK_SECONDS = 30
+DECIDING_PREFIXES = ("ACCELERATE_", "FSDP_", "MEGATRON_LM_", "PARALLELISM_CONFIG_")
+OF_SEVERAL = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "NODE_RANK", "GROUP_RANK", "CROSS_RANK",
+              "CROSS_SIZE", "MASTER_ADDR", "MASTER_PORT", "PMI_RANK", "PMI_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE",
+              "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE",
+              "MV2_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_SIZE")
 FAILED = "=== a training process failed ==="
 
 
@@ -309,6 +314,20 @@ def write_result(trainer: MMedPOTrainer, folder: Path, values: dict[str, Any]) -
         "validation_pairs": len(trainer.eval_dataset or ()), "mean_weight": float(np.mean(weights)), "last": last})
 
 
+def settle_environment(processes: int | None) -> None:
+    """Let the profile decide, and not what an earlier job left in the environment.
+
+    accelerate takes its own settings (DeepSpeed, FSDP, precision, device) from variables, before those of the trainer. And
+    a process that trains alone would wait for others where a pod has WORLD_SIZE and RANK set.
+
+    Args:
+        processes: how many were started; None: as the launcher says.
+    """
+    for name in list(os.environ):
+        if name.startswith(DECIDING_PREFIXES) or (processes == 1 and name in OF_SEVERAL):
+            del os.environ[name]
+
+
 def main() -> None:
     """Parse the command line, share the cores between the processes, train."""
     parser = argparse.ArgumentParser(description="Train one variant of a profile.")
@@ -317,7 +336,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the LoRA weights and of the order of the pairs")
     parser.add_argument("--run-folder", type=Path, required=True, help="folder that receives events, adapter and result")
     parser.add_argument("--cores", type=int, default=os.cpu_count(), help="processor cores that all processes here share")
+    parser.add_argument("--processes", type=int, help="over all nodes; 1: alone, whatever the environment says")
     options = parser.parse_args()
+    settle_environment(options.processes)
     world, here = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_SIZE", 1))
     torch.set_num_threads(max(1, options.cores // here))
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(options.run_folder / "tensorboard")
@@ -326,8 +347,9 @@ def main() -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     try:
         profile = load_profile(options.profile)
-        if check_device(profile.lvlm.device) == "cpu" and world > 1:
-            os.environ["DS_ACCELERATOR"] = "cpu"
+        device = check_device(profile.lvlm.device)
+        os.environ["DS_ACCELERATOR"] = device
+        if device == "cpu" and world > 1:
             import deepspeed
 
             deepspeed.ops.__compatible_ops__ = {}  # gloo does the work; with it filled, a C++ extension is built first

@@ -56,6 +56,8 @@ class Handler(BaseHTTPRequestHandler):
             status, headers = value
             echo = {"error": {"message": f"wrong: {self.headers['Authorization']} {json.dumps(body)}"}}
             self.reply(status, json.dumps(echo), headers)
+        elif kind == "refuse":
+            self.reply(*value)
         elif kind == "half":
             self.reply(200, completion("half")[:40])
         elif kind == "torn":

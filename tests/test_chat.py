@@ -14,6 +14,7 @@ import pytest
 from mmedpo_utils.chat import Chat, EndpointModel, Limits, Sampling
 from mmedpo_utils.errors import InputError
 from mmedpo_utils.profiles import LanguageModel
+from tests import servers
 from tests.servers import running
 
 KEY = "sk-very-secret-0123456789"
@@ -113,6 +114,58 @@ def test_a_server_that_rejects_the_schema_is_asked_without_it(server, tmp_path, 
     assert ["response_format" in body for _, body in server.seen] == [True, False]
     server.usual = "fine"
     assert chat(MESSAGES, SCHEMA, SAMPLING) == "fine" and "response_format" not in server.seen[-1][1]
+
+
+def refusal(parameter: str, code: str = "unsupported_parameter", named: bool = True) -> tuple:
+    """A refusal in OpenAI's form; ``named``: in a field of its own, else in the message only."""
+    error = {"message": f"Unsupported value: '{parameter}' is not a parameter of this model.", "type": "invalid_request_error",
+             "param": parameter if named else None, "code": code}
+    return ("refuse", (400, json.dumps({"error": error})))
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_server_is_asked_again_the_way_it_wants(server, tmp_path, waits, named):
+    """Each parameter that it refuses is renamed or left out, once, and stays so for the model."""
+    server.plan = [refusal(name, named=named) for name in ("max_tokens", "temperature", "seed")]
+    server.usual = "fine"
+    chat = chat_of(server, tmp_path, waits)
+    assert chat(MESSAGES, SCHEMA, SAMPLING) == "fine"
+    bodies = [body for _, body in server.seen]
+    assert len(bodies) == 4 and bodies[-1]["max_completion_tokens"] == SAMPLING.max_tokens
+    assert not {"max_tokens", "temperature", "seed"} & set(bodies[-1]) and "response_format" in bodies[-1]
+    assert "temperature" in bodies[1] and "max_tokens" not in bodies[1]
+    chat(MESSAGES, SCHEMA, Sampling(0.0, 9, 64))
+    assert set(server.seen[-1][1]) == set(bodies[-1]), "learnt"
+    chat(MESSAGES, SCHEMA, SAMPLING)
+    assert chat.counters.cached == 1, "an answer is found again under what was asked for"
+
+
+def test_a_refusal_that_goes_on_ends_with_the_servers_own_reason(server, tmp_path, waits):
+    told = {"message": "This model's maximum context length is 8 tokens.\n\x1b[31mShorten the prompt", "param": None}
+    server.usual = ("refuse", (400, json.dumps({"error": told})))
+    with pytest.raises(InputError) as refused:
+        chat_of(server, tmp_path, waits)(MESSAGES, SCHEMA, SAMPLING)
+    message = str(refused.value)
+    assert "the server says: This model's maximum context length is 8 tokens." in message
+    assert "\x1b" not in message and "\n" not in message and len(server.seen) == 2
+    assert {"max_tokens", "temperature", "seed"} <= set(server.seen[-1][1]), "nothing else is given up"
+
+
+def test_an_empty_account_is_not_asked_again(server, tmp_path, waits):
+    error = {"message": "You exceeded your current quota.", "code": "insufficient_quota", "type": "insufficient_quota"}
+    server.usual = ("refuse", (429, json.dumps({"error": error})))
+    with pytest.raises(InputError, match="answers 429.*the server says: You exceeded your current quota"):
+        chat_of(server, tmp_path, waits)(MESSAGES, SCHEMA, SAMPLING)
+    assert len(server.seen) == 1
+
+
+def test_a_server_that_counts_below_zero_gives_no_money_back(server, tmp_path, waits):
+    answer = json.loads(servers.completion("fine"))
+    answer["usage"] = {"prompt_tokens": -1_000_000, "completion_tokens": 5, "total_tokens": 5}
+    server.usual = ("raw", json.dumps(answer))
+    chat = chat_of(server, tmp_path, waits, prices=(1.0, 1.0))
+    chat(MESSAGES, SCHEMA, SAMPLING)
+    assert chat.counters.cost > 0 and chat.limits.cost > 0 and chat.counters.prompt_tokens == 0
 
 
 def test_a_second_run_makes_no_request(server, tmp_path, waits):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import _thread
 import json
 import math
+import os
 import shlex
 import shutil
 import signal
@@ -24,7 +25,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from mmedpo_utils import launch
-from mmedpo_utils.commands import commands, free_cores, free_port, process_count
+from mmedpo_utils.commands import check_hostfile, commands, free_cores, free_port, process_count
 from mmedpo_utils.errors import InputError
 from mmedpo_utils.launch import TrainingError, load_run, train
 from mmedpo_utils.lvlm import load_lvlm
@@ -39,6 +40,7 @@ from mmedpo_utils.train import (
     held_out,
     manifest_path,
     run_digest,
+    settle_environment,
     training_arguments,
     training_weights,
 )
@@ -379,3 +381,67 @@ def test_every_zero_stage_trains_the_same_adapter(workspace, objective):
         runs[stage, offload] = train(profile, objective, live=False)
     for run in runs.values():
         assert_equal_adapters(run, runs[0, "none"], 1e-5)
+
+
+LEFTOVER = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29613",
+            "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_USE_FSDP": "true", "ACCELERATE_MIXED_PRECISION": "fp8",
+            "ACCELERATE_TORCH_DEVICE": "cuda", "FSDP_SHARDING_STRATEGY": "1"}
+
+
+def test_what_another_job_left_in_the_environment_decides_nothing(workspace, tmp_path, monkeypatch):
+    """A pod's WORLD_SIZE would make one process wait for a second; accelerate's own settings would replace the profile's."""
+    profile = tiny_profile(workspace, name="leftover", **{"training.processes": 1, "training.max_steps": 1})
+    for name, value in LEFTOVER.items():
+        monkeypatch.setenv(name, value)
+    result = train(profile, "sft", live=False).result
+    assert result["processes"] == 1 and result["last"]["step"] == 1
+
+
+@pytest.mark.parametrize("processes", [1, 2, None])
+def test_only_a_process_that_trains_alone_forgets_the_others(monkeypatch, processes):
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+        monkeypatch.delenv(name)
+    for name, value in LEFTOVER.items():
+        monkeypatch.setenv(name, value)
+    settle_environment(processes)
+    left = LEFTOVER.keys() & os.environ.keys()
+    of_several = {"WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
+    assert left == (set() if processes == 1 else of_several)
+
+
+@pytest.mark.parametrize(("value", "cores"), [("4,2", 2), ("1,2", 1), (" 1 ", 1), ("", 2), ("many", 2), ("0", 2), ("-1", 2)])
+def test_the_first_number_of_threads_counts(monkeypatch, value, cores):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+    monkeypatch.setattr(psutil, "process_iter", lambda *_: iter(()))
+    monkeypatch.setenv("OMP_NUM_THREADS", value)
+    assert free_cores(1) == cores
+
+
+def test_master_port_is_for_several_nodes_and_a_port(workspace, monkeypatch):
+    monkeypatch.setenv("MASTER_PORT", "29613")
+    folder = workspace / "x"
+    (line,) = commands(tiny_profile(workspace), "dpo", 0, folder, ssh=False)
+    assert line[line.index("--master_port") + 1] != "29613", "a pod's leftover may be taken"
+    several = tiny_profile(workspace, **{"training.nodes": 2, "training.processes": 2})
+    assert all("29613" in line for line in commands(several, "dpo", 0, folder, ssh=False, dry_run=True))
+    monkeypatch.setenv("MASTER_PORT", "tcp://10.0.0.1:29613")
+    with pytest.raises(InputError, match="MASTER_PORT: expected a port"):
+        commands(several, "dpo", 0, folder, ssh=False, dry_run=True)
+
+
+@pytest.mark.parametrize(("text", "told"), [
+    (None, "cannot be read"), ("", "lists 0 nodes with 0 slots"), ("a slots=1\n", "lists 1 nodes with 1 slots"),
+    ("a slots=2\nb slots=2\n", "4 slots; expected the profile's `training.nodes` .2. and `training.processes` .2."),
+    ("-oProxyCommand=touch slots=1\nb slots=1\n", "row 0: expected NAME slots=NUMBER"), ("a\nb slots=1\n", "row 0: expected"),
+])
+def test_a_hostfile_that_is_not_the_profiles_starts_nothing(workspace, tmp_path, monkeypatch, text, told):
+    """The launcher takes a missing list for one machine, and a longer one for more processes than the profile says."""
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    hosts = tmp_path / "hosts"
+    if text is not None:
+        hosts.write_text(text)
+    changes = {"training.nodes": 2, "training.processes": 2, "training.hostfile": str(hosts)}
+    with pytest.raises(InputError, match=told):
+        train(tiny_profile(workspace, **changes), "dpo")
+    hosts.write_text("# two\nnode-1.cluster slots=1\n10.0.0.2  slots=1 # the second\n\n")
+    check_hostfile(tiny_profile(workspace, **changes))

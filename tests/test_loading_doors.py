@@ -14,14 +14,18 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from mmedpo_utils.chat import LocalModel
 from mmedpo_utils.check import check_profile
-from mmedpo_utils.errors import InputError
+from mmedpo_utils.errors import InputError, first_line
 from mmedpo_utils.estimate import model_config
 from mmedpo_utils.lvlm import PHANTOM_WEIGHTS, generate, image_attention, load_lvlm
+from mmedpo_utils.medklip import PHANTOM_CHECKPOINT, load_medklip
+from mmedpo_utils.medklip_checkpoint import OFFICIAL_QUERIES, query_embeddings
 from mmedpo_utils.preferences import image_token_count
-from mmedpo_utils.profiles import load_profile
+from mmedpo_utils.profiles import LanguageModel, load_profile
 
 from .foreign_code import CLASSES, bring_code
+from .test_adapters import Mark
 from .test_llava_checkpoint import cache, original, state  # noqa: F401 (fixtures)
 
 
@@ -146,3 +150,46 @@ def test_nor_by_a_checkpoint_in_the_original_layout(original, tmp_path, says_yes
     with contextlib.suppress(InputError):
         load_lvlm(original, "cpu")
     assert "[y/N]" not in capsys.readouterr().out and not (tmp_path / "ran").exists()
+
+
+def test_nor_by_a_judge_or_a_text_encoder(tmp_path, says_yes, capsys):
+    theirs = bring_code(tmp_path / "theirs", "config.json", tmp_path / "ran")
+    bring_code(theirs, "tokenizer_config.json", tmp_path / "ran")
+    descriptions = tmp_path / "descriptions.json"
+    descriptions.write_text(json.dumps(dict.fromkeys(OFFICIAL_QUERIES, "a finding")))
+    local = LanguageModel("transformers", str(theirs), None, None, "none", 0.0, 0.0)
+    for load in (lambda: LocalModel(local, "cpu"), lambda: query_embeddings(descriptions, str(theirs))):
+        with pytest.raises(InputError, match="cannot be loaded") as refused:
+            load()
+        assert "\n" not in str(refused.value) and "trust_remote_code" not in str(refused.value)
+    assert "[y/N]" not in capsys.readouterr().out and not (tmp_path / "ran").exists()
+
+
+def test_an_error_never_advises_to_switch_a_safeguard_off(tmp_path, original):  # noqa: F811
+    """Pickles that hold more than tensors, at each door where one may come in."""
+    bad = {"model": {"a": Mark(tmp_path / "ran")}}
+    torch.save(bad, tmp_path / "medklip.pth")
+    for file in original.glob("*.safetensors*"):
+        file.unlink()
+    torch.save(bad, original / "pytorch_model.bin")
+    for load in (lambda: load_medklip(tmp_path / "medklip.pth"), lambda: load_lvlm(original, "cpu")):
+        with pytest.raises(InputError, match="more than tensors") as refused:
+            load()
+        assert "weights_only" not in str(refused.value) and "\n" not in str(refused.value)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_foreign_error_in_one_short_line():
+    error = RuntimeError("\x1b[31mbad\x1b[0m \x07thing\n" + "more " * 900)
+    assert first_line(error) == "bad thing"
+    assert len(first_line(RuntimeError("x" * 9_000))) < 400 and first_line(KeyError()) == "KeyError"
+
+
+@pytest.mark.parametrize("key", ["heads", "width", "layers", "stage_widths", "queries", "block"])
+@pytest.mark.parametrize("value", [-1, 1.5, "x", []], ids=str)
+def test_a_medklip_configuration_of_nonsense_is_one_error(tmp_path, key, value):
+    folder = Path(shutil.copytree(PHANTOM_CHECKPOINT, tmp_path / "model"))
+    change(folder / "config.json", **{key: value})
+    with pytest.raises(InputError) as refused:
+        load_medklip(folder)
+    assert "\n" not in str(refused.value) and len(str(refused.value)) < 1_000
