@@ -1,11 +1,12 @@
 """Adapters that somebody trained: found, read, renamed, counted, and put on a LLaVA model.
 
 Three layouts are read. PEFT's own names the modules of today's Hugging Face model; this kit's
-training writes it. Earlier transformers named these modules otherwise. LLaVA's training scripts, and
-so the authors' release, name those of the original model (``base_model.model.model.layers.N...``)
-and leave the trained projector in ``non_lora_trainables.bin``. Whatever the layout, each tensor must
-find its place and each place its tensor, or the adapter is refused: libraries only warn of that, and
-go on with the bare base model.
+training writes it. Earlier transformers named these modules otherwise. LLaVA's training scripts,
+and so the authors' release, name those of the original model
+(``base_model.model.model.layers.N...``) and leave the trained projector in
+``non_lora_trainables.bin``. Whatever the layout, each tensor must
+find its place and each place its tensor, or the adapter is refused: libraries only warn of that,
+and go on with the bare base model.
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ class AdapterReport:
         layout: a name in `LAYOUTS`.
         lora: LoRA tensors that were applied.
         whole: tensors that replace the base model's own, such as the projector's.
-        without_effect: LoRA tensors on the vision tower that were left out, because every B is zero.
+        without_effect: LoRA tensors on the vision tower that were left out, because every B is
+            zero.
         base: the base model's name in the adapter's configuration; None where it has none.
     """
 
@@ -96,7 +98,8 @@ def adapter_folder(name_or_path: str | Path, cached: bool = False) -> Path:
         folder = folder / "adapter"
     if not (folder / CONFIG).is_file():
         raise InputError(
-            f"{folder / CONFIG}: no such file; expected a PEFT adapter folder, as a training run writes "
+            f"{folder / CONFIG}: no such file; expected a PEFT adapter folder, as a training run "
+            "writes "
             "it, or one of LLaVA's training scripts"
         )
     return folder
@@ -116,16 +119,21 @@ def _fetch(name: str, cached: bool) -> Path:
     try:
         if not repository:
             raise ValueError("a name on the Hub is owner/repository")
-        return Path(snapshot_download(source, allow_patterns=wanted, local_files_only=cached)) / inside
+        return (
+            Path(snapshot_download(source, allow_patterns=wanted, local_files_only=cached)) / inside
+        )
     except (OSError, ValueError, HfHubHTTPError) as error:
         if cached and repository:
             raise InputError(
-                f"adapter {name}: is no folder, and was not downloaded yet; a run downloads it, or `hf "
+                f"adapter {name}: is no folder, and was not downloaded yet; a run downloads it, or "
+                "`hf "
                 f"download {source}` does"
             ) from error
         raise InputError(
-            f"adapter {name}: no such folder, and not to be had from the Hub ({first_line(error)}); give "
-            "an adapter's folder, or its name on the Hub; without network, download it elsewhere (hf "
+            f"adapter {name}: no such folder, and not to be had from the Hub "
+            f"({first_line(error)}); give "
+            "an adapter's folder, or its name on the Hub; without network, download it elsewhere "
+            "(hf "
             "download NAME --local-dir FOLDER) and give that folder"
         ) from error
 
@@ -146,8 +154,8 @@ def put_on(model: nn.Module, folder: Path, names: tuple[str, ...]) -> tuple[Any,
     does not know.
 
     Raises:
-        InputError: a tensor is missing, has no place or another shape; unreadable files; not LoRA in
-            LLaVA's layout. It calls the tensors as the files do.
+        InputError: a tensor is missing, has no place or another shape; unreadable files; not LoRA
+            in LLaVA's layout. It calls the tensors as the files do.
     """
     from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 
@@ -174,7 +182,8 @@ def put_on(model: nn.Module, folder: Path, names: tuple[str, ...]) -> tuple[Any,
         if isinstance(error, InputError):
             raise
         raise InputError(
-            f"{folder}: the adapter does not fit {names[0]} ({first_line(error)}); load the model that "
+            f"{folder}: the adapter does not fit {names[0]} ({first_line(error)}); load the model "
+            "that "
             "it was trained on"
         ) from error
     lora = sum(LORA_TENSOR.fullmatch(name) is not None for name in tensors)
@@ -191,7 +200,9 @@ def _read_config(folder: Path) -> Any:
     values = load_json(folder / CONFIG, "the configuration of a PEFT adapter")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # ours below names the settings, and only those that are set
+            warnings.simplefilter(
+                "ignore"
+            )  # ours below names the settings, and only those that are set
             config = PeftConfig.from_pretrained(str(folder))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
@@ -202,7 +213,8 @@ def _read_config(folder: Path) -> Any:
     unknown = sorted(key for key, value in values.items() if key not in known and value)
     if unknown:
         warnings.warn(
-            f"{folder / CONFIG}: the installed PEFT does not know {', '.join(unknown)} and ignores it; "
+            f"{folder / CONFIG}: the installed PEFT does not know {', '.join(unknown)} and ignores "
+            "it; "
             "the adapter may need a newer PEFT",
             stacklevel=5,
         )
@@ -213,7 +225,9 @@ Tensors = dict[str, tuple[str, Tensor]]
 
 
 def _read_tensors(folder: Path) -> tuple[Tensors, str]:
-    """Tensors by their place in the Hugging Face model, each with its name in the file; the layout."""
+    """Tensors by their place in the Hugging Face model, each with its name in the file; the
+    layout.
+    """
     file = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     if file is None:
         raise InputError(f"{folder}: holds no {' or '.join(WEIGHTS)}; fetch the adapter again")
@@ -222,7 +236,8 @@ def _read_tensors(folder: Path) -> tuple[Tensors, str]:
     if layout == "LLaVA":
         if not beside.is_file():
             raise InputError(
-                f"{folder}: is in LLaVA's layout and holds no {NOT_LORA}, the trained projector, which "
+                f"{folder}: is in LLaVA's layout and holds no {NOT_LORA}, the trained projector, "
+                "which "
                 "LLaVA's scripts write beside the adapter; fetch it too"
             )
         stored |= read_tensors(beside)
@@ -236,7 +251,9 @@ def _read_tensors(folder: Path) -> tuple[Tensors, str]:
             plain = f"model.{plain}"  # some scripts leave the outer `model.` away
         place = renamed(plain, prefixes)
         if place in tensors:
-            raise InputError(f"{folder}: holds {name} and {tensors[place][0]}, which are one tensor")
+            raise InputError(
+                f"{folder}: holds {name} and {tensors[place][0]}, which are one tensor"
+            )
         tensors[place] = (name, tensor)
     return tensors, layout
 
@@ -256,10 +273,11 @@ def _plain(name: str) -> str:
 
 
 def _tower_without_effect(model: nn.Module, tensors: Tensors, folder: Path) -> list[str]:
-    """The LoRA tensors on the vision tower, where every B is zero; else none: then they are applied.
+    """The LoRA tensors on the vision tower, where every B is zero; else none: then they are
+    applied.
 
-    LLaVA's scripts put LoRA on modules by their bare names, which the tower has too. It runs without
-    gradient there, so that B stays as it began. The shapes are checked all the same.
+    LLaVA's scripts put LoRA on modules by their bare names, which the tower has too. It runs
+    without gradient there, so that B stays as it began. The shapes are checked all the same.
     """
     modules, found = dict(model.named_modules()), []
     effect = False
@@ -278,7 +296,8 @@ def _tower_without_effect(model: nn.Module, tensors: Tensors, folder: Path) -> l
         if side != expected:
             raise InputError(
                 f"{folder}: the adapter does not fit: {name} {list(tensor.shape)} is for "
-                f"another width than the vision tower's {expected}; load the model that it was trained on"
+                f"another width than the vision tower's {expected}; load the model that it was "
+                "trained on"
             )
         effect = effect or (match[2] == "B" and bool(tensor.any()))
         found.append(place)
@@ -293,7 +312,8 @@ def _retarget(config: Any, model: nn.Module, tensors: Tensors, folder: Path) -> 
     """
     if getattr(config.peft_type, "value", config.peft_type) != "LORA":
         raise InputError(
-            f"{folder / CONFIG}: `peft_type` is {config.peft_type!r}; in this layout only LORA is read"
+            f"{folder / CONFIG}: `peft_type` is {config.peft_type!r}; in this layout only LORA is "
+            "read"
         )
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     layers = {match[1] for match in map(LANGUAGE_LAYER.fullmatch, linear) if match}
@@ -335,14 +355,18 @@ def _check_fit(
     problems = misfits(found, places)
     if problems:
         raise InputError(
-            f"{folder}: the adapter ({layout} layout) does not fit {names[0]}: tensors {problems}; load "
-            f"the model that it was trained on (it names {config.base_model_name_or_path}), or fetch it "
+            f"{folder}: the adapter ({layout} layout) does not fit {names[0]}: tensors {problems}; "
+            "load "
+            f"the model that it was trained on (it names {config.base_model_name_or_path}), or "
+            "fetch it "
             "again"
         )
 
 
 def _compare_base(folder: Path, base: str | None, names: tuple[str, ...]) -> None:
-    """Warn where the adapter was trained on a model of another name. Folders are moved, so no more."""
+    """Warn where the adapter was trained on a model of another name. Folders are moved, so no
+    more.
+    """
     known = {Path(name).name.casefold() for name in names}
     if base and Path(base).name.casefold() not in known:
         warnings.warn(

@@ -1,4 +1,6 @@
-"""Dataset cards: what a data set is, how to get it, how its folder looks; and what a folder still lacks."""
+"""Dataset cards: what a data set is, how to get it, how its folder looks; and what a folder still
+lacks.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,8 @@ class Split:
     Attributes:
         items: questions or reports that the loader reads from the published files.
         images: images that those ask about.
-        paper_items: the paper's count: training pairs of one stage (Table 5), or test items (Table 6).
+        paper_items: the paper's count: training pairs of one stage (Table 5), or test items (Table
+            6).
         paper_images: the paper's count of images (Table 6).
     """
 
@@ -42,9 +45,11 @@ class DatasetCard:
     """One data set.
 
     Attributes:
-        credentialed: whether its terms forbid passing it on: nothing of it may then leave the machine.
+        credentialed: whether its terms forbid passing it on: nothing of it may then leave the
+            machine.
         access: how to get it, in words.
-        layout: what must lie under the data set's folder, by path; " or " between two paths means that one is enough.
+        layout: what must lie under the data set's folder, by path; " or " between two paths means
+            that one is enough.
         oddities: what does not add up, or deserves care.
         files: SHA-256 (hexadecimal) of a file, by path; None where none is published.
     """
@@ -65,7 +70,9 @@ class DatasetCard:
 
 
 def card_folder() -> Path:
-    """The folder of the cards, data_manifests/: the checkout's, or the copy that an installed package brings."""
+    """The folder of the cards, data_manifests/: the checkout's, or the copy that an installed
+    package brings.
+    """
     checkout = PACKAGE_FOLDER.parent
     if (checkout / "pyproject.toml").is_file():
         return checkout / "data_manifests"
@@ -81,7 +88,8 @@ def load_card(name_or_path: str | os.PathLike) -> DatasetCard:
     """Read and check a dataset card.
 
     Args:
-        name_or_path: a shipped card's name, or the path of a YAML file (with its suffix, or a separator in it).
+        name_or_path: a shipped card's name, or the path of a YAML file (with its suffix, or a
+            separator in it).
 
     Raises:
         InputError: no such card, not YAML, a key unknown or missing, a value of the wrong type.
@@ -90,14 +98,27 @@ def load_card(name_or_path: str | os.PathLike) -> DatasetCard:
     if not is_path(name_or_path):
         path = card_folder() / f"{name_or_path}.yaml"
         if not path.is_file():
-            raise InputError(f"dataset card {str(name_or_path)!r}: unknown{nearest(str(name_or_path), card_names())}")
-    card = build_section(DatasetCard, read_yaml(path, f"a YAML file or a card's name: {', '.join(card_names())}"), path.name)
+            raise InputError(
+                f"dataset card {str(name_or_path)!r}: "
+                f"unknown{nearest(str(name_or_path), card_names())}"
+            )
+    card = build_section(
+        DatasetCard,
+        read_yaml(path, f"a YAML file or a card's name: {', '.join(card_names())}"),
+        path.name,
+    )
     if card.name != path.stem:
-        raise InputError(f"{path.name}: key `name`: expected the file's own name, {path.stem}, found {card.name!r}")
+        raise InputError(
+            f"{path.name}: key `name`: expected the file's own name, {path.stem}, found "
+            f"{card.name!r}"
+        )
     for file, digest in card.files.items():
         if digest is not None and not re.fullmatch(r"[0-9a-f]{64}", digest):
-            raise InputError(f"{path.name}: key `files.{file}`: expected a SHA-256 of 64 hexadecimal digits, or null where "
-                             f"none is known, found {digest!r}")
+            raise InputError(
+                f"{path.name}: key `files.{file}`: expected a SHA-256 of 64 hexadecimal digits, or "
+                "null where "
+                f"none is known, found {digest!r}"
+            )
     return card
 
 
@@ -110,19 +131,28 @@ def check_dataset(card: DatasetCard, root: str | os.PathLike) -> list[dict[str, 
         root: the data set's folder (of the phantom world: the profile's output folder).
 
     Returns:
-        one row per thing looked at: ``what``, ``expected``, ``found``, ``what to do`` ("nothing" where it is as expected).
+        one row per thing looked at: ``what``, ``expected``, ``found``, ``what to do`` ("nothing"
+            where it is as expected).
     """
     root = Path(root)
     fetch = f"fetch it: {card.access}"
     rows = []
     for path, content in card.layout.items():
         present = [option for option in path.split(" or ") if (root / option).exists()]
-        rows.append(_line(path, content, present[0] if present else "missing", "" if present else fetch))
+        rows.append(
+            _line(path, content, present[0] if present else "missing", "" if present else fetch)
+        )
     for path, digest in card.files.items():
         if digest is not None and (root / path).is_file():
             found = file_sha256(root / path)
-            rows.append(_line(f"{path}: SHA-256", f"{digest[:12]}...", f"{found[:12]}...",
-                              "" if found == digest else "fetch it again, or note which version you have"))
+            rows.append(
+                _line(
+                    f"{path}: SHA-256",
+                    f"{digest[:12]}...",
+                    f"{found[:12]}...",
+                    "" if found == digest else "fetch it again, or note which version you have",
+                )
+            )
     try:
         with warnings.catch_warnings(record=True) as left_out:
             warnings.simplefilter("always")
@@ -131,7 +161,10 @@ def check_dataset(card: DatasetCard, root: str | os.PathLike) -> list[dict[str, 
         return [*rows, _line("questions", "readable", "not readable", str(error))]
     for split, size in card.splits.items():
         rows += _check_split(split, size, questions.get(split, []), folder)
-    rows += [_line("rows that can be used", "all", "not all", str(warning.message)) for warning in left_out]
+    rows += [
+        _line("rows that can be used", "all", "not all", str(warning.message))
+        for warning in left_out
+    ]
     return rows
 
 
@@ -141,16 +174,28 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _check_split(split: str, size: Split, questions: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
+def _check_split(
+    split: str, size: Split, questions: list[dict[str, Any]], folder: Path
+) -> list[dict[str, Any]]:
     names = dict.fromkeys(row["image"] for row in questions)
     absent = [name for name in names if not _is_there(folder, name)]
     count, expected = len(questions), size.items
     differs = (count != expected) if expected is not None else not count
     return [
-        _line(f"{split}: questions or reports", expected, count,
-              "compare with the card's `oddities`: this is another version, or a part" if differs else ""),
-        _line(f"{split}: images", len(names), len(names) - len(absent),
-              f"put the missing ones into {folder.name}/, {absent[0]} first" if absent else ""),
+        _line(
+            f"{split}: questions or reports",
+            expected,
+            count,
+            "compare with the card's `oddities`: this is another version, or a part"
+            if differs
+            else "",
+        ),
+        _line(
+            f"{split}: images",
+            len(names),
+            len(names) - len(absent),
+            f"put the missing ones into {folder.name}/, {absent[0]} first" if absent else "",
+        ),
     ]
 
 

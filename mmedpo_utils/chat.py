@@ -1,6 +1,8 @@
-"""Language models that answer in text: two back ends, and around them a cache on disk, retries and limits.
+"""Language models that answer in text: two back ends, and around them a cache on disk, retries and
+limits.
 
-A back end answers one request once. ``Chat`` reads the cache first, and asks within limits of rate, requests and money.
+A back end answers one request once. ``Chat`` reads the cache first, and asks within limits of rate,
+requests and money.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ LONGEST_REASON = 200
 
 @dataclass(frozen=True)
 class Sampling:
-    """Parameters of one answer: temperature (0 decodes greedily), seed, and the longest answer in tokens."""
+    """Parameters of one answer: temperature (0 decodes greedily), seed, and the longest answer in
+    tokens.
+    """
 
     temperature: float
     seed: int
@@ -43,7 +47,9 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Reply:
-    """One answer. ``complete``: not cut off at the longest length. Tokens are None where the server counts none."""
+    """One answer. ``complete``: not cut off at the longest length. Tokens are None where the server
+    counts none.
+    """
 
     text: str
     complete: bool
@@ -52,7 +58,9 @@ class Reply:
 
 
 class Unanswered(Exception):
-    """A request that failed and may succeed later: after ``wait`` seconds where known; ``billed`` if it may cost."""
+    """A request that failed and may succeed later: after ``wait`` seconds where known; ``billed``
+    if it may cost.
+    """
 
     def __init__(self, reason: str, wait: float | None = None, billed: bool = False) -> None:
         super().__init__(reason)
@@ -65,12 +73,16 @@ class Backend(Protocol):
     name: str
 
     def __call__(self, messages: Messages, schema: dict[str, Any], sampling: Sampling) -> Reply:
-        """Answer ``messages``, if it can as JSON by ``schema``. Raises Unanswered: later it may; InputError: never."""
+        """Answer ``messages``, if it can as JSON by ``schema``. Raises Unanswered: later it may;
+        InputError: never.
+        """
 
 
 @dataclass
 class Counters:
-    """What one language model was asked, and what became of it; ``cost`` is in the unit of the prices."""
+    """What one language model was asked, and what became of it; ``cost`` is in the unit of the
+    prices.
+    """
 
     requests: int = 0
     cached: int = 0
@@ -84,7 +96,9 @@ class Counters:
 
 @dataclass
 class Limits:
-    """Rate, requests and cost that several models share; a request that could pass a limit isn't made."""
+    """Rate, requests and cost that several models share; a request that could pass a limit isn't
+    made.
+    """
 
     requests_per_minute: float = math.inf
     max_requests: float = math.inf
@@ -96,14 +110,22 @@ class Limits:
     _next: float = field(default=-math.inf, init=False)
 
     def admit(self, cost: float) -> None:
-        """Wait for the rate, and count one request that costs ``cost`` at most. Raises InputError: a limit is reached."""
+        """Wait for the rate, and count one request that costs ``cost`` at most. Raises InputError:
+        a limit is reached.
+        """
         kept = "raise it and run again: every answer so far is in the cache and costs nothing"
         if self.requests >= self.max_requests:
-            raise InputError(f"judge: {self.requests} requests are made, and the profile's `judge.max_requests` is "
-                             f"{self.max_requests}; {kept}")
+            raise InputError(
+                f"judge: {self.requests} requests are made, and the profile's `judge.max_requests` "
+                "is "
+                f"{self.max_requests}; {kept}"
+            )
         if self.cost + cost > self.max_cost:
-            raise InputError(f"judge: {self.cost:.4f} is spent and the next request may cost {cost:.4f}, which passes the "
-                             f"profile's `judge.max_cost` {self.max_cost:g}; {kept}")
+            raise InputError(
+                f"judge: {self.cost:.4f} is spent and the next request may cost {cost:.4f}, which "
+                "passes the "
+                f"profile's `judge.max_cost` {self.max_cost:g}; {kept}"
+            )
         wait = self._next - self.clock()
         if wait > 0:
             self.sleep(wait)
@@ -112,31 +134,48 @@ class Limits:
 
 
 class EndpointModel:
-    """A model behind an OpenAI-compatible endpoint. The key stays in the client; answers and errors are rid of it."""
+    """A model behind an OpenAI-compatible endpoint. The key stays in the client; answers and errors
+    are rid of it.
+    """
 
     def __init__(self, model: LanguageModel, timeout: float) -> None:
         import openai
 
         self.name, self._url, self._key = model.model, model.base_url, _api_key(model.api_key_env)
         self._refused: set[str] = set()  # parameters that the server does not take from this model
-        web = openai.DefaultHttpxClient(follow_redirects=False, trust_env=not is_loopback(model.base_url))
-        self._client = openai.OpenAI(base_url=model.base_url, api_key=self._key or "none", timeout=timeout,
-                                     max_retries=0, http_client=web)
-        self._client.organization = self._client.project = None  # else taken from the environment and sent along
+        web = openai.DefaultHttpxClient(
+            follow_redirects=False, trust_env=not is_loopback(model.base_url)
+        )
+        self._client = openai.OpenAI(
+            base_url=model.base_url,
+            api_key=self._key or "none",
+            timeout=timeout,
+            max_retries=0,
+            http_client=web,
+        )
+        self._client.organization = self._client.project = (
+            None  # else taken from the environment and sent along
+        )
 
     def __call__(self, messages: Messages, schema: dict[str, Any], sampling: Sampling) -> Reply:
-        """Answer once; a parameter that the server refuses is left out, or renamed, from then on."""
+        """Answer once; a parameter that the server refuses is left out, or renamed, from then
+        on.
+        """
         import openai
 
         try:
-            answer = self._client.chat.completions.create(**self._request(messages, schema, sampling))
+            answer = self._client.chat.completions.create(
+                **self._request(messages, schema, sampling)
+            )
         except openai.APITimeoutError:
             raise Unanswered("no answer in time", billed=True) from None
         except openai.APIConnectionError:
             raise Unanswered("no connection, or it broke", billed=True) from None
         except openai.APIStatusError as error:
             status = error.status_code
-            out_of_money = getattr(error, "code", None) == "insufficient_quota"  # waiting would not help
+            out_of_money = (
+                getattr(error, "code", None) == "insufficient_quota"
+            )  # waiting would not help
             if status in (408, 409, 429) and not out_of_money or status >= 500:
                 raise Unanswered(f"status {status}", _retry_after(error.response.headers)) from None
             if status in (400, 422):
@@ -144,17 +183,25 @@ class EndpointModel:
                 if refused:
                     self._refused.add(refused)
                     raise Unanswered(f"the server rejects {refused}", 0.0) from None
-            raise InputError(f"{self._url}: answers {status} for the model {self.name!r}{_reason(status)}"
-                             f"{_said_by_server(error, messages, self._key)}") from None
+            raise InputError(
+                f"{self._url}: answers {status} for the model {self.name!r}{_reason(status)}"
+                f"{_said_by_server(error, messages, self._key)}"
+            ) from None
         except (openai.APIError, ValueError):
             raise Unanswered("half an answer", billed=True) from None
         return self._read(answer)
 
-    def _request(self, messages: Messages, schema: dict[str, Any], sampling: Sampling) -> dict[str, Any]:
-        """The request as this server takes it. The cache names answers by what was wanted, whatever was left out."""
+    def _request(
+        self, messages: Messages, schema: dict[str, Any], sampling: Sampling
+    ) -> dict[str, Any]:
+        """The request as this server takes it. The cache names answers by what was wanted, whatever
+        was left out.
+        """
         request = {"model": self.name, "messages": messages, **asdict(sampling)}
-        request["response_format"] = {"type": "json_schema", "json_schema": {
-            "name": "answer", "strict": True, "schema": schema}}
+        request["response_format"] = {
+            "type": "json_schema",
+            "json_schema": {"name": "answer", "strict": True, "schema": schema},
+        }
         for refused in self._refused:
             value = request.pop(refused)
             if refused in RENAMED:
@@ -162,7 +209,9 @@ class EndpointModel:
         return request
 
     def _newly_refused(self, error: Any) -> str | None:
-        """The parameter that a refusal names; where it names none, the first time the answer's form."""
+        """The parameter that a refusal names; where it names none, the first time the answer's
+        form.
+        """
         # What stands behind a brace may be the request itself, sent back.
         told = f"{getattr(error, 'param', None)} {_message(error).partition('{')[0]}"
         for parameter in ADAPTABLE:
@@ -182,13 +231,19 @@ class EndpointModel:
             served = [model.id for model in self._client.models.list()]
         except openai.APIStatusError as error:
             if error.status_code != 404:  # not every server lists its models
-                raise InputError(f"{self._url}: answers {error.status_code}{_reason(error.status_code)}") from None
+                raise InputError(
+                    f"{self._url}: answers {error.status_code}{_reason(error.status_code)}"
+                ) from None
             return f"{self.name} at {self._url}, which answers and lists no models"
         except (openai.APIError, ValueError):
-            raise InputError(f"{self._url}: does not answer; start the server, or correct the base_url") from None
+            raise InputError(
+                f"{self._url}: does not answer; start the server, or correct the base_url"
+            ) from None
         if served and self.name not in served:
             names = ", ".join(map(str, served[:5]))
-            raise InputError(f"{self._url}: serves {names} and not {self.name}; correct the model's name")
+            raise InputError(
+                f"{self._url}: serves {names} and not {self.name}; correct the model's name"
+            )
         return f"{self.name} at {self._url}, which serves it"
 
     def _read(self, answer: Any) -> Reply:
@@ -205,11 +260,15 @@ class EndpointModel:
             raise Unanswered("an answer that is no chat completion", billed=True) from None
         if self._key:
             text = text.replace(self._key, "***")
-        return Reply(text.encode("utf-8", "replace").decode(), choice.finish_reason != "length", *counts)
+        return Reply(
+            text.encode("utf-8", "replace").decode(), choice.finish_reason != "length", *counts
+        )
 
 
 class LocalModel:
-    """A text-generation model in this process, prompted through its chat template; ``quantization``: none or nf4."""
+    """A text-generation model in this process, prompted through its chat template;
+    ``quantization``: none or nf4.
+    """
 
     def __init__(self, model: LanguageModel, device: str = "auto") -> None:
         import torch
@@ -220,49 +279,84 @@ class LocalModel:
 
         target, small = torch.device(check_device(device)), model.quantization == "nf4"
         if small and target.type != "cuda":
-            raise InputError(f"judge model {model.model}: quantization nf4 needs a GPU and there is none in use; write none")
+            raise InputError(
+                f"judge model {model.model}: quantization nf4 needs a GPU and there is none in "
+                "use; write none"
+            )
         self.name = f"{model.model} (nf4)" if small else model.model
         device_map = ("auto" if torch.cuda.device_count() > 1 else {"": target}) if small else None
         try:
             with quiet_loading():
-                self._tokenizer = AutoTokenizer.from_pretrained(model.model, trust_remote_code=False)
+                self._tokenizer = AutoTokenizer.from_pretrained(
+                    model.model, trust_remote_code=False
+                )
                 self._model = AutoModelForCausalLM.from_pretrained(
-                    model.model, trust_remote_code=False, dtype=torch.float32 if target.type == "cpu" else torch.bfloat16,
-                    device_map=device_map, quantization_config=nf4_config() if small else None).eval()
+                    model.model,
+                    trust_remote_code=False,
+                    dtype=torch.float32 if target.type == "cpu" else torch.bfloat16,
+                    device_map=device_map,
+                    quantization_config=nf4_config() if small else None,
+                ).eval()
         except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
-            raise InputError(f"judge model {model.model}: cannot be loaded as a text-generation model "
-                             f"({first_line(error)}); give a folder, or a name on the Hub") from error
+            raise InputError(
+                f"judge model {model.model}: cannot be loaded as a text-generation model "
+                f"({first_line(error)}); give a folder, or a name on the Hub"
+            ) from error
         if self._tokenizer.chat_template is None:
-            raise InputError(f"judge model {model.model}: its tokenizer has no chat template; use an instruction-tuned model, "
-                             "or put chat_template.jinja into its folder")
+            raise InputError(
+                f"judge model {model.model}: its tokenizer has no chat template; use an "
+                "instruction-tuned model, "
+                "or put chat_template.jinja into its folder"
+            )
         if not small:
             self._model.to(target)
 
     def __call__(self, messages: Messages, schema: dict[str, Any], sampling: Sampling) -> Reply:
-        """Answer once; ``schema`` is in the prompt's words only. torch's own random state is left as it was."""
+        """Answer once; ``schema`` is in the prompt's words only. torch's own random state is left
+        as it was.
+        """
         import torch
 
         model, hot = self._model, sampling.temperature > 0
-        inputs = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt",
-                                                     return_dict=True).to(model.device)
-        ways = {"do_sample": True, "temperature": sampling.temperature, "top_k": 0, "top_p": 1.0} if hot else {
-            "do_sample": False, "temperature": None, "top_k": None, "top_p": None}
-        with torch.inference_mode(), torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
+        inputs = self._tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        ).to(model.device)
+        ways = (
+            {"do_sample": True, "temperature": sampling.temperature, "top_k": 0, "top_p": 1.0}
+            if hot
+            else {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
+        )
+        with (
+            torch.inference_mode(),
+            torch.random.fork_rng([model.device] if model.device.type == "cuda" else []),
+        ):
             torch.manual_seed(sampling.seed)
             tokens = model.generate(**inputs, max_new_tokens=sampling.max_tokens, **ways)[0]
-        answer = tokens[inputs["input_ids"].shape[1]:]
-        return Reply(self._tokenizer.decode(answer, skip_special_tokens=True), len(answer) < sampling.max_tokens,
-                     inputs["input_ids"].shape[1], len(answer))
+        answer = tokens[inputs["input_ids"].shape[1] :]
+        return Reply(
+            self._tokenizer.decode(answer, skip_special_tokens=True),
+            len(answer) < sampling.max_tokens,
+            inputs["input_ids"].shape[1],
+            len(answer),
+        )
 
 
 class Chat:
-    """A back end with a cache in ``folder``, retries, limits and prices per million tokens; ``counters`` keeps score.
+    """A back end with a cache in ``folder``, retries, limits and prices per million tokens;
+    ``counters`` keeps score.
 
-    An entry's name is the SHA-256 of model, messages, schema and sampling; it holds the answer, not the question.
+    An entry's name is the SHA-256 of model, messages, schema and sampling; it holds the answer, not
+    the question.
     """
 
-    def __init__(self, backend: Backend, folder: str | os.PathLike, limits: Limits | None = None,
-                 input_price: float = 0.0, output_price: float = 0.0) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        folder: str | os.PathLike,
+        limits: Limits | None = None,
+        input_price: float = 0.0,
+        output_price: float = 0.0,
+    ) -> None:
         self.backend, self.limits, self.counters = backend, limits or Limits(), Counters()
         self._folder, self._prices = private_folder(folder), (input_price, output_price)
 
@@ -275,7 +369,8 @@ class Chat:
         """The answer's text, from the cache where it is there.
 
         Raises:
-            InputError: a limit is reached, the endpoint refuses, or there is no answer after several attempts.
+            InputError: a limit is reached, the endpoint refuses, or there is no answer after
+                several attempts.
         """
         request = {"model": self.name, "messages": messages, "schema": schema, **asdict(sampling)}
         digest = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
@@ -292,7 +387,11 @@ class Chat:
         return text
 
     def _ask(self, messages: Messages, schema: dict[str, Any], sampling: Sampling) -> Reply:
-        prompt_bytes, longest, reason = len(json.dumps([messages, schema]).encode()), 4 * sampling.max_tokens, ""
+        prompt_bytes, longest, reason = (
+            len(json.dumps([messages, schema]).encode()),
+            4 * sampling.max_tokens,
+            "",
+        )
         for attempt in range(ATTEMPTS):
             worst = self._price(prompt_bytes, sampling.max_tokens)
             self.limits.admit(worst)
@@ -310,8 +409,11 @@ class Chat:
             if attempt + 1 < ATTEMPTS:
                 self.counters.retries += 1
                 self.limits.sleep(_back_off(attempt) if wait is None else min(wait, LONGEST_WAIT))
-        raise InputError(f"judge model {self.name!r}: no answer in {ATTEMPTS} attempts (the last: {reason}); check the server "
-                         "and run again: every answer so far is in the cache")
+        raise InputError(
+            f"judge model {self.name!r}: no answer in {ATTEMPTS} attempts (the last: {reason}); "
+            "check the server "
+            "and run again: every answer so far is in the cache"
+        )
 
     def _book(self, reply: Reply, worst: float) -> None:
         counted = reply.prompt_tokens is not None and reply.completion_tokens is not None
@@ -332,8 +434,12 @@ def _api_key(variable: str | None) -> str | None:
         return None
     key = os.environ.get(variable, "").strip()
     if not key:
-        raise InputError(f"environment variable {variable}: is not set; it should hold the key that the profile's judge "
-                         "section asks for. Set it before you start Jupyter; never write the key into a profile or notebook")
+        raise InputError(
+            f"environment variable {variable}: is not set; it should hold the key that the "
+            "profile's judge "
+            "section asks for. Set it before you start Jupyter; never write the key into a profile "
+            "or notebook"
+        )
     return key
 
 
@@ -343,7 +449,9 @@ def _back_off(attempt: int) -> float:
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds that a server asks to wait, given as a number or as a date; None where it says nothing readable."""
+    """Seconds that a server asks to wait, given as a number or as a date; None where it says
+    nothing readable.
+    """
     value = headers.get("retry-after", "")
     try:
         seconds = float(value)
@@ -356,20 +464,28 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
 
 
 def _reason(status: int) -> str:
-    hints = {401: "the key is not accepted", 403: "the key does not allow it", 404: "no such model or address; see base_url",
-             400: "the request is not accepted; the prompt may be too long"}
+    hints = {
+        401: "the key is not accepted",
+        403: "the key does not allow it",
+        404: "no such model or address; see base_url",
+        400: "the request is not accepted; the prompt may be too long",
+    }
     return f" ({hints[status]})" if status in hints else ""
 
 
 def _message(error: Any) -> str:
-    """What a server says of a refused request, in one line; empty where it says nothing readable."""
+    """What a server says of a refused request, in one line; empty where it says nothing
+    readable.
+    """
     body = getattr(error, "body", None)
     text = body.get("message") if isinstance(body, dict) else body
     return first_line(ValueError(text)) if isinstance(text, str) and text.strip() else ""
 
 
 def _said_by_server(error: Any, messages: Messages, key: str | None) -> str:
-    """The server's own reason, without the key and without what was asked: some servers send the request back."""
+    """The server's own reason, without the key and without what was asked: some servers send the
+    request back.
+    """
     reason = _message(error).partition("{")[0].strip()
     if key:
         reason = reason.replace(key, "***")
@@ -382,4 +498,4 @@ def _said_by_server(error: Any, messages: Messages, key: str | None) -> str:
 def _runs(text: str, length: int = 4) -> set[tuple[str, ...]]:
     """Every run of ``length`` words of a text."""
     words = re.findall(r"\w+", text.lower())
-    return {tuple(words[start:start + length]) for start in range(len(words) - length + 1)}
+    return {tuple(words[start : start + length]) for start in range(len(words) - length + 1)}

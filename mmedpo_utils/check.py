@@ -83,8 +83,9 @@ def check_profile(profile: Profile) -> list[Finding]:
     """Look at everything that a run of the profile loads or asks.
 
     Returns:
-        class, base, tower, template, processor, tokens per image, adapters, data set, judges, device
-        and memory, a line each or more; what could not be read is a line that says what to do.
+        class, base, tower, template, processor, tokens per image, adapters, data set, judges,
+        device and memory, a line each or more; what could not be read is a line that says what to
+        do.
     """
     lines: list[Finding] = []
     base = _model(profile, lines)
@@ -109,7 +110,9 @@ def _guarded(what: str, look: Callable[[], Iterator[Finding]]) -> list[Finding]:
 
 
 def _model(profile: Profile, lines: list[Finding]) -> BaseModel | None:
-    """Class, base, tower, template, processor and tokens per image; the model, where it can be read."""
+    """Class, base, tower, template, processor and tokens per image; the model, where it can be
+    read.
+    """
     found: list[BaseModel] = []
 
     def look() -> Iterator[Finding]:
@@ -132,7 +135,10 @@ def _model(profile: Profile, lines: list[Finding]) -> BaseModel | None:
         yield Finding("class", kind)
         model = empty_model(source)
         yield Finding("base", _size(weight_files(source), len(model.state_dict())))
-        yield Finding("vision tower", _tower(config, "in the folder" if original is None else _origin(profile)))
+        yield Finding(
+            "vision tower",
+            _tower(config, "in the folder" if original is None else _origin(profile)),
+        )
         yield from _processor(profile, source, config, read_processor(source))
         found.append(BaseModel(model, names))
 
@@ -171,7 +177,9 @@ def _size(files: list[Path], tensors: int) -> str:
 
 def _tower(config: LlavaConfig, origin: str) -> str:
     tower = config.vision_config
-    return f"{tower.model_type}, {tower.num_hidden_layers} layers, {tower.image_size} pixels; {origin}"
+    return (
+        f"{tower.model_type}, {tower.num_hidden_layers} layers, {tower.image_size} pixels; {origin}"
+    )
 
 
 def _origin(profile: Profile, tower: Path | None = None) -> str:
@@ -180,10 +188,14 @@ def _origin(profile: Profile, tower: Path | None = None) -> str:
     return "the one that its configuration names" + (f", in {tower.name}" if tower else "")
 
 
-def _processor(profile: Profile, source: Path, config: LlavaConfig, processor: Any) -> Iterator[Finding]:
+def _processor(
+    profile: Profile, source: Path, config: LlavaConfig, processor: Any
+) -> Iterator[Finding]:
     template = profile.lvlm.template
     tokens = prepare_processor(source, config, processor, template)
-    yield Finding("template", f"{template or 'the model folder: its own'}, one image mark for one image")
+    yield Finding(
+        "template", f"{template or 'the model folder: its own'}, one image mark for one image"
+    )
     size = processor.image_processor.crop_size
     yield Finding("processor", f"{type(processor.image_processor).__name__}, {size.height} pixels")
     yield Finding("tokens per image", f"{tokens}, image token {config.image_token_id}")
@@ -199,7 +211,9 @@ def _adapters(profile: Profile, base: BaseModel | None) -> list[Finding]:
         def look(place: str = place, what: str = what) -> Iterator[Finding]:
             folder = adapter_folder(place, cached=True)
             if base is None:
-                yield Finding(what, "", "whether it fits cannot be seen before the base model is here")
+                yield Finding(
+                    what, "", "whether it fits cannot be seen before the base model is here"
+                )
                 return
             # A copy of the empty model: putting an adapter on changes it in place.
             with torch.device("meta"):
@@ -240,7 +254,9 @@ def _judges(profile: Profile) -> list[Finding]:
     judge = profile.judge
     if judge.backend == "phantom":
         return [Finding("judge", "the phantom's rules")]
-    speakers = {"judge": judge.judge} | {f"panel {name}": model for name, model in judge.panel.items()}
+    speakers = {"judge": judge.judge} | {
+        f"panel {name}": model for name, model in judge.panel.items()
+    }
     lines = []
     for role, model in speakers.items():
 
@@ -252,7 +268,9 @@ def _judges(profile: Profile) -> list[Finding]:
                 folder = Path(model.model)
                 here = folder if folder.is_dir() else fetch(model.model, cached=True)
                 if not weight_files(here):
-                    raise InputError(f"{model.model}: its weights are not here; hf download {model.model}")
+                    raise InputError(
+                        f"{model.model}: its weights are not here; hf download {model.model}"
+                    )
                 yield Finding(role, f"{model.model}, on this machine")
 
         lines += _guarded(role, look)
@@ -263,12 +281,16 @@ def _device(profile: Profile) -> Iterator[Finding]:
     device = check_device(profile.lvlm.device)
     yield Finding("device", torch.cuda.get_device_name() if device == "cuda" else "CPU")
     if profile.lvlm.quantization == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
-        yield Finding("4 bits", "bitsandbytes is not installed", "install the package's extra `gpu`")
+        yield Finding(
+            "4 bits", "bitsandbytes is not installed", "install the package's extra `gpu`"
+        )
     process_count(profile)
 
 
 def _memory(profile: Profile) -> Iterator[Finding]:
-    """What training takes of each GPU or of this machine, or evaluation of one, beside what is free now."""
+    """What training takes of each GPU or of this machine, or evaluation of one, beside what is free
+    now.
+    """
     evaluation = _evaluation_memory(profile)
     told, each, processes, cpu = f"{evaluation:.1f} GiB estimated to evaluate", evaluation, 1, 0.0
     if profile.evaluation.adapters is None:
@@ -296,10 +318,14 @@ def _memory(profile: Profile) -> Iterator[Finding]:
 
 
 def _evaluation_memory(profile: Profile) -> float:
-    """GiB that one process takes to answer questions: the weights, an adapter, and working space."""
+    """GiB that one process takes to answer questions: the weights, an adapter, and working
+    space.
+    """
     config, _ = model_config(profile.lvlm.model)
     parts = parameter_counts(config, profile.training.lora_rank)
-    on_gpu = profile.lvlm.device == "cuda" or (profile.lvlm.device == "auto" and torch.cuda.is_available())
+    on_gpu = profile.lvlm.device == "cuda" or (
+        profile.lvlm.device == "auto" and torch.cuda.is_available()
+    )
     width = 2 if on_gpu else 4
     matrices = NF4_BYTES if profile.lvlm.quantization == "nf4" else width
     others = sum(parts.values()) - parts["matrices"]
@@ -309,7 +335,9 @@ def _evaluation_memory(profile: Profile) -> float:
 def main() -> int:
     """Print the check of a profile. The exit status is 1 where there is something to do."""
     parser = argparse.ArgumentParser(description="Say whether all that a profile names will load.")
-    parser.add_argument("--profile", required=True, help="a profile's name, or the path of a YAML file")
+    parser.add_argument(
+        "--profile", required=True, help="a profile's name, or the path of a YAML file"
+    )
     options = parser.parse_args()
     lines: list[Finding] = []
 

@@ -1,4 +1,6 @@
-"""The data set that a profile names: the phantom world, drawn on demand, a folder in the released layout, or a data set's own."""
+"""The data set that a profile names: the phantom world, drawn on demand, a folder in the released
+layout, or a data set's own.
+"""
 
 from __future__ import annotations
 
@@ -25,9 +27,11 @@ class Dataset:
     """Where a data set lies, and its questions.
 
     Attributes:
-        questions: rows in LLaVA-Med's question format per split; a folder has only "test", VQA-RAD no "validation".
+        questions: rows in LLaVA-Med's question format per split; a folder has only "test", VQA-RAD
+            no "validation".
         masks_root: one packed lesion mask per film; None where no masks are known.
-        released_pairs: a released MMedPO preference file; None where the kit makes its own text pairs.
+        released_pairs: a released MMedPO preference file; None where the kit makes its own text
+            pairs.
     """
 
     image_root: Path
@@ -59,8 +63,8 @@ def prepare_dataset(profile: Profile) -> Dataset:
     """Return the profile's data set. Films of the phantom world are drawn once, then read back.
 
     Raises:
-        InputError: the folder of a real data set is not there, or not in its layout, or figures of credentialed data would
-            leave the run folder.
+        InputError: the folder of a real data set is not there, or not in its layout, or figures of
+            credentialed data would leave the run folder.
     """
     card = load_card(profile.data.card)
     check_outputs(card, profile.output, profile.figures, in_place=False)
@@ -85,9 +89,12 @@ def _layout(profile: Profile) -> Dataset:
 def _folder(profile: Profile) -> Dataset:
     root = Path(profile.data.root)
     if not (root / "test_questions.jsonl").is_file():
-        raise InputError(f"{root}: no test_questions.jsonl; set data.root in the profile, or the environment variable "
-                         "MMEDPO_DATA_ROOT, to the folder that holds images/, train_preferences.json and "
-                         "test_questions.jsonl")
+        raise InputError(
+            f"{root}: no test_questions.jsonl; set data.root in the profile, or the environment "
+            "variable "
+            "MMEDPO_DATA_ROOT, to the folder that holds images/, train_preferences.json and "
+            "test_questions.jsonl"
+        )
     questions = {"test": read_questions(root / "test_questions.jsonl", root / "images")}
     return Dataset(root / "images", questions, None, root / "train_preferences.json")
 

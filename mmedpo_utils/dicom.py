@@ -1,4 +1,6 @@
-"""DICOM films as 8-bit images, through pydicom and GDCM's decoders (the optional extra ``dicom``)."""
+"""DICOM films as 8-bit images, through pydicom and GDCM's decoders (the optional extra
+``dicom``).
+"""
 
 from __future__ import annotations
 
@@ -27,13 +29,14 @@ def is_dicom(path: str | os.PathLike) -> bool:
 def open_dicom(path: str | os.PathLike) -> Image.Image:
     """Open one frame as mode L or RGB, 8 bits, dark where little was attenuated.
 
-    What the file says of its grey values is followed: modality LUT or rescale, then the first VOI LUT or
-    the first window, then inversion (MONOCHROME1, or a presentation LUT of shape INVERSE). Without VOI
-    LUT and window the values are scaled from their own minimum and maximum. Padding is black, and does
-    not count for these.
+    What the file says of its grey values is followed: modality LUT or rescale, then the first VOI
+    LUT or the first window, then inversion (MONOCHROME1, or a presentation LUT of shape INVERSE).
+    Without VOI LUT and window the values are scaled from their own minimum and maximum. Padding is
+    black, and does not count for these.
 
     Raises:
-        InputError: pydicom is not installed, or the file is not one grey or RGB frame that it can decode.
+        InputError: pydicom is not installed, or the file is not one grey or RGB frame that it can
+            decode.
     """
     try:
         import pydicom
@@ -49,13 +52,16 @@ def open_dicom(path: str | os.PathLike) -> Image.Image:
         raise InputError(f"{path}: {error}") from error
     except Exception as error:  # decoders of damaged files raise whatever they meet
         raise InputError(
-            f"{path}: cannot be decoded as DICOM ({first_line(error)}); fetch the file again, convert it to "
+            f"{path}: cannot be decoded as DICOM ({first_line(error)}); fetch the file again, "
+            "convert it to "
             f"PNG, or remove its row; where a decoder is missing, install the extra: {EXTRA}"
         ) from error
     grey_or_palette = pixels.ndim != 3 or pixels.shape[-1] != 3 or kind.startswith("PALETTE")
     if pixels.dtype != np.uint8 or grey_or_palette:
-        raise InputError(f"{path}: expected one grey frame or one of 8-bit RGB, found {kind} of shape "
-                         f"{list(pixels.shape)}; convert it to PNG, or remove its row")
+        raise InputError(
+            f"{path}: expected one grey frame or one of 8-bit RGB, found {kind} of shape "
+            f"{list(pixels.shape)}; convert it to PNG, or remove its row"
+        )
     return Image.fromarray(pixels)
 
 
@@ -64,7 +70,8 @@ def scale_to_8_bits(values: np.ndarray, counted: np.ndarray | None = None) -> np
 
     Args:
         values: Shape: [H, W].
-        counted: False where a value shall neither count nor be seen (black). Shape: [H, W]; None: all.
+        counted: False where a value shall neither count nor be seen (black). Shape: [H, W]; None:
+            all.
 
     Returns:
         uint8; NaN is black, an infinity the end that it lies beyond. Shape: [H, W].
@@ -89,13 +96,20 @@ def _grey(pixels: np.ndarray, dataset: Any) -> Image.Image:
     padding = _padding(pixels, dataset)
     values = np.asarray(apply_modality_lut(pixels, dataset))
     if dataset.get("VOILUTSequence"):
-        # A table's output has bits of its own; the window, where there is one too, is not applied then.
+        # A table's output has bits of its own; the window, where there is one too, is not applied
+        # then.
         bits = dataset.VOILUTSequence[0].LUTDescriptor[2]
         table = apply_voi_lut(values, dataset, prefer_lut=True)
-        grey = np.round(np.clip(table.astype(np.float64) / (2**bits - 1), 0, 1) * 255).astype(np.uint8)
+        grey = np.round(np.clip(table.astype(np.float64) / (2**bits - 1), 0, 1) * 255).astype(
+            np.uint8
+        )
     else:
         window = _windowed(values.astype(np.float64), dataset)
-        grey = scale_to_8_bits(values, ~padding) if window is None else np.round(window * 255).astype(np.uint8)
+        grey = (
+            scale_to_8_bits(values, ~padding)
+            if window is None
+            else np.round(window * 255).astype(np.uint8)
+        )
     shape = dataset.get("PresentationLUTShape", "IDENTITY")
     if dataset.PhotometricInterpretation == "MONOCHROME1" or shape == "INVERSE":
         grey = 255 - grey
@@ -113,9 +127,12 @@ def _padding(pixels: np.ndarray, dataset: Any) -> np.ndarray:
 
 
 def _windowed(values: np.ndarray, dataset: Any) -> np.ndarray | None:
-    """Grey values in [0, 1] by the first window (DICOM PS3.3 C.11.2.1.2); None without one. Shape: as given."""
+    """Grey values in [0, 1] by the first window (DICOM PS3.3 C.11.2.1.2); None without one. Shape:
+    as given.
+    """
     centre, width = (
-        np.atleast_1d(dataset.get(name, np.nan)).astype(float)[0] for name in ("WindowCenter", "WindowWidth")
+        np.atleast_1d(dataset.get(name, np.nan)).astype(float)[0]
+        for name in ("WindowCenter", "WindowWidth")
     )
     if not width > 0 or not np.isfinite(centre):
         return None

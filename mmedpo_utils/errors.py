@@ -7,7 +7,9 @@ import sys
 import warnings
 from collections.abc import Callable
 
-TERMINAL = re.compile(r"\x1b\[[0-9;]*[A-Za-z]|[\x00-\x1f\x7f]")  # colour codes, and what moves a terminal's cursor
+TERMINAL = re.compile(
+    r"\x1b\[[0-9;]*[A-Za-z]|[\x00-\x1f\x7f]"
+)  # colour codes, and what moves a terminal's cursor
 LONGEST = 300
 NAMED = 5  # rows that a warning names one by one
 
@@ -48,16 +50,18 @@ class Unusable:
         named = "; ".join(str(error) for error in self.errors[:NAMED])
         more = f"; and {count - NAMED} more" if count > NAMED else ""
         warnings.warn(
-            f"{self.source}: {count} of {used + count} rows left out, since they cannot be used: {named}{more}",
+            f"{self.source}: {count} of {used + count} rows left out, since they cannot be used: "
+            f"{named}{more}",
             stacklevel=4,
         )
 
 
 def first_line(error: Exception) -> str:
-    """What an error of another library says first, in one line that can be shown; its kind where it says nothing.
+    """What an error of another library says first, in one line that can be shown; its kind where it
+    says nothing.
 
-    Colour codes and control characters go, and a long line is cut. Libraries advise to switch a safeguard off; that
-    advice is not passed on.
+    Colour codes and control characters go, and a long line is cut. Libraries advise to switch a
+    safeguard off; that advice is not passed on.
     """
     text = str(error).strip()
     if "trust_remote_code" in text:
@@ -69,7 +73,9 @@ def first_line(error: Exception) -> str:
 
 
 def exit_status(action: Callable[[], object]) -> int:
-    """Run what a program does. An `InputError` is printed, not raised: then the status is 2, else 0."""
+    """Run what a program does. An `InputError` is printed, not raised: then the status is 2, else
+    0.
+    """
     try:
         action()
     except InputError as error:

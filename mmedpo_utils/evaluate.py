@@ -1,6 +1,7 @@
 """One model over a test split: predictions, attention inside the lesion, and models side by side.
 
-`predict` writes JSON lines that anyone can read, score or replace; every score comes from such a file (metrics.py).
+`predict` writes JSON lines that anyone can read, score or replace; every score comes from such a
+file (metrics.py).
 """
 
 from __future__ import annotations
@@ -45,12 +46,15 @@ class Decoding:
     report_tokens: int
 
 
-# The authors' inference: Vicuna's template on a Mistral model, and sampling, as their scripts set it.
+# The authors' inference: Vicuna's template on a Mistral model, and sampling, as their scripts set
+# it.
 RELEASED_DECODING = Decoding("v1", 0.2, 64, 1024)
 
 
 def greedy_decoding(max_new_tokens: int) -> Decoding:
-    """Greedy answers: reports get all of ``max_new_tokens``, other answers a quarter of it (16 at least)."""
+    """Greedy answers: reports get all of ``max_new_tokens``, other answers a quarter of it (16 at
+    least).
+    """
     short = min(max_new_tokens, max(16, max_new_tokens // 4))
     return Decoding(None, 0.0, short, max_new_tokens)
 
@@ -63,9 +67,11 @@ def profile_decoding(profile: Profile) -> Decoding:
 
 
 def shuffled_images(questions: Sequence[dict[str, Any]], seed: int) -> list[str]:
-    """For each question the image of another patient; two questions about one image share their new image.
+    """For each question the image of another patient; two questions about one image share their new
+    image.
 
-    The patients stand in a random circle and each takes the next one's image, so that nobody keeps his own.
+    The patients stand in a random circle and each takes the next one's image, so that nobody keeps
+    his own.
 
     Raises:
         InputError: there are fewer than two patients.
@@ -76,7 +82,10 @@ def shuffled_images(questions: Sequence[dict[str, Any]], seed: int) -> list[str]
         if row["image"] not in names:
             names.append(row["image"])
     if len(images) < 2:
-        raise InputError("questions: shuffling the images needs two patients or more; give a split with more patients")
+        raise InputError(
+            "questions: shuffling the images needs two patients or more; give a split with more "
+            "patients"
+        )
     circle = np.random.default_rng(seed).permutation(sorted(images)).tolist()
     following = dict(zip(circle, circle[1:] + circle[:1]))
     shown = {}
@@ -87,11 +96,17 @@ def shuffled_images(questions: Sequence[dict[str, Any]], seed: int) -> list[str]
 
 
 def _input_digest(
-    lvlm: MedLVLM, questions: Sequence[dict], images: Sequence[Path], decoding: Decoding, batch_size: int
+    lvlm: MedLVLM,
+    questions: Sequence[dict],
+    images: Sequence[Path],
+    decoding: Decoding,
+    batch_size: int,
 ) -> str:
     # Sampled answers depend on who shares a batch; greedy ones do not.
     ways = (*astuple(decoding), batch_size if decoding.temperature > 0 else None)
-    digest = hashlib.sha256(f"{model_digest(lvlm.model)} {ways} {lvlm.processor.chat_template}".encode())
+    digest = hashlib.sha256(
+        f"{model_digest(lvlm.model)} {ways} {lvlm.processor.chat_template}".encode()
+    )
     digest.update(f"{row_sha(questions)} {[path.name for path in images]}".encode())
     for path in sorted(set(images)):
         digest.update(path.read_bytes())
@@ -99,8 +114,10 @@ def _input_digest(
 
 
 def _parts(items: Sequence, batch_size: int) -> list[Sequence]:
-    """Sixteen batches at a time: neighbours share an image, which is encoded once, and memory stays bounded."""
-    return [items[i:i + 16 * batch_size] for i in range(0, len(items), 16 * batch_size)]
+    """Sixteen batches at a time: neighbours share an image, which is encoded once, and memory stays
+    bounded.
+    """
+    return [items[i : i + 16 * batch_size] for i in range(0, len(items), 16 * batch_size)]
 
 
 def _known(row: dict[str, Any]) -> dict[str, Any]:
@@ -111,14 +128,17 @@ def read_predictions(path: str | Path) -> list[dict[str, Any]]:
     """Rows of a predictions file.
 
     Raises:
-        InputError: the file cannot be read, or a line of it is not a JSON object with the keys of a prediction.
+        InputError: the file cannot be read, or a line of it is not a JSON object with the keys of a
+            prediction.
     """
     rows = []
     for number, line in enumerate(read_text(path).removesuffix("\n").split("\n"), 1):
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}, line {number}: not a JSON object ({first_line(error)}); predict again") from error
+            raise InputError(
+                f"{path}, line {number}: not a JSON object ({first_line(error)}); predict again"
+            ) from error
         _check_prediction(row, f"{path}, line {number}")
         rows.append(row)
     return rows
@@ -127,44 +147,71 @@ def read_predictions(path: str | Path) -> list[dict[str, Any]]:
 def _check_prediction(row: Any, where: str) -> None:
     if not isinstance(row, dict):
         raise InputError(f"{where}: not a JSON object but {type(row).__name__}; predict again")
-    missing = [key for key in ("question_id", "image", "answer_type", "answer", "prediction") if key not in row]
+    missing = [
+        key
+        for key in ("question_id", "image", "answer_type", "answer", "prediction")
+        if key not in row
+    ]
     if missing:
         raise InputError(f"{where}: a prediction needs {', '.join(missing)}; predict again")
     for key in ("image", "answer", "prediction"):
         if not isinstance(row[key], str):
-            raise InputError(f"{where}: `{key}`: expected a text, found {row[key]!r:.80}; predict again")
+            raise InputError(
+                f"{where}: `{key}`: expected a text, found {row[key]!r:.80}; predict again"
+            )
     if row["answer_type"] not in ANSWER_TYPES:
-        raise InputError(f"{where}: `answer_type`: expected one of {', '.join(ANSWER_TYPES)}, found "
-                         f"{row['answer_type']!r:.80}; predict again")
+        raise InputError(
+            f"{where}: `answer_type`: expected one of {', '.join(ANSWER_TYPES)}, found "
+            f"{row['answer_type']!r:.80}; predict again"
+        )
 
 
 def _answers(
-    lvlm: MedLVLM, questions: Sequence[dict], images: Sequence[Path], batch_size: int, decoding: Decoding
+    lvlm: MedLVLM,
+    questions: Sequence[dict],
+    images: Sequence[Path],
+    batch_size: int,
+    decoding: Decoding,
 ) -> dict[int, str]:
     answers: dict[int, str] = {}
     for kind in sorted({row["answer_type"] for row in questions}):
         places = [i for i, row in enumerate(questions) if row["answer_type"] == kind]
         tokens = decoding.report_tokens if kind == "REPORT" else decoding.answer_tokens
         for part in _parts(places, batch_size):
-            texts = generate(lvlm, [open_image(images[i]) for i in part], [question_text(questions[i]) for i in part],
-                             max_new_tokens=tokens, batch_size=batch_size, temperature=decoding.temperature)
+            texts = generate(
+                lvlm,
+                [open_image(images[i]) for i in part],
+                [question_text(questions[i]) for i in part],
+                max_new_tokens=tokens,
+                batch_size=batch_size,
+                temperature=decoding.temperature,
+            )
             answers.update({i: text[0] for i, text in zip(part, texts)})
     return answers
 
 
-def predict(lvlm: MedLVLM, questions: Sequence[dict[str, Any]], image_root: str | Path, path: str | Path,
-            batch_size: int, decoding: Decoding, shuffle_images: int | None = None) -> list[dict[str, Any]]:
-    """Answer every question and write the predictions, or read them where they were written already.
+def predict(
+    lvlm: MedLVLM,
+    questions: Sequence[dict[str, Any]],
+    image_root: str | Path,
+    path: str | Path,
+    batch_size: int,
+    decoding: Decoding,
+    shuffle_images: int | None = None,
+) -> list[dict[str, Any]]:
+    """Answer every question and write the predictions, or read them where they were written
+    already.
 
     Questions of one answer type share a batch, because the longest answer sets a batch's time.
 
     Args:
         questions: Rows of `manifests.read_questions`.
-        decoding: How the answers are written; its template is the one that ``lvlm`` was loaded with.
-        path: The predictions file (JSON lines). A digest of model, questions and images lies beside it (`.sha256`);
-            where it still holds, the file is read instead of computed.
-        shuffle_images: None, or the seed by which each question is asked about another patient's image (key
-            ``shown_image``). A gain that survives this comes from the text.
+        decoding: How the answers are written; its template is the one that ``lvlm`` was loaded
+            with.
+        path: The predictions file (JSON lines). A digest of model, questions and images lies beside
+            it (`.sha256`); where it still holds, the file is read instead of computed.
+        shuffle_images: None, or the seed by which each question is asked about another patient's
+            image (key ``shown_image``). A gain that survives this comes from the text.
 
     Returns:
         One row per question, in the order of ``questions``.
@@ -173,14 +220,27 @@ def predict(lvlm: MedLVLM, questions: Sequence[dict[str, Any]], image_root: str 
     if shuffle_images is not None:
         shown = shuffled_images(questions, shuffle_images)
     images = [resolve_image(image_root, name) for name in shown]
-    digest, key_file = _input_digest(lvlm, questions, images, decoding, batch_size), path.with_suffix(".sha256")
+    digest, key_file = (
+        _input_digest(lvlm, questions, images, decoding, batch_size),
+        path.with_suffix(".sha256"),
+    )
     if path.is_file() and key_file.is_file() and key_file.read_text().strip() == digest:
-        print(f"{path.name}: read, {len(questions)} predictions of the same model, questions and images")
+        print(
+            f"{path.name}: read, {len(questions)} predictions of the same model, questions and "
+            "images"
+        )
         return read_predictions(path)
     answers = _answers(lvlm, questions, images, batch_size, decoding)
-    rows = [{**_known(row), "question": question_text(row),
-             "answer": row["gpt4_answer"], "prediction": answers[i],
-             **({} if shuffle_images is None else {"shown_image": shown[i]})} for i, row in enumerate(questions)]
+    rows = [
+        {
+            **_known(row),
+            "question": question_text(row),
+            "answer": row["gpt4_answer"],
+            "prediction": answers[i],
+            **({} if shuffle_images is None else {"shown_image": shown[i]}),
+        }
+        for i, row in enumerate(questions)
+    ]
     key_file.unlink(missing_ok=True)
     write_json_lines(path, rows)
     with atomic_write(key_file) as temporary:
@@ -190,58 +250,87 @@ def predict(lvlm: MedLVLM, questions: Sequence[dict[str, Any]], image_root: str 
 
 
 def attention_share(attention: np.ndarray, lesion_mask: np.ndarray) -> float:
-    """Share (0 to 1) of an attention map inside a mask; a cell counts by the part of its area that the mask covers.
+    """Share (0 to 1) of an attention map inside a mask; a cell counts by the part of its area that
+    the mask covers.
 
     Args:
         attention: Non-negative, any scale. Shape: [grid, grid].
         lesion_mask: Bool or 0 to 1. Shape: [H, W].
     """
-    cover = Image.fromarray(np.asarray(lesion_mask, np.float32)).resize(attention.shape[::-1], Image.Resampling.BOX)
+    cover = Image.fromarray(np.asarray(lesion_mask, np.float32)).resize(
+        attention.shape[::-1], Image.Resampling.BOX
+    )
     return float((attention * np.asarray(cover)).sum() / attention.sum())
 
 
-def lesion_attention(lvlm: MedLVLM, questions: Sequence[dict[str, Any]], image_root: str | Path,
-                     mask_root: str | Path | None, batch_size: int) -> list[dict[str, Any]]:
-    """How much of the answer's attention to the image falls inside the lesion that the question asks about.
+def lesion_attention(
+    lvlm: MedLVLM,
+    questions: Sequence[dict[str, Any]],
+    image_root: str | Path,
+    mask_root: str | Path | None,
+    batch_size: int,
+) -> list[dict[str, Any]]:
+    """How much of the answer's attention to the image falls inside the lesion that the question
+    asks about.
 
-    Only questions whose ``finding`` has a mask in ``mask_root`` (`<film stem>.png`) count; none where it is None.
+    Only questions whose ``finding`` has a mask in ``mask_root`` (`<film stem>.png`) count; none
+    where it is None.
 
     Returns:
-        Rows with the question's keys, ``share`` (0 to 1) and ``chance``, the mask's share of the image's area.
+        Rows with the question's keys, ``share`` (0 to 1) and ``chance``, the mask's share of the
+        image's area.
     """
     asked = []
     for row in questions if mask_root is not None else []:
         path = Path(mask_root) / f"{Path(row['image']).stem}.png"
-        mask = read_masks(path).get(row.get("finding")) if row.get("finding") and path.is_file() else None
+        mask = (
+            read_masks(path).get(row.get("finding"))
+            if row.get("finding") and path.is_file()
+            else None
+        )
         if mask is not None:
             asked.append((row, mask))
     rows = []
     for part in _parts(asked, batch_size):
         images = [open_image(resolve_image(image_root, row["image"])) for row, _ in part]
         maps = image_attention(lvlm, images, [question_text(row) for row, _ in part], batch_size)
-        rows += [{**_known(row), "share": attention_share(np.asarray(attention), mask), "chance": float(mask.mean())}
-                 for attention, (row, mask) in zip(maps, part)]
+        rows += [
+            {
+                **_known(row),
+                "share": attention_share(np.asarray(attention), mask),
+                "chance": float(mask.mean()),
+            }
+            for attention, (row, mask) in zip(maps, part)
+        ]
     return rows
 
 
-def _joined(files: Sequence[Sequence[dict[str, Any]]], metric: str) -> tuple[np.ndarray, Any, list[dict], list[int]]:
-    """Statistics of all seeds' rows, the function from sums to score, the rows, and each row's seed."""
+def _joined(
+    files: Sequence[Sequence[dict[str, Any]]], metric: str
+) -> tuple[np.ndarray, Any, list[dict], list[int]]:
+    """Statistics of all seeds' rows, the function from sums to score, the rows, and each row's
+    seed.
+    """
     statistics, functions, used = zip(*(row_statistics(rows, metric) for rows in files))
     seeds = [seed for seed, rows in enumerate(used) for _ in rows]
     return np.concatenate(statistics), functions[0], [row for rows in used for row in rows], seeds
 
 
-def compare(models: dict[str, Sequence[Sequence[dict[str, Any]]]], samples: int,
-            metrics: Sequence[str] = COMPARED) -> dict[str, dict[str, dict[str, float]]]:
+def compare(
+    models: dict[str, Sequence[Sequence[dict[str, Any]]]],
+    samples: int,
+    metrics: Sequence[str] = COMPARED,
+) -> dict[str, dict[str, dict[str, float]]]:
     """Scores of several models with 95% intervals over patients and seeds.
 
     Args:
-        models: For each name, one table of rows per training seed (`predict`'s, or `lesion_attention`'s with
-            ``metrics=["attention_in_lesion"]``).
+        models: For each name, one table of rows per training seed (`predict`'s, or
+            `lesion_attention`'s with ``metrics=["attention_in_lesion"]``).
         samples: Bootstrap draws.
 
     Returns:
-        ``{name: {metric: {"mean", "low", "high", "seeds"}}}`` in percent; a metric without rows is left out.
+        ``{name: {metric: {"mean", "low", "high", "seeds"}}}`` in percent; a metric without rows is
+        left out.
     """
     table: dict[str, dict[str, dict[str, float]]] = {}
     for name, files in models.items():
@@ -249,15 +338,25 @@ def compare(models: dict[str, Sequence[Sequence[dict[str, Any]]]], samples: int,
         for metric in metrics:
             statistics, statistic, used, seeds = _joined(files, metric)
             if used:
-                mean, low, high = bootstrap_interval(statistics, [patient_of(row) for row in used], seeds, samples,
-                                                     statistic=statistic)
+                mean, low, high = bootstrap_interval(
+                    statistics,
+                    [patient_of(row) for row in used],
+                    seeds,
+                    samples,
+                    statistic=statistic,
+                )
                 table[name][metric] = {"mean": mean, "low": low, "high": high, "seeds": len(files)}
     return table
 
 
-def compare_pair(first: Sequence[Sequence[dict[str, Any]]], second: Sequence[Sequence[dict[str, Any]]], samples: int,
-                 metrics: Sequence[str] = COMPARED) -> dict[str, dict[str, float]]:
-    """Score of ``first`` minus score of ``second``, question by question, with 95% intervals (see `compare`).
+def compare_pair(
+    first: Sequence[Sequence[dict[str, Any]]],
+    second: Sequence[Sequence[dict[str, Any]]],
+    samples: int,
+    metrics: Sequence[str] = COMPARED,
+) -> dict[str, dict[str, float]]:
+    """Score of ``first`` minus score of ``second``, question by question, with 95% intervals (see
+    `compare`).
 
     A model with one table (one that is not trained) meets every seed of the other.
 
@@ -268,14 +367,23 @@ def compare_pair(first: Sequence[Sequence[dict[str, Any]]], second: Sequence[Seq
     sides = [list(side) * seeds if len(side) == 1 else list(side) for side in (first, second)]
     ids = [[[str(row["question_id"]) for row in rows] for rows in side] for side in sides]
     if ids[0] != ids[1]:
-        raise InputError("compare_pair: the two models need the same questions in the same order, and as many seeds; "
-                         "predict both on one split")
+        raise InputError(
+            "compare_pair: the two models need the same questions in the same order, and as many "
+            "seeds; "
+            "predict both on one split"
+        )
     table = {}
     for metric in metrics:
         one, statistic, used, seed = _joined(sides[0], metric)
         if used:
-            mean, low, high = paired_difference(one, _joined(sides[1], metric)[0], [patient_of(row) for row in used],
-                                                seed, samples, statistic=statistic)
+            mean, low, high = paired_difference(
+                one,
+                _joined(sides[1], metric)[0],
+                [patient_of(row) for row in used],
+                seed,
+                samples,
+                statistic=statistic,
+            )
             table[metric] = {"mean": mean, "low": low, "high": high, "seeds": seeds}
     return table
 
@@ -289,7 +397,11 @@ def asked_questions(profile: Profile, dataset: Dataset) -> list[dict[str, Any]]:
 
 
 def answer_test(
-    profile: Profile, dataset: Dataset, label: str, adapter: str | Path | None, shuffle: bool = False
+    profile: Profile,
+    dataset: Dataset,
+    label: str,
+    adapter: str | Path | None,
+    shuffle: bool = False,
 ) -> list[dict[str, Any]]:
     """One model's predictions on the test split, in ``evaluation/<label>.jsonl`` (see `predict`).
 
@@ -301,15 +413,28 @@ def answer_test(
     lvlm = load_profile_lvlm(profile, adapter, template=decoding.template)
     path = profile.output / "evaluation" / f"{label}.jsonl"
     seed = profile.seed if shuffle else None
-    return predict(lvlm, asked_questions(profile, dataset), dataset.image_root, path,
-                   profile.evaluation.batch_size, decoding, seed)
+    return predict(
+        lvlm,
+        asked_questions(profile, dataset),
+        dataset.image_root,
+        path,
+        profile.evaluation.batch_size,
+        decoding,
+        seed,
+    )
 
 
-def attend_test(profile: Profile, dataset: Dataset, adapter: str | Path | None) -> list[dict[str, Any]]:
-    """One model's attention to the lesion on the open questions of the test split (see `lesion_attention`)."""
+def attend_test(
+    profile: Profile, dataset: Dataset, adapter: str | Path | None
+) -> list[dict[str, Any]]:
+    """One model's attention to the lesion on the open questions of the test split (see
+    `lesion_attention`).
+    """
     lvlm = load_profile_lvlm(profile, adapter, template=profile_decoding(profile).template)
     rows = [row for row in asked_questions(profile, dataset) if row["answer_type"] == "OPEN"]
-    return lesion_attention(lvlm, rows, dataset.image_root, dataset.masks_root, profile.evaluation.batch_size)
+    return lesion_attention(
+        lvlm, rows, dataset.image_root, dataset.masks_root, profile.evaluation.batch_size
+    )
 
 
 def attention_example(
@@ -329,8 +454,11 @@ def attention_example(
     return row, *maps
 
 
-def score_table(predictions: dict[str, list[list[dict[str, Any]]]], attention: dict[str, list[list[dict[str, Any]]]],
-                samples: int) -> dict[str, dict[str, dict[str, float]]]:
+def score_table(
+    predictions: dict[str, list[list[dict[str, Any]]]],
+    attention: dict[str, list[list[dict[str, Any]]]],
+    samples: int,
+) -> dict[str, dict[str, dict[str, float]]]:
     """`compare` over predictions and over attention to the lesion, one row a model, in percent."""
     table = compare(predictions, samples)
     for name, scores in compare(attention, samples, ["attention_in_lesion"]).items():
@@ -338,9 +466,14 @@ def score_table(predictions: dict[str, list[list[dict[str, Any]]]], attention: d
     return table
 
 
-def write_scores(profile: Profile, predictions: dict[str, list[list[dict[str, Any]]]],
-                 attention: dict[str, list[list[dict[str, Any]]]]) -> dict[str, dict[str, dict[str, float]]]:
+def write_scores(
+    profile: Profile,
+    predictions: dict[str, list[list[dict[str, Any]]]],
+    attention: dict[str, list[list[dict[str, Any]]]],
+) -> dict[str, dict[str, dict[str, float]]]:
     """Score every model (see `score_table`), write ``evaluation/scores.json``, return the table."""
     table = score_table(predictions, attention, profile.evaluation.bootstrap_samples)
-    write_json(profile.output / "evaluation" / "scores.json", {"profile": profile.name, "models": table})
+    write_json(
+        profile.output / "evaluation" / "scores.json", {"profile": profile.name, "models": table}
+    )
     return table

@@ -1,6 +1,7 @@
-"""Start a training run from a cell or a terminal, follow it, stop it cleanly, and say beforehand what it will take.
+"""Start a training run from a cell or a terminal, follow it, stop it cleanly, and say beforehand
+what it will take.
 
-    python -m mmedpo_utils.launch --profile P --variant V [--seed S] [--dry-run]
+python -m mmedpo_utils.launch --profile P --variant V [--seed S] [--dry-run]
 """
 
 from __future__ import annotations
@@ -27,12 +28,26 @@ from IPython import get_ipython
 from IPython.display import Image, Pretty, display
 
 from . import plots
-from .commands import check_hostfile, commands, free_cores, printed, process_count, shorten, write_hostfile
+from .commands import (
+    check_hostfile,
+    commands,
+    free_cores,
+    printed,
+    process_count,
+    shorten,
+    write_hostfile,
+)
 from .errors import InputError
 from .estimate import describe
 from .manifests import read_manifest, row_source
 from .profiles import Profile, check_device, load_profile, profile_names
-from .run_folder import finished_result, newest_checkpoint, read_events, remove_half_written, run_lock
+from .run_folder import (
+    finished_result,
+    newest_checkpoint,
+    read_events,
+    remove_half_written,
+    run_lock,
+)
 from .schema import repository_root
 from .train import FAILED, manifest_path, run_digest
 
@@ -40,10 +55,12 @@ REFRESH_SECONDS = 1.5
 PATIENCE_SECONDS = 10
 PORT_ATTEMPTS = 3
 PORT_TAKEN = re.compile("EADDRINUSE|address already in use", re.IGNORECASE)
-CAUSES = {r"No space left on device|File too large|Disk quota exceeded|disk is full|os error (27|28)|unexpected pos":
-          "the disk is full, or a file may not grow further; free some space",
-          r"return code = (-9|247|137)|Connection closed by peer|Connection reset by peer":
-          "a process was killed from outside: by a person, or by the system where memory ran out"}
+CAUSES = {
+    r"No space left on device|File too large|Disk quota exceeded|disk is full|os error (27|28)|"
+    r"unexpected pos": "the disk is full, or a file may not grow further; free some space",
+    r"return code = (-9|247|137)|Connection closed by peer|Connection reset by peer": "a process was "
+    "killed from outside: by a person, or by the system where memory ran out",
+}
 
 
 class TrainingError(RuntimeError):
@@ -55,7 +72,8 @@ class RunResult:
     """A finished run.
 
     Attributes:
-        folder: the run folder: profile.yaml, versions.json, events.jsonl, adapter/, train.log, result.json.
+        folder: the run folder: profile.yaml, versions.json, events.jsonl, adapter/, train.log,
+            result.json.
         result: what result.json holds: the last values, seconds, number of pairs.
         events: one dict per logged step, as `plots.training_curves` takes them.
         loaded: whether an earlier run with the same inputs was read instead of training.
@@ -73,20 +91,22 @@ class RunResult:
 
 
 def train(profile: Profile, variant: str, seed: int = 0, live: bool = True) -> RunResult:
-    """Train one variant, go on with it where it was interrupted, or read the finished run; for the same inputs each time.
+    """Train one variant, go on with it where it was interrupted, or read the finished run; for the
+    same inputs each time.
 
     Args:
         profile: where the pairs are (``output``/pairs), and every value of training.
         variant: a name under ``training.variants``.
         seed: of the LoRA weights and of the order of the pairs.
-        live: redraw the curves in the notebook, or print the logged steps in a terminal, while it trains.
+        live: redraw the curves in the notebook, or print the logged steps in a terminal, while it
+            trains.
 
-    An interrupt stops every process and keeps the last checkpoint. Over several nodes that no hostfile names, it starts this one
-    as the first and prints the commands of the others.
+    An interrupt stops every process and keeps the last checkpoint. Over several nodes that no
+    hostfile names, it starts this one as the first and prints the commands of the others.
 
     Raises:
-        InputError: no such variant, no manifest, a package or a GPU that is asked for is missing, or another process trains
-            into the same run folder.
+        InputError: no such variant, no manifest, a package or a GPU that is asked for is missing,
+            or another process trains into the same run folder.
         TrainingError: a process failed; the message says why and carries its last lines.
     """
     digest = run_digest(profile, variant, seed, _checked_manifest(profile, variant))
@@ -105,12 +125,17 @@ def train(profile: Profile, variant: str, seed: int = 0, live: bool = True) -> R
             if returned or found is None:
                 raise TrainingError(_what_happened(folder, digest, returned))
         except KeyboardInterrupt:
-            print(f"Interrupted. The same cell or command, run again, {_next_time(folder, digest)}.")
+            print(
+                f"Interrupted. The same cell or command, run again, {_next_time(folder, digest)}."
+            )
             raise
         finally:
             remove_half_written(folder)
     seconds = found.result["seconds"]
-    print(f"{folder.name}: {found.result['last']['step']} steps in {seconds['steps']:.0f} s, {seconds['total']:.0f} s in all.")
+    print(
+        f"{folder.name}: {found.result['last']['step']} steps in {seconds['steps']:.0f} s, "
+        f"{seconds['total']:.0f} s in all."
+    )
     return RunResult(folder, found.result, found.events, loaded=False)
 
 
@@ -124,15 +149,23 @@ def _checked_manifest(profile: Profile, variant: str) -> Path:
     check_device(profile.lvlm.device)
     package, manifest = profile.training.report_to, manifest_path(profile, variant)
     if package != "none" and importlib.util.find_spec(package) is None:
-        raise InputError(f"profile key `training.report_to`: the package {package} is not installed; run "
-                         f"`pip install {package}`, or write none")
+        raise InputError(
+            f"profile key `training.report_to`: the package {package} is not installed; run "
+            f"`pip install {package}`, or write none"
+        )
     if profile.training.hostfile and shutil.which("pdsh") is None:
-        raise InputError("profile key `training.hostfile`: the launcher reaches the nodes through pdsh, which is not installed; "
-                         "install it, or write null: then each node gets a command of its own")
+        raise InputError(
+            "profile key `training.hostfile`: the launcher reaches the nodes through pdsh, which "
+            "is not installed; "
+            "install it, or write null: then each node gets a command of its own"
+        )
     check_hostfile(profile)
     if not manifest.is_file():
-        how = (f"run notebook 03 with profile {profile.name}" if manifest.stem == "train" else
-               f"run python -m mmedpo_utils.baselines --profile {profile.name} --build-only")
+        how = (
+            f"run notebook 03 with profile {profile.name}"
+            if manifest.stem == "train"
+            else f"run python -m mmedpo_utils.baselines --profile {profile.name} --build-only"
+        )
         raise InputError(f"{shorten(manifest)}: there are no preference pairs yet; {how}")
     return manifest
 
@@ -140,11 +173,15 @@ def _checked_manifest(profile: Profile, variant: str) -> Path:
 def check_variant(profile: Profile, variant: str) -> None:
     """Raises InputError: the profile has no such variant."""
     if variant not in profile.training.variants:
-        raise InputError(f"variant {variant!r}: unknown; profile {profile.name} has {', '.join(profile.training.variants)}")
+        raise InputError(
+            f"variant {variant!r}: unknown; profile {profile.name} has "
+            f"{', '.join(profile.training.variants)}"
+        )
 
 
 def plan(profile: Profile, variant: str, seed: int = 0) -> str:
-    """What `train` would run and what it takes: pairs, memory, hours, commands. It starts and writes nothing.
+    """What `train` would run and what it takes: pairs, memory, hours, commands. It starts and
+    writes nothing.
 
     It needs neither GPU nor weights nor pairs.
 
@@ -153,24 +190,48 @@ def plan(profile: Profile, variant: str, seed: int = 0) -> str:
     """
     check_variant(profile, variant)
     manifest, sources = manifest_path(profile, variant), profile.training.variants[variant].sources
-    rows = [row for row in read_manifest(manifest) if row_source(row) in sources] if manifest.is_file() else []
+    rows = (
+        [row for row in read_manifest(manifest) if row_source(row) in sources]
+        if manifest.is_file()
+        else []
+    )
     counts = {source: sum(row_source(row) == source for row in rows) for source in sources}
     if not rows:
         counts = dict.fromkeys(sources, profile.curation.text_pairs)
     processes = process_count(profile, dry_run=True)
     on_cpu = profile.lvlm.device != "cuda" and check_device(profile.lvlm.device) == "cpu"
-    lines = [f"Pairs of {shorten(manifest)}: " + ", ".join(f"{count} {source}" for source, count in counts.items())
-             + ("" if rows else "; they are not made yet (notebook 03), reckoned with curation.text_pairs"),
-             describe(profile, variant, rows, counts, processes, free_cores(processes) if on_cpu else None)]
+    lines = [
+        f"Pairs of {shorten(manifest)}: "
+        + ", ".join(f"{count} {source}" for source, count in counts.items())
+        + (
+            ""
+            if rows
+            else "; they are not made yet (notebook 03), reckoned with curation.text_pairs"
+        ),
+        describe(
+            profile, variant, rows, counts, processes, free_cores(processes) if on_cpu else None
+        ),
+    ]
     folder, several = folder_of(profile, variant, seed), profile.training.nodes > 1
     shipped = profile.name in profile_names() and load_profile(profile.name) == profile
     name = profile.name if shipped else f"{shorten(folder)}/profile.yaml"
-    lines += ["The cell, or this command in the repository's folder, writes the run folder",
-              f"$ python -m mmedpo_utils.launch --profile {name} --variant {variant} --seed {seed}"]
+    lines += [
+        "The cell, or this command in the repository's folder, writes the run folder",
+        f"$ python -m mmedpo_utils.launch --profile {name} --variant {variant} --seed {seed}",
+    ]
     for ssh in (True, False) if profile.training.hostfile else (False,):
-        where = "" if not several else " over ssh" if ssh else " on each node, one command each, without ssh"
+        where = (
+            ""
+            if not several
+            else " over ssh"
+            if ssh
+            else " on each node, one command each, without ssh"
+        )
         lines.append(f"and starts{where}")
-        lines += ["$ " + printed(line) for line in commands(profile, variant, seed, folder, ssh, dry_run=True)]
+        lines += [
+            "$ " + printed(line)
+            for line in commands(profile, variant, seed, folder, ssh, dry_run=True)
+        ]
     return "\n".join(lines)
 
 
@@ -186,23 +247,34 @@ def _say_how_it_begins(profile: Profile, folder: Path, digest: str) -> None:
     if checkpoint:
         print(f"{shorten(folder)} goes on from step {checkpoint.name.rpartition('-')[2]}.")
     if processes < values.processes:
-        print(f"{processes} process trains instead of {values.processes} (DeepSpeed is not installed, or there are fewer GPUs); "
-              "the global batch stays the same.")
+        print(
+            f"{processes} process trains instead of {values.processes} (DeepSpeed is not "
+            "installed, or there are fewer GPUs); "
+            "the global batch stays the same."
+        )
     if values.optimizer == "paged_adamw_8bit" and check_device(profile.lvlm.device) == "cpu":
         print("paged_adamw_8bit needs a GPU: AdamW trains instead.")
 
 
 def _run_commands(profile: Profile, variant: str, seed: int, folder: Path, live: bool) -> int:
-    """Start the training here and follow it to its end; try another port where the chosen one was taken meanwhile."""
+    """Start the training here and follow it to its end; try another port where the chosen one was
+    taken meanwhile.
+    """
     if profile.training.nodes > 1 and not profile.training.hostfile:
         write_hostfile(profile, folder)
     for _ in range(PORT_ATTEMPTS):
-        first, *others = commands(profile, variant, seed, folder, ssh=bool(profile.training.hostfile))
+        first, *others = commands(
+            profile, variant, seed, folder, ssh=bool(profile.training.hostfile)
+        )
         print("$ " + printed(first))
         if others:
-            print("This node is the first one. Start on each other node, in the repository's folder:")
+            print(
+                "This node is the first one. Start on each other node, in the repository's folder:"
+            )
             print("\n".join("$ " + printed(other) for other in others))
-        with _started(first, folder / "train.log", process_count(profile) // profile.training.nodes) as process:
+        with _started(
+            first, folder / "train.log", process_count(profile) // profile.training.nodes
+        ) as process:
             _follow(process, folder, live)
         if not process.returncode or not PORT_TAKEN.search(_text(folder / "train.log")):
             break
@@ -213,30 +285,54 @@ def _what_happened(folder: Path, digest: str, returned: int) -> str:
     """One message: what failed, what the same call does next, and the process's own last lines."""
     log = _text(folder / "train.log")
     last = _last_words(log)
-    evidence = last + "".join(re.findall(r"exits with return code = -\d+", log)) + f"return code = {returned}"
-    cause = next((f": {told}" for pattern, told in CAUSES.items() if re.search(pattern, evidence)), "")
-    return (f"training of {folder.name} failed (exit code {returned}){cause}. The same cell or command, run again, "
-            f"{_next_time(folder, digest)}. Its last lines (all of them: {shorten(folder)}/train.log):\n{last}")
+    evidence = (
+        last
+        + "".join(re.findall(r"exits with return code = -\d+", log))
+        + f"return code = {returned}"
+    )
+    cause = next(
+        (f": {told}" for pattern, told in CAUSES.items() if re.search(pattern, evidence)), ""
+    )
+    return (
+        f"training of {folder.name} failed (exit code {returned}){cause}. The same cell or "
+        "command, run again, "
+        f"{_next_time(folder, digest)}. Its last lines (all of them: "
+        f"{shorten(folder)}/train.log):\n{last}"
+    )
 
 
 def _next_time(folder: Path, digest: str) -> str:
     checkpoint = newest_checkpoint(folder, digest)
-    return f"goes on from step {checkpoint.name.rpartition('-')[2]}, whose checkpoint is whole" if checkpoint else "starts anew"
+    return (
+        f"goes on from step {checkpoint.name.rpartition('-')[2]}, whose checkpoint is whole"
+        if checkpoint
+        else "starts anew"
+    )
 
 
 def load_run(folder: Path, digest: str) -> RunResult | None:
-    """The finished run in ``folder``, or None where it is absent, unfinished, or made from other inputs."""
+    """The finished run in ``folder``, or None where it is absent, unfinished, or made from other
+    inputs.
+    """
     result = finished_result(folder, digest)
     return RunResult(folder, result, read_events(folder), loaded=True) if result else None
 
 
 @contextmanager
 def _started(arguments: list[str], log: Path, processes: int) -> Iterator[subprocess.Popen]:
-    """Run a command in a process group of its own; whatever happens, none of the group is left at the end."""
+    """Run a command in a process group of its own; whatever happens, none of the group is left at
+    the end.
+    """
     with open(log, "wb") as stream:
-        process = subprocess.Popen(arguments, cwd=repository_root(), stdout=stream, stderr=subprocess.STDOUT,
-                                   stdin=subprocess.DEVNULL, start_new_session=True,
-                                   env={**os.environ, "HF_HUB_DISABLE_TELEMETRY": "1"} | _threads(arguments, processes))
+        process = subprocess.Popen(
+            arguments,
+            cwd=repository_root(),
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            env={**os.environ, "HF_HUB_DISABLE_TELEMETRY": "1"} | _threads(arguments, processes),
+        )
     try:
         yield process
     finally:
@@ -245,7 +341,9 @@ def _started(arguments: list[str], log: Path, processes: int) -> Iterator[subpro
 
 def _threads(arguments: list[str], processes: int) -> dict[str, str]:
     """OMP_NUM_THREADS that shares the command's cores between its ``processes`` on this node."""
-    return {"OMP_NUM_THREADS": str(max(1, int(arguments[arguments.index("--cores") + 1]) // processes))}
+    return {
+        "OMP_NUM_THREADS": str(max(1, int(arguments[arguments.index("--cores") + 1]) // processes))
+    }
 
 
 def _stop(process: subprocess.Popen) -> None:
@@ -267,7 +365,9 @@ def _stop(process: subprocess.Popen) -> None:
 
 
 def _runs(group: int) -> bool:
-    """Whether a process of the group still runs; one that has ended and waits to be collected does not."""
+    """Whether a process of the group still runs; one that has ended and waits to be collected does
+    not.
+    """
     for process in psutil.process_iter(["status"]):
         try:
             if os.getpgid(process.pid) == group and process.info["status"] != psutil.STATUS_ZOMBIE:
@@ -278,9 +378,13 @@ def _runs(group: int) -> bool:
 
 
 def _follow(process: subprocess.Popen, folder: Path, live: bool) -> None:
-    """Wait for the process; as events arrive, redraw the curves in a notebook, or print the steps in a terminal."""
+    """Wait for the process; as events arrive, redraw the curves in a notebook, or print the steps
+    in a terminal.
+    """
     notebook = live and get_ipython() is not None
-    handle = display(Pretty("The processes are starting ..."), display_id=True) if notebook else None
+    handle = (
+        display(Pretty("The processes are starting ..."), display_id=True) if notebook else None
+    )
     running, shown = True, len(read_events(folder))
     while running:
         try:
@@ -293,8 +397,15 @@ def _follow(process: subprocess.Popen, folder: Path, live: bool) -> None:
             continue
         if handle:
             drawing = io.BytesIO()
-            plots.training_curves(events).savefig(drawing, format="png", dpi=80, bbox_inches="tight")
-            handle.update(Image(drawing.getvalue(), alt="Training curves so far: loss, log-probabilities, margin, accuracy"))
+            plots.training_curves(events).savefig(
+                drawing, format="png", dpi=80, bbox_inches="tight"
+            )
+            handle.update(
+                Image(
+                    drawing.getvalue(),
+                    alt="Training curves so far: loss, log-probabilities, margin, accuracy",
+                )
+            )
         else:
             for event in events[shown:]:
                 names = ("loss", "validation_loss", "pairs_per_second", "seconds_left")
@@ -308,7 +419,9 @@ def _text(log: Path) -> str:
 
 
 def _last_words(log: str, lines: int = 15) -> str:
-    """The end of the first traceback that a process wrote, or the log's last lines where none did."""
+    """The end of the first traceback that a process wrote, or the log's last lines where none
+    did.
+    """
     _, _, told = log.partition(FAILED)
     block = re.split(rf"^\[\d{{4}}-|{re.escape(FAILED)}", told, maxsplit=1, flags=re.MULTILINE)[0]
     return "\n".join((block or log).strip().splitlines()[-lines:])
@@ -316,15 +429,31 @@ def _last_words(log: str, lines: int = 15) -> str:
 
 def main() -> int:
     """Parse the command line and train, or say what training takes. Returns the exit status."""
-    parser = argparse.ArgumentParser(description="Train one variant of a profile, or go on with it.")
-    parser.add_argument("--profile", required=True, help="a profile's name, or the path of a profile")
-    parser.add_argument("--variant", required=True, help="a name under the profile's training.variants")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the LoRA weights and of the order of the pairs")
-    parser.add_argument("--dry-run", action="store_true", help="print what would run and what it takes; start nothing")
+    parser = argparse.ArgumentParser(
+        description="Train one variant of a profile, or go on with it."
+    )
+    parser.add_argument(
+        "--profile", required=True, help="a profile's name, or the path of a profile"
+    )
+    parser.add_argument(
+        "--variant", required=True, help="a name under the profile's training.variants"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the LoRA weights and of the order of the pairs"
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print what would run and what it takes; start nothing",
+    )
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exit runs the clean-up that leaves no process behind
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(143)
+    )  # an exit runs the clean-up that leaves no process behind
     try:
-        (dry_run if options.dry_run else train)(load_profile(options.profile), options.variant, options.seed)
+        (dry_run if options.dry_run else train)(
+            load_profile(options.profile), options.variant, options.seed
+        )
     except (InputError, TrainingError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1

@@ -1,9 +1,11 @@
-"""The Med-LVLM: load it, write its prompt, generate answers in batches, read its attention to the image.
+"""The Med-LVLM: load it, write its prompt, generate answers in batches, read its attention to the
+image.
 
-Two layouts work: a Hugging Face folder of a `LlavaForConditionalGeneration`, and the original one, in which LLaVA-Med 1.5
-is published (arXiv 2412.06141, Section 5.1: CLIP vision tower, two-layer projector, Mistral). The latter is converted on
-first use. "phantom" is the small model shipped with the package. In 4 bits, on a GPU or the CPU, the language model's
-linear layers are quantised; vision tower, projector and output layer keep their precision.
+Two layouts work: a Hugging Face folder of a `LlavaForConditionalGeneration`, and the original one,
+in which LLaVA-Med 1.5 is published (arXiv 2412.06141, Section 5.1: CLIP vision tower, two-layer
+projector, Mistral). The latter is converted on first use. "phantom" is the small model shipped with
+the package. In 4 bits, on a GPU or the CPU, the language model's linear layers are quantised;
+vision tower, projector and output layer keep their precision.
 """
 
 from __future__ import annotations
@@ -45,7 +47,8 @@ class MedLVLM:
     """A loaded Med-LVLM.
 
     Attributes:
-        model: `LlavaForConditionalGeneration`, or the `PeftModel` around it where an adapter was loaded; in eval mode.
+        model: `LlavaForConditionalGeneration`, or the `PeftModel` around it where an adapter was
+            loaded; in eval mode.
         processor: its `LlavaProcessor`: image processor, tokenizer and chat template.
         device: where the model is.
     """
@@ -72,25 +75,30 @@ def load_lvlm(
     """Load a Med-LVLM for inference or as the start of training.
 
     Args:
-        name_or_path: "phantom", a folder in the Hugging Face or the original LLaVA layout, or a model's
-            name on the Hub.
+        name_or_path: "phantom", a folder in the Hugging Face or the original LLaVA layout, or a
+            model's name on the Hub.
         device: auto | cpu | cuda. The CPU runs in float32, a GPU in bfloat16.
-        adapter: a LoRA adapter to put on top, in PEFT's or LLaVA's layout (`adapters.adapter_folder`).
+        adapter: a LoRA adapter to put on top, in PEFT's or LLaVA's layout
+            (`adapters.adapter_folder`).
         quantization: none | nf4 (4 bits through bitsandbytes).
         vision_tower: checkpoint | config: in the original layout, the tower's weights inside the
-            checkpoint or those that its configuration names. A Hugging Face folder has one tower, and
-            this has no effect.
+            checkpoint or those that its configuration names. A Hugging Face folder has one tower,
+            and this has no effect.
         template: a name in `llava_text.TEMPLATES`; None is the folder's own chat template.
-        base_adapter: an adapter that is merged into the model before all else, as `model_folder` does.
+        base_adapter: an adapter that is merged into the model before all else, as `model_folder`
+            does.
 
     Raises:
-        InputError: no such folder, another architecture, tensors left over or missing, no GPU where one
-            is asked for, an adapter that does not fit, or a processor or template with which the model
-            would not see the image.
+        InputError: no such folder, another architecture, tensors left over or missing, no GPU where
+            one is asked for, an adapter that does not fit, or a processor or template with which
+            the model would not see the image.
     """
     target = torch.device(check_device(device))
-    for key, value, known in (("quantization", quantization, QUANTIZATIONS), ("vision_tower", vision_tower, VISION_TOWERS),
-                              ("template", template, (None, *TEMPLATES))):
+    for key, value, known in (
+        ("quantization", quantization, QUANTIZATIONS),
+        ("vision_tower", vision_tower, VISION_TOWERS),
+        ("template", template, (None, *TEMPLATES)),
+    ):
         if value not in known:
             raise InputError(f"lvlm.{key}: {value!r} is not known; expected one of {known}")
     source = model_folder(name_or_path, vision_tower, base_adapter)
@@ -104,29 +112,49 @@ def load_lvlm(
     return MedLVLM(model.eval(), processor, target)
 
 
-def _read_folder(source: Path, target: torch.device, quantization: str) -> tuple[LlavaForConditionalGeneration, Any]:
+def _read_folder(
+    source: Path, target: torch.device, quantization: str
+) -> tuple[LlavaForConditionalGeneration, Any]:
     """Model and processor of a Hugging Face folder, the model on ``target``."""
-    precision, small = torch.float32 if target.type == "cpu" else torch.bfloat16, quantization == "nf4"
+    precision, small = (
+        torch.float32 if target.type == "cpu" else torch.bfloat16,
+        quantization == "nf4",
+    )
     with quiet_loading():
         try:
             model, info = LlavaForConditionalGeneration.from_pretrained(
-                source, dtype=precision, device_map={"": target} if small else None, trust_remote_code=False,
-                quantization_config=nf4_config(precision) if small else None, output_loading_info=True)
+                source,
+                dtype=precision,
+                device_map={"": target} if small else None,
+                trust_remote_code=False,
+                quantization_config=nf4_config(precision) if small else None,
+                output_loading_info=True,
+            )
         except ImportError as error:
-            raise InputError(f"lvlm.quantization: {quantization}: a library is missing ({first_line(error)}); install the "
-                             "package's extra `gpu`, or set lvlm.quantization to none") from error
+            raise InputError(
+                f"lvlm.quantization: {quantization}: a library is missing ({first_line(error)}); "
+                "install the "
+                "package's extra `gpu`, or set lvlm.quantization to none"
+            ) from error
         except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-            raise InputError(f"{source}: cannot be loaded as a LLaVA model ({first_line(error)}); the folder needs "
-                             "config.json, model.safetensors and the processor's files") from error
+            raise InputError(
+                f"{source}: cannot be loaded as a LLaVA model ({first_line(error)}); the folder "
+                "needs "
+                "config.json, model.safetensors and the processor's files"
+            ) from error
     _check_loaded(source, info)
     if small:
         _keep_packing(model)
-    placed = small or is_deepspeed_zero3_enabled()  # bitsandbytes or DeepSpeed has put the weights where they belong
+    placed = (
+        small or is_deepspeed_zero3_enabled()
+    )  # bitsandbytes or DeepSpeed has put the weights where they belong
     return (model if placed else model.to(target)), read_processor(source)
 
 
 def _check_loaded(source: Path, info: dict[str, Any]) -> None:
-    """Refuse a folder that does not hold exactly the model's tensors; transformers would only say so."""
+    """Refuse a folder that does not hold exactly the model's tensors; transformers would only say
+    so.
+    """
     for kind, meaning in (("missing_keys", "missing"), ("unexpected_keys", "left over")):
         if info[kind]:
             names = sorted(info[kind])
@@ -137,7 +165,8 @@ def _check_loaded(source: Path, info: dict[str, Any]) -> None:
 
 
 def empty_model(source: Path) -> LlavaForConditionalGeneration:
-    """The model of a Hugging Face folder without its weights, on the meta device; their names and shapes are compared.
+    """The model of a Hugging Face folder without its weights, on the meta device; their names and
+    shapes are compared.
 
     Raises:
         InputError: as `load_lvlm` would, for the weights.
@@ -149,7 +178,8 @@ def empty_model(source: Path) -> LlavaForConditionalGeneration:
             )
         except (OSError, RuntimeError, ValueError, SafetensorError) as error:
             raise InputError(
-                f"{source}: cannot be loaded as a LLaVA model ({first_line(error)}); the folder needs "
+                f"{source}: cannot be loaded as a LLaVA model ({first_line(error)}); the folder "
+                "needs "
                 "config.json, model.safetensors and the processor's files"
             ) from error
     _check_loaded(source, info)
@@ -157,11 +187,15 @@ def empty_model(source: Path) -> LlavaForConditionalGeneration:
 
 
 def read_processor(source: Path) -> LlavaProcessor:
-    """The processor of a Hugging Face LLaVA folder. Raises InputError: unreadable, or of another kind."""
+    """The processor of a Hugging Face LLaVA folder. Raises InputError: unreadable, or of another
+    kind.
+    """
     try:
         with quiet_loading():
             # The torchvision back end resizes otherwise than Pillow, which the original code uses.
-            processor = AutoProcessor.from_pretrained(source, backend="pil", trust_remote_code=False)
+            processor = AutoProcessor.from_pretrained(
+                source, backend="pil", trust_remote_code=False
+            )
     except (OSError, RuntimeError, ValueError, TypeError, KeyError, ImportError) as error:
         raise InputError(
             f"{source}: its processor cannot be read ({first_line(error)}); the folder needs "
@@ -169,19 +203,22 @@ def read_processor(source: Path) -> LlavaProcessor:
         ) from error
     if not isinstance(processor, LlavaProcessor):
         raise InputError(
-            f"{source}: its processor is a {type(processor).__name__}; expected a LlavaProcessor: put the "
+            f"{source}: its processor is a {type(processor).__name__}; expected a LlavaProcessor: "
+            "put the "
             "processor_config.json of a LLaVA model there"
         )
     processor.tokenizer.padding_side = "left"
     return processor
 
 
-def prepare_processor(source: Path, config: Any, processor: LlavaProcessor, template: str | None) -> int:
+def prepare_processor(
+    source: Path, config: Any, processor: LlavaProcessor, template: str | None
+) -> int:
     """Make a processor write prompts in which the model finds the image, or refuse.
 
     Values that its file leaves out come from the model's configuration. Then one question about one
-    image is written: a template that drops the image, or another image token than the model's, would
-    have every question answered from its text alone.
+    image is written: a template that drops the image, or another image token than the model's,
+    would have every question answered from its text alone.
 
     Args:
         config: the model's `LlavaConfig`.
@@ -209,16 +246,20 @@ def prepare_processor(source: Path, config: Any, processor: LlavaProcessor, temp
             setattr(processor, key, value)
         elif stored[key] != value:
             raise InputError(
-                f"{file}: `{key}` is {stored[key]!r}, and config.json's model needs {value!r}; correct it, "
+                f"{file}: `{key}` is {stored[key]!r}, and config.json's model needs {value!r}; "
+                "correct it, "
                 "or take the key out"
             )
     tokens = (tower.image_size // tower.patch_size) ** 2
-    tokens += expected["num_additional_image_tokens"] * (config.vision_feature_select_strategy != "default")
+    tokens += expected["num_additional_image_tokens"] * (
+        config.vision_feature_select_strategy != "default"
+    )
     mark, found = processor.image_token, config.image_token_id
     own = processor.tokenizer.convert_tokens_to_ids(mark)
     if own != found:
         raise InputError(
-            f"{source / 'config.json'}: `image_token_index` is {found}, and the tokenizer's {mark} is {own}; "
+            f"{source / 'config.json'}: `image_token_index` is {found}, and the tokenizer's {mark} "
+            f"is {own}; "
             "expected the same number: the model would answer without seeing the image"
         )
     try:
@@ -226,40 +267,56 @@ def prepare_processor(source: Path, config: Any, processor: LlavaProcessor, temp
         count = image_token_count(processor)
     except Exception as error:  # a template is a program of its own: anything may come out of it
         raise InputError(
-            f"{source}: its processor or chat template cannot write a prompt ({first_line(error)}); correct "
+            f"{source}: its processor or chat template cannot write a prompt "
+            f"({first_line(error)}); correct "
             "its files, or set lvlm.template"
         ) from error
     if written.count(mark) != 1:
         raise InputError(
-            f"{source}: the chat template writes {written.count(mark)} {mark} marks for a question about one "
+            f"{source}: the chat template writes {written.count(mark)} {mark} marks for a question "
+            "about one "
             "image, and expected is one: the model would answer without the image; correct "
             "chat_template.jinja, or set lvlm.template"
         )
     if count != tokens:
         raise InputError(
-            f"{source}: its processor makes {count} tokens of an image, and config.json's vision tower {tokens}; "
+            f"{source}: its processor makes {count} tokens of an image, and config.json's vision "
+            f"tower {tokens}; "
             "correct the size of the images in processor_config.json or preprocessor_config.json"
         )
     return tokens
 
 
-def load_profile_lvlm(profile: Profile, adapter: str | Path | None = None, device: str | None = None,
-                      template: str | None = None) -> MedLVLM:
+def load_profile_lvlm(
+    profile: Profile,
+    adapter: str | Path | None = None,
+    device: str | None = None,
+    template: str | None = None,
+) -> MedLVLM:
     """The Med-LVLM that a profile's section ``lvlm`` describes (see `load_lvlm`).
 
     ``device`` and ``template`` replace the profile's.
     """
     values = profile.lvlm
-    return load_lvlm(values.model, device or values.device, adapter, values.quantization, values.vision_tower,
-                     template or values.template, values.base_adapter)
+    return load_lvlm(
+        values.model,
+        device or values.device,
+        adapter,
+        values.quantization,
+        values.vision_tower,
+        template or values.template,
+        values.base_adapter,
+    )
 
 
-def model_folder(name_or_path: str | Path, vision_tower: str, base_adapter: str | Path | None = None) -> Path:
+def model_folder(
+    name_or_path: str | Path, vision_tower: str, base_adapter: str | Path | None = None
+) -> Path:
     """The Hugging Face folder to load a Med-LVLM from.
 
-    A model in the original layout is converted first, one on the Hub fetched. With ``base_adapter`` the
-    two are merged; the merged folder is kept beside the converted ones, and used again as long as its
-    model and its adapter are the same files.
+    A model in the original layout is converted first, one on the Hub fetched. With ``base_adapter``
+    the two are merged; the merged folder is kept beside the converted ones, and used again as long
+    as its model and its adapter are the same files.
 
     Raises:
         InputError: as `load_lvlm`, or no room on the disk.
@@ -280,14 +337,18 @@ def model_folder(name_or_path: str | Path, vision_tower: str, base_adapter: str 
 
 
 def save_merged(lvlm: MedLVLM, folder: Path) -> None:
-    """Write a model with its adapter merged, and its processor, into ``folder``. Raises OSError: no room."""
+    """Write a model with its adapter merged, and its processor, into ``folder``. Raises OSError: no
+    room.
+    """
     with quiet_loading():
         lvlm.model.merge_and_unload().save_pretrained(folder, max_shard_size="5GB")
         lvlm.processor.save_pretrained(folder)
 
 
 def _hugging_face_folder(name_or_path: str | Path, vision_tower: str) -> Path:
-    """The folder to load from: an original checkpoint is converted first, a Hub repository fetched."""
+    """The folder to load from: an original checkpoint is converted first, a Hub repository
+    fetched.
+    """
     source = PHANTOM_WEIGHTS if str(name_or_path) == "phantom" else Path(name_or_path)
     if not source.is_dir():
         source = fetch(str(name_or_path))
@@ -300,32 +361,45 @@ def _hugging_face_folder(name_or_path: str | Path, vision_tower: str) -> Path:
 
 
 def read_config(source: Path) -> Any:
-    """The `LlavaConfig` of a Hugging Face folder. Raises InputError: unreadable, or of another architecture."""
+    """The `LlavaConfig` of a Hugging Face folder. Raises InputError: unreadable, or of another
+    architecture.
+    """
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
-        raise InputError(f"{source}: no readable model configuration ({first_line(error)}); expected \"phantom\", a "
-                         "folder with a LLaVA config.json, or a model's name on the Hub") from error
+        raise InputError(
+            f'{source}: no readable model configuration ({first_line(error)}); expected "phantom", a '
+            "folder with a LLaVA config.json, or a model's name on the Hub"
+        ) from error
     if config.model_type != "llava":
-        raise InputError(f"{source}: config.json says model_type {config.model_type!r}; expected 'llava' "
-                         "(LlavaForConditionalGeneration)")
+        raise InputError(
+            f"{source}: config.json says model_type {config.model_type!r}; expected 'llava' "
+            "(LlavaForConditionalGeneration)"
+        )
     return config
 
 
 def nf4_config(precision: torch.dtype = torch.bfloat16) -> Any:
-    """The `BitsAndBytesConfig` of 4-bit loading: NF4, double quantisation, computing in ``precision``."""
+    """The `BitsAndBytesConfig` of 4-bit loading: NF4, double quantisation, computing in
+    ``precision``.
+    """
     from transformers import BitsAndBytesConfig
 
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of an optional CPU kernel
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                              bnb_4bit_compute_dtype=precision,
-                              llm_int8_skip_modules=["model.vision_tower", "model.multi_modal_projector", "lm_head"])
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=precision,
+        llm_int8_skip_modules=["model.vision_tower", "model.multi_modal_projector", "lm_head"],
+    )
 
 
 def _keep_packing(model: torch.nn.Module) -> None:
     """Keep bitsandbytes from repacking 4-bit weights on the CPU at the first look in eval mode.
 
-    Where the CPU computes in bfloat16, it would round the scales in place, and from then on no gradient passes.
+    Where the CPU computes in bfloat16, it would round the scales in place, and from then on no
+    gradient passes.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -348,14 +422,18 @@ def quiet_loading() -> Iterator[None]:
 
 
 def model_digest(model: torch.nn.Module) -> str:
-    """SHA-256 over up to 1,024 evenly spaced values of every tensor of the model, with its name and shape.
+    """SHA-256 over up to 1,024 evenly spaced values of every tensor of the model, with its name and
+    shape.
 
-    What DeepSpeed has divided among processes is gathered, one tensor at a time; all of them have to call.
+    What DeepSpeed has divided among processes is gathered, one tensor at a time; all of them have
+    to call.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
         with _whole(tensor):
-            values = tensor.detach().flatten()[:: max(1, tensor.numel() // 1024)].float().cpu().numpy()
+            values = (
+                tensor.detach().flatten()[:: max(1, tensor.numel() // 1024)].float().cpu().numpy()
+            )
             digest.update(f"{name} {tuple(tensor.shape)}".encode() + values.tobytes())
     return digest.hexdigest()
 
@@ -372,14 +450,19 @@ def _whole(tensor: torch.Tensor) -> AbstractContextManager:
 def prompt(processor: Any, question: str) -> str:
     """The model's prompt for one question about one image, through the processor's chat template.
 
-    ``question`` is plain text; an ``<image>`` mark in it is dropped, since the template sets its own.
+    ``question`` is plain text; an ``<image>`` mark in it is dropped, since the template sets its
+    own.
     """
     text = question.replace(processor.image_token, "").strip()
     content = [{"type": "image"}, {"type": "text", "text": text}]
-    return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    return processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True
+    )
 
 
-def _image_features(lvlm: MedLVLM, images: Sequence[Image.Image], batch_size: int) -> tuple[torch.Tensor, list[int]]:
+def _image_features(
+    lvlm: MedLVLM, images: Sequence[Image.Image], batch_size: int
+) -> tuple[torch.Tensor, list[int]]:
     """Project each distinct image once.
 
     Returns:
@@ -387,13 +470,17 @@ def _image_features(lvlm: MedLVLM, images: Sequence[Image.Image], batch_size: in
         index: the row of ``features`` that belongs to each image.
     """
     rows: dict[tuple, int] = {}
-    index = [rows.setdefault((image.mode, image.size, image.tobytes()), len(rows)) for image in images]
+    index = [
+        rows.setdefault((image.mode, image.size, image.tobytes()), len(rows)) for image in images
+    ]
     distinct = [images[index.index(row)] for row in range(len(rows))]
     features = []
     for start in range(0, len(distinct), batch_size):
-        batch = [image.convert("RGB") for image in distinct[start:start + batch_size]]
+        batch = [image.convert("RGB") for image in distinct[start : start + batch_size]]
         pixels = lvlm.processor.image_processor(batch, return_tensors="pt")["pixel_values"]
-        output = lvlm.llava.get_image_features(pixels.to(lvlm.device, lvlm.llava.dtype), return_dict=True)
+        output = lvlm.llava.get_image_features(
+            pixels.to(lvlm.device, lvlm.llava.dtype), return_dict=True
+        )
         features.append(torch.stack(list(output.pooler_output)))
     return torch.cat(features), index
 
@@ -405,28 +492,44 @@ def _embed(lvlm: MedLVLM, texts: Sequence[str], features: torch.Tensor) -> dict[
         features: Shape: [B, image tokens, hidden size].
 
     Returns:
-        ``inputs_embeds`` [B, T, hidden size], ``attention_mask`` [B, T], ``image_mask`` [B, T], true at image tokens.
+        ``inputs_embeds`` [B, T, hidden size], ``attention_mask`` [B, T], ``image_mask`` [B, T],
+        true at image tokens.
     """
     token = lvlm.processor.image_token
     expanded = [text.replace(token, token * features.shape[1]) for text in texts]
-    inputs = lvlm.processor.tokenizer(expanded, padding=True, padding_side="left", add_special_tokens=False,
-                                      return_tensors="pt").to(lvlm.device)
+    inputs = lvlm.processor.tokenizer(
+        expanded, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt"
+    ).to(lvlm.device)
     embeddings = lvlm.llava.get_input_embeddings()(inputs["input_ids"])
     image_mask = inputs["input_ids"] == lvlm.llava.config.image_token_id
     if (image_mask.sum(1) != features.shape[1]).any():
         # `masked_scatter` below would take what fits and say nothing.
         raise InputError(
-            f"prompt: holds {image_mask.sum(1).tolist()} image tokens, and an image has {features.shape[1]}; "
+            f"prompt: holds {image_mask.sum(1).tolist()} image tokens, and an image has "
+            f"{features.shape[1]}; "
             "the chat template or the image token was changed after loading"
         )
     embeddings = embeddings.masked_scatter(image_mask[..., None], features.to(embeddings.dtype))
-    return {"inputs_embeds": embeddings, "attention_mask": inputs["attention_mask"], "image_mask": image_mask}
+    return {
+        "inputs_embeds": embeddings,
+        "attention_mask": inputs["attention_mask"],
+        "image_mask": image_mask,
+    }
 
 
 @torch.inference_mode()
-def generate(lvlm: MedLVLM, images: Sequence[Image.Image], questions: Sequence[str], max_new_tokens: int,
-             batch_size: int, temperature: float = 0.0, samples: int = 1, seed: int = 0) -> list[list[str]]:
-    """Answer each question about its image, in left-padded batches; a bar is drawn where it takes long.
+def generate(
+    lvlm: MedLVLM,
+    images: Sequence[Image.Image],
+    questions: Sequence[str],
+    max_new_tokens: int,
+    batch_size: int,
+    temperature: float = 0.0,
+    samples: int = 1,
+    seed: int = 0,
+) -> list[list[str]]:
+    """Answer each question about its image, in left-padded batches; a bar is drawn where it takes
+    long.
 
     Args:
         images: one per question; an image that comes again is encoded once.
@@ -444,35 +547,63 @@ def generate(lvlm: MedLVLM, images: Sequence[Image.Image], questions: Sequence[s
         InputError: unequal numbers of images and questions, or several samples at temperature 0.
     """
     if len(images) != len(questions):
-        raise InputError(f"generate: {len(images)} images for {len(questions)} questions; expected one image each")
+        raise InputError(
+            f"generate: {len(images)} images for {len(questions)} questions; expected one image "
+            "each"
+        )
     if samples > 1 and temperature <= 0:
-        raise InputError(f"generate: {samples} samples at temperature {temperature} would be the same; set it above 0")
+        raise InputError(
+            f"generate: {samples} samples at temperature {temperature} would be the same; set it "
+            "above 0"
+        )
     if not questions:
         return []
     features, index = _image_features(lvlm, images, batch_size)
     texts = [prompt(lvlm.processor, question) for question in questions]
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {"do_sample": False}
+    sampling = (
+        {"do_sample": True, "temperature": temperature, "top_k": 0}
+        if temperature > 0
+        else {"do_sample": False}
+    )
     answers: list[list[str]] = []
     with torch.random.fork_rng([lvlm.device] if lvlm.device.type == "cuda" else []):
         torch.manual_seed(seed)
-        for start in tqdm(range(0, len(texts), batch_size), "answers", unit="batch", delay=PROGRESS_SECONDS, leave=False,
-                          file=sys.stdout, disable=len(texts) <= batch_size):
-            rows = index[start:start + batch_size]
-            inputs = _embed(lvlm, texts[start:start + batch_size], features[rows])
-            tokens = lvlm.llava.generate(inputs_embeds=inputs["inputs_embeds"], attention_mask=inputs["attention_mask"],
-                                         max_new_tokens=max_new_tokens, num_return_sequences=samples, **sampling)
-            decoded = [text.strip() for text in lvlm.processor.batch_decode(tokens, skip_special_tokens=True)]
-            answers += [decoded[row * samples:(row + 1) * samples] for row in range(len(rows))]
+        for start in tqdm(
+            range(0, len(texts), batch_size),
+            "answers",
+            unit="batch",
+            delay=PROGRESS_SECONDS,
+            leave=False,
+            file=sys.stdout,
+            disable=len(texts) <= batch_size,
+        ):
+            rows = index[start : start + batch_size]
+            inputs = _embed(lvlm, texts[start : start + batch_size], features[rows])
+            tokens = lvlm.llava.generate(
+                inputs_embeds=inputs["inputs_embeds"],
+                attention_mask=inputs["attention_mask"],
+                max_new_tokens=max_new_tokens,
+                num_return_sequences=samples,
+                **sampling,
+            )
+            decoded = [
+                text.strip()
+                for text in lvlm.processor.batch_decode(tokens, skip_special_tokens=True)
+            ]
+            answers += [decoded[row * samples : (row + 1) * samples] for row in range(len(rows))]
     return answers
 
 
 @torch.inference_mode()
-def image_attention(lvlm: MedLVLM, images: Sequence[Image.Image], questions: Sequence[str],
-                    batch_size: int) -> torch.Tensor:
-    """Where the model looks when it begins to answer: attention of the prompt's last token to the image tokens.
+def image_attention(
+    lvlm: MedLVLM, images: Sequence[Image.Image], questions: Sequence[str], batch_size: int
+) -> torch.Tensor:
+    """Where the model looks when it begins to answer: attention of the prompt's last token to the
+    image tokens.
 
-    It is the mean over the language model's layers and heads, divided by its sum over the image tokens. Attention
-    says where information could come from; it is not an explanation of the answer.
+    It is the mean over the language model's layers and heads, divided by its sum over the image
+    tokens. Attention says where information could come from; it is not an explanation of the
+    answer.
 
     Returns:
         float32 on the CPU, each map sums to 1. Shape: [N, grid, grid].
@@ -484,10 +615,18 @@ def image_attention(lvlm: MedLVLM, images: Sequence[Image.Image], questions: Seq
     language_model.set_attn_implementation("eager")
     try:
         for start in range(0, len(texts), batch_size):
-            inputs = _embed(lvlm, texts[start:start + batch_size], features[index[start:start + batch_size]])
-            output = language_model(inputs_embeds=inputs["inputs_embeds"], attention_mask=inputs["attention_mask"],
-                                    output_attentions=True, use_cache=False)
-            last = torch.stack([layer[:, :, -1].float().mean(1) for layer in output.attentions]).mean(0)
+            inputs = _embed(
+                lvlm, texts[start : start + batch_size], features[index[start : start + batch_size]]
+            )
+            output = language_model(
+                inputs_embeds=inputs["inputs_embeds"],
+                attention_mask=inputs["attention_mask"],
+                output_attentions=True,
+                use_cache=False,
+            )
+            last = torch.stack(
+                [layer[:, :, -1].float().mean(1) for layer in output.attentions]
+            ).mean(0)
             maps.append(last[inputs["image_mask"]].view(len(last), -1).cpu())
     finally:
         language_model.set_attn_implementation(usual)

@@ -1,4 +1,6 @@
-"""Questions and preference pairs on disk (the released MMedPO formats): schema, read, check, audit, write."""
+"""Questions and preference pairs on disk (the released MMedPO formats): schema, read, check, audit,
+write.
+"""
 
 from __future__ import annotations
 
@@ -25,36 +27,53 @@ ANSWER_TYPES = ("CLOSED", "OPEN", "REPORT")
 # Pillow would try all its formats, whatever a file is called, and hand EPS to Ghostscript.
 IMAGE_FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "PPM", "JPEG2000")
 OPTIONAL_KEYS = ("patient_id", "finding", "question_type")
-PAIR_KEYS = ("id", "image", "rejected_image", "conversations", "rejected_conversations", "weighted_score", "source", "origin",
-             "rejected_noised", *OPTIONAL_KEYS)
+PAIR_KEYS = (
+    "id",
+    "image",
+    "rejected_image",
+    "conversations",
+    "rejected_conversations",
+    "weighted_score",
+    "source",
+    "origin",
+    "rejected_noised",
+    *OPTIONAL_KEYS,
+)
 Row = dict[str, Any]
 
 
 def read_manifest(
-    path: str | os.PathLike, image_root: str | os.PathLike | None = None, rejected_root: str | os.PathLike | None = None
+    path: str | os.PathLike,
+    image_root: str | os.PathLike | None = None,
+    rejected_root: str | os.PathLike | None = None,
 ) -> list[Row]:
     """Read preference pairs in the released MMedPO format and check every row.
 
     Args:
-        path: JSON list of rows with ``id``, ``image``, ``conversations``, ``rejected_conversations`` and optionally
-            ``weighted_score`` (raw relevance in [0, 1]) and ``rejected_image``.
+        path: JSON list of rows with ``id``, ``image``, ``conversations``,
+            ``rejected_conversations`` and optionally ``weighted_score`` (raw relevance in [0, 1])
+            and ``rejected_image``.
         image_root: folder of the images; given, every ``image`` is opened and verified.
-        rejected_root: folder of the rejected images; given, every ``rejected_image`` is opened and verified.
+        rejected_root: folder of the rejected images; given, every ``rejected_image`` is opened and
+            verified.
 
-    A row that cannot be used is left out; one warning counts such rows and names them. What is clear is mended: numbers
-    among the answers become text, and a missing image mark is put first.
+    A row that cannot be used is left out; one warning counts such rows and names them. What is
+    clear is mended: numbers among the answers become text, and a missing image mark is put first.
 
-    Warns of keys that are not read, and where chosen and rejected are identical (these rows are kept), except in rows
-    that have no rejected answer at all (``origin`` none, for the SFT objective).
+    Warns of keys that are not read, and where chosen and rejected are identical (these rows are
+    kept), except in rows that have no rejected answer at all (``origin`` none, for the SFT
+    objective).
 
     Raises:
-        InputError: the file is no list of pairs, or none of its rows can be used. It names the file, the row, its id and
-            the field, and says what was expected.
+        InputError: the file is no list of pairs, or none of its rows can be used. It names the
+            file, the row, its id and the field, and says what was expected.
     """
     stored = load_json(path, "a list of preference pairs")
     if not isinstance(stored, list) or not stored:
-        raise InputError(f"{path}: expected a non-empty list of preference pairs, found "
-                         f"{'an empty list' if stored == [] else type(stored).__name__}")
+        raise InputError(
+            f"{path}: expected a non-empty list of preference pairs, found "
+            f"{'an empty list' if stored == [] else type(stored).__name__}"
+        )
     verified: set[Path] = set()
     rows, left_out = [], Unusable(path)
     for number, row in enumerate(stored):
@@ -71,15 +90,25 @@ def read_manifest(
             rows.append(row)
     left_out.tell(len(rows))
     _tell_unknown_keys(path, rows)
-    same = [row["id"] for row in rows if row.get("origin") != "none" and is_identical(row, image_root, rejected_root)]
+    same = [
+        row["id"]
+        for row in rows
+        if row.get("origin") != "none" and is_identical(row, image_root, rejected_root)
+    ]
     if same:
-        warnings.warn(f"{path}: {len(same)} of {len(rows)} rows have identical chosen and rejected sides and teach "
-                      f"nothing (ids {', '.join(map(repr, same[:5]))}{', ...' if len(same) > 5 else ''})", stacklevel=2)
+        warnings.warn(
+            f"{path}: {len(same)} of {len(rows)} rows have identical chosen and rejected sides and "
+            "teach "
+            f"nothing (ids {', '.join(map(repr, same[:5]))}{', ...' if len(same) > 5 else ''})",
+            stacklevel=2,
+        )
     return rows
 
 
 def pair_images(path: str | os.PathLike) -> list[str]:
-    """The images that a preference file names, whatever else its rows hold. Raises InputError: not a JSON file."""
+    """The images that a preference file names, whatever else its rows hold. Raises InputError: not
+    a JSON file.
+    """
     if not Path(path).is_file():
         return []
     stored = load_json(path, "a list of preference pairs")
@@ -88,15 +117,22 @@ def pair_images(path: str | os.PathLike) -> list[str]:
 
 
 def _tell_unknown_keys(path: str | os.PathLike, rows: Sequence[Row]) -> None:
-    """Warn once of keys that would be dropped in silence; another maker's key may change what a pair means."""
+    """Warn once of keys that would be dropped in silence; another maker's key may change what a
+    pair means.
+    """
     unknown = Counter(key for row in rows for key in row if key not in PAIR_KEYS)
     if unknown:
         named = ", ".join(f"`{key}` ({count} rows)" for key, count in unknown.most_common(5))
-        warnings.warn(f"{path}: keys that are not read: {named}; the keys that are: {', '.join(PAIR_KEYS)}", stacklevel=3)
+        warnings.warn(
+            f"{path}: keys that are not read: {named}; the keys that are: {', '.join(PAIR_KEYS)}",
+            stacklevel=3,
+        )
 
 
 def write_manifest(path: str | os.PathLike, rows: Sequence[Row]) -> None:
-    """Check ``rows`` and write them as JSON, atomically. Raises InputError: a wrong row, no place to write."""
+    """Check ``rows`` and write them as JSON, atomically. Raises InputError: a wrong row, no place
+    to write.
+    """
     if not rows:
         raise InputError(f"{path}: no preference pairs to write")
     for number, row in enumerate(rows):
@@ -104,11 +140,14 @@ def write_manifest(path: str | os.PathLike, rows: Sequence[Row]) -> None:
     write_json(path, list(rows))
 
 
-def read_questions(path: str | os.PathLike, image_root: str | os.PathLike | None = None) -> list[Row]:
-    """Read questions (JSON lines: question_id, image, text, gpt4_answer, answer_type) and check every line.
+def read_questions(
+    path: str | os.PathLike, image_root: str | os.PathLike | None = None
+) -> list[Row]:
+    """Read questions (JSON lines: question_id, image, text, gpt4_answer, answer_type) and check
+    every line.
 
-    A line that cannot be used is left out; one warning counts such lines and names them. `mended_question` says what is
-    mended. Further keys are kept.
+    A line that cannot be used is left out; one warning counts such lines and names them.
+    `mended_question` says what is mended. Further keys are kept.
 
     Raises:
         InputError: no line can be used; it names the file, the line, the question and the field.
@@ -122,7 +161,8 @@ def read_questions(path: str | os.PathLike, image_root: str | os.PathLike | None
                 row = json.loads(line, object_pairs_hook=_object)
             except (ValueError, RecursionError) as error:
                 raise InputError(
-                    f"{path}: row {number}: is not JSON ({first_line(error)}); expected one question per line"
+                    f"{path}: row {number}: is not JSON ({first_line(error)}); expected one "
+                    "question per line"
                 ) from error
             where = place(path, number, row, "question_id")
             row = mended_question(row)
@@ -147,10 +187,11 @@ def mended_text(value: Any) -> Any:
 
 
 def mended_question(row: Any) -> Any:
-    """A question with what other makers write otherwise put right: the one place that says what that is.
+    """A question with what other makers write otherwise put right: the one place that says what
+    that is.
 
-    Numbers among the answers become text; an answer type loses blanks and becomes upper case; a missing image mark is
-    put last. A row that needs nothing, or is no object, comes back as it is.
+    Numbers among the answers become text; an answer type loses blanks and becomes upper case; a
+    missing image mark is put last. A row that needs nothing, or is no object, comes back as it is.
     """
     if not isinstance(row, dict):
         return row
@@ -166,7 +207,9 @@ def mended_question(row: Any) -> Any:
 
 
 def mended_pair(row: Any) -> Any:
-    """A preference row with the same put right as in `mended_question`; both sides are mended alike."""
+    """A preference row with the same put right as in `mended_question`; both sides are mended
+    alike.
+    """
     if not isinstance(row, dict):
         return row
     row = dict(row) if type(row) is dict else row
@@ -179,28 +222,44 @@ def mended_pair(row: Any) -> Any:
                 turn = turn | {"value": mended_text(turn["value"])}
             turns.append(turn)
         row[key] = turns
-        texts = [turn["value"] for turn in turns if isinstance(turn, dict) and isinstance(turn.get("value"), str)]
+        texts = [
+            turn["value"]
+            for turn in turns
+            if isinstance(turn, dict) and isinstance(turn.get("value"), str)
+        ]
         marked = any(IMAGE_MARK in text for text in texts)
-        if turns and not marked and type(turns[0]) is dict and isinstance(turns[0].get("value"), str):
+        if (
+            turns
+            and not marked
+            and type(turns[0]) is dict
+            and isinstance(turns[0].get("value"), str)
+        ):
             turns[0] = turns[0] | {"value": f"{IMAGE_MARK}\n{turns[0]['value'].strip()}"}
     return row
 
 
 def audit_manifest(rows: Sequence[Row]) -> Row:
-    """Count what deserves a look: rows by source and origin, images, scores, repeats, and what leaks the label.
+    """Count what deserves a look: rows by source and origin, images, scores, repeats, and what
+    leaks the label.
 
-    A pair leaks its label where something other than its content tells the answers apart: ``rejected_longer`` and
-    ``rejected_shorter`` (in words), ``opposite_openers`` (one side begins with yes, the other with no) and
-    ``one_sided_openers`` (only one side begins with yes or no). ``without_weight`` rows have no score. ``duplicate_prompts`` are rows after the first that ask
-    the same question about the same image within a source; ``duplicate_ids`` repeat an id within a source.
+    A pair leaks its label where something other than its content tells the answers apart:
+    ``rejected_longer`` and ``rejected_shorter`` (in words), ``opposite_openers`` (one side begins
+    with yes, the other with no) and ``one_sided_openers`` (only one side begins with yes or no).
+    ``without_weight`` rows have no score. ``duplicate_prompts`` are rows after the first that ask
+    the same question about the same image within a source; ``duplicate_ids`` repeat an id within a
+    source.
     """
     scores = [float(row["weighted_score"]) for row in rows if has_weight(row)]
-    lengths = [[len(answer_text(row, rejected).split()) for rejected in (False, True)] for row in rows]
+    lengths = [
+        [len(answer_text(row, rejected).split()) for rejected in (False, True)] for row in rows
+    ]
     openers = [[opener(answer_text(row, rejected)) for rejected in (False, True)] for row in rows]
     return {
         "rows": len(rows),
         "sources": dict(Counter(row_source(row) for row in rows)),
-        "origins": dict(Counter(row.get("origin", "unknown") for row in rows if row_source(row) == "text")),
+        "origins": dict(
+            Counter(row.get("origin", "unknown") for row in rows if row_source(row) == "text")
+        ),
         "images": len({row["image"] for row in rows}),
         "zero_weights": sum(score == 0 for score in scores),
         "identical_pairs": sum(is_identical(row) for row in rows),
@@ -216,13 +275,15 @@ def audit_manifest(rows: Sequence[Row]) -> Row:
     }
 
 
-def repair_manifest(rows: Sequence[Row], choices: Sequence[str]) -> tuple[list[Row], dict[str, int]]:
+def repair_manifest(
+    rows: Sequence[Row], choices: Sequence[str]
+) -> tuple[list[Row], dict[str, int]]:
     """Drop what the audit found, by choice.
 
     Args:
-        choices: any of ``drop_zero_weight`` (a weight of 0 teaches nothing under the released code's raw weights),
-            ``drop_identical`` (both sides the same) and ``drop_duplicates`` (keeps the first row of each prompt),
-            applied in the order given.
+        choices: any of ``drop_zero_weight`` (a weight of 0 teaches nothing under the released
+            code's raw weights), ``drop_identical`` (both sides the same) and ``drop_duplicates``
+            (keeps the first row of each prompt), applied in the order given.
 
     Returns:
         the rows that are left, in their order, and how many each choice dropped.
@@ -231,8 +292,11 @@ def repair_manifest(rows: Sequence[Row], choices: Sequence[str]) -> tuple[list[R
         InputError: an unknown choice.
     """
     left, counts, seen = list(rows), {}, set()
-    wrong = {"drop_zero_weight": lambda row: row.get("weighted_score") == 0, "drop_identical": is_identical,
-             "drop_duplicates": lambda row: _prompt(row) in seen or seen.add(_prompt(row))}
+    wrong = {
+        "drop_zero_weight": lambda row: row.get("weighted_score") == 0,
+        "drop_identical": is_identical,
+        "drop_duplicates": lambda row: _prompt(row) in seen or seen.add(_prompt(row)),
+    }
     for choice in choices:
         if choice not in wrong:
             raise InputError(f"repair {choice!r}: unknown; choose among {', '.join(wrong)}")
@@ -242,7 +306,9 @@ def repair_manifest(rows: Sequence[Row], choices: Sequence[str]) -> tuple[list[R
 
 
 def is_identical(
-    row: Row, image_root: str | os.PathLike | None = None, rejected_root: str | os.PathLike | None = None
+    row: Row,
+    image_root: str | os.PathLike | None = None,
+    rejected_root: str | os.PathLike | None = None,
 ) -> bool:
     """Whether both sides of a pair say the same text about the same image."""
     if answer_text(row) != answer_text(row, rejected=True):
@@ -251,7 +317,9 @@ def is_identical(
         return True
     if image_root is None or rejected_root is None:
         return False
-    return (Path(image_root) / row["image"]).resolve() == (Path(rejected_root) / row["rejected_image"]).resolve()
+    return (Path(image_root) / row["image"]).resolve() == (
+        Path(rejected_root) / row["rejected_image"]
+    ).resolve()
 
 
 def has_weight(row: Row) -> bool:
@@ -277,37 +345,59 @@ def answer_text(row: Row, rejected: bool = False) -> str:
 
 
 def pair_row(question: Row, rejected: str, score: float, **optional: Any) -> Row:
-    """A preference row from a question, the rejected answer, the raw score in [0, 1] and optional keys."""
+    """A preference row from a question, the rejected answer, the raw score in [0, 1] and optional
+    keys.
+    """
 
     def turns(answer: str) -> list[dict[str, str]]:
         prompt = f"{IMAGE_MARK}\n{question_text(question)}"
         return [{"from": "human", "value": prompt}, {"from": "gpt", "value": answer}]
 
     carried = {key: question[key] for key in OPTIONAL_KEYS if key in question}
-    return {"id": question["question_id"], "image": question["image"], "rejected_image": None,
-            "conversations": turns(question["gpt4_answer"]), "rejected_conversations": turns(rejected),
-            "weighted_score": float(score), **carried, **optional}
+    return {
+        "id": question["question_id"],
+        "image": question["image"],
+        "rejected_image": None,
+        "conversations": turns(question["gpt4_answer"]),
+        "rejected_conversations": turns(rejected),
+        "weighted_score": float(score),
+        **carried,
+        **optional,
+    }
 
 
 def rows_to_questions(rows: Sequence[Row]) -> list[Row]:
-    """The questions behind preference rows, in the format of ``read_questions``; yes/no answers count as closed."""
+    """The questions behind preference rows, in the format of ``read_questions``; yes/no answers
+    count as closed.
+    """
     questions = []
     for row in rows:
         answer = answer_text(row)
         carried = {key: row[key] for key in OPTIONAL_KEYS if key in row}
-        questions.append({"question_id": row["id"], "image": row["image"], "gpt4_answer": answer,
-                          "text": f"{question_text(row)}\n{IMAGE_MARK}",
-                          "answer_type": "CLOSED" if is_yes_no(answer) else "OPEN", **carried})
+        questions.append(
+            {
+                "question_id": row["id"],
+                "image": row["image"],
+                "gpt4_answer": answer,
+                "text": f"{question_text(row)}\n{IMAGE_MARK}",
+                "answer_type": "CLOSED" if is_yes_no(answer) else "OPEN",
+                **carried,
+            }
+        )
     return questions
 
 
 def row_sha(rows: Sequence[Row]) -> str:
     """SHA-256 (hexadecimal) of rows, whatever the order of their keys."""
-    return hashlib.sha256(json.dumps(list(rows), sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps(list(rows), sort_keys=True, ensure_ascii=False).encode()
+    ).hexdigest()
 
 
 def resolve_image(root: str | os.PathLike, name: str) -> Path:
-    """The file ``name`` inside ``root``. Raises InputError: missing, or outside root (.., an absolute path, a link)."""
+    """The file ``name`` inside ``root``. Raises InputError: missing, or outside root (.., an
+    absolute path, a link).
+    """
     root = Path(root).resolve()
     try:
         named = Path(os.path.normpath(root / name))
@@ -317,22 +407,32 @@ def resolve_image(root: str | os.PathLike, name: str) -> Path:
         found = inside and path.is_file()
     except (OSError, RuntimeError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise InputError(f"image {name!r:.80}: is not a usable file name ({reason}); correct the name") from error
+        raise InputError(
+            f"image {name!r:.80}: is not a usable file name ({reason}); correct the name"
+        ) from error
     if relative and not inside:
-        raise InputError(f"image {name!r}: is a link that leads outside the image folder {root}, to {path.parent}; copy the files "
-                         f"that the links lead to (cp -rL {root} COPY), and give the copy as the image folder")
+        raise InputError(
+            f"image {name!r}: is a link that leads outside the image folder {root}, to "
+            f"{path.parent}; copy the files "
+            f"that the links lead to (cp -rL {root} COPY), and give the copy as the image folder"
+        )
     if not inside:
-        raise InputError(f"image {name!r}: lies outside the image folder {root}; give a path relative to that folder")
+        raise InputError(
+            f"image {name!r}: lies outside the image folder {root}; give a path relative to that "
+            "folder"
+        )
     if not found:
-        raise InputError(f"image {name!r}: is missing in {root}; put the file there, or correct the name")
+        raise InputError(
+            f"image {name!r}: is missing in {root}; put the file there, or correct the name"
+        )
     return path
 
 
 def open_image(path: str | os.PathLike) -> Image.Image:
     """Open an image upright, as mode L (grey) or RGB, 8 bits.
 
-    Deep grey images (16 or 32 bits) are scaled from their own minimum and maximum; alpha is laid over black; DICOM needs
-    the extra ``dicom``.
+    Deep grey images (16 or 32 bits) are scaled from their own minimum and maximum; alpha is laid
+    over black; DICOM needs the extra ``dicom``.
 
     Raises:
         InputError: missing, truncated, or not an image of a kind in `IMAGE_FORMATS`.
@@ -344,8 +444,11 @@ def open_image(path: str | os.PathLike) -> Image.Image:
             opened.load()
             image = ImageOps.exif_transpose(opened)
     except Exception as error:  # decoders of damaged files raise whatever they meet
-        raise InputError(f"{path}: cannot be opened as an image ({first_line(error)}); the file is missing, truncated or not an "
-                         f"image ({', '.join(IMAGE_FORMATS)} or DICOM): fetch it again, or remove its row") from error
+        raise InputError(
+            f"{path}: cannot be opened as an image ({first_line(error)}); the file is missing, "
+            "truncated or not an "
+            f"image ({', '.join(IMAGE_FORMATS)} or DICOM): fetch it again, or remove its row"
+        ) from error
     if image.mode[0] in "IF":
         try:
             return Image.fromarray(scale_to_8_bits(np.asarray(image)))
@@ -358,7 +461,9 @@ def open_image(path: str | os.PathLike) -> Image.Image:
 
 
 def _prompt(row: Row) -> tuple[str, str, str]:
-    """What makes two rows ask the same: source, image, and the question whatever its case and spacing."""
+    """What makes two rows ask the same: source, image, and the question whatever its case and
+    spacing.
+    """
     return row_source(row), row["image"], " ".join(question_text(row).casefold().split())
 
 
@@ -367,19 +472,28 @@ def read_text(path: str | os.PathLike) -> str:
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as UTF-8 text ({first_line(error)}); check the path, or save the file as UTF-8") from error
+        raise InputError(
+            f"{path}: cannot be read as UTF-8 text ({first_line(error)}); check the path, or save "
+            "the file as UTF-8"
+        ) from error
 
 
 def load_json(path: str | os.PathLike, expected: str) -> Any:
-    """The value of a JSON file. Raises InputError: cannot be read, or is not JSON (it says what was ``expected``)."""
+    """The value of a JSON file. Raises InputError: cannot be read, or is not JSON (it says what was
+    ``expected``).
+    """
     try:
         return json.loads(read_text(path), object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: is not JSON ({first_line(error)}); expected {expected}") from error
+        raise InputError(
+            f"{path}: is not JSON ({first_line(error)}); expected {expected}"
+        ) from error
 
 
 class WrittenTwice(dict):
-    """An object of a JSON file in which a key is written twice: which of the values was meant, nobody knows."""
+    """An object of a JSON file in which a key is written twice: which of the values was meant,
+    nobody knows.
+    """
 
     key = ""
 
@@ -397,7 +511,11 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def place(path: str | os.PathLike, number: int, row: Any, key: str) -> str:
     """File, row number from 0, and id: the start of every message about a row."""
-    return f"{path}: row {number} ({key} {row.get(key)!r})" if isinstance(row, dict) else f"{path}: row {number}"
+    return (
+        f"{path}: row {number} ({key} {row.get(key)!r})"
+        if isinstance(row, dict)
+        else f"{path}: row {number}"
+    )
 
 
 def _verify_image(root: str | os.PathLike, name: str, where: str, verified: set[Path]) -> None:
@@ -411,15 +529,20 @@ def _verify_image(root: str | os.PathLike, name: str, where: str, verified: set[
 
 
 def check_fields(row: Any, where: str, keys: Sequence[str]) -> None:
-    """Check that ``row`` is an object with all ``keys``, the first of which, the id, is a text or a whole number.
+    """Check that ``row`` is an object with all ``keys``, the first of which, the id, is a text or a
+    whole number.
 
     Raises:
         InputError: begins with ``where``, names the key.
     """
     if not isinstance(row, dict):
-        raise InputError(f"{where}: expected an object with {', '.join(keys)}, found {type(row).__name__}")
+        raise InputError(
+            f"{where}: expected an object with {', '.join(keys)}, found {type(row).__name__}"
+        )
     if isinstance(row, WrittenTwice):
-        raise InputError(f"{where}: `{row.key}` is written twice; expected each key once: take out the wrong one")
+        raise InputError(
+            f"{where}: `{row.key}` is written twice; expected each key once: take out the wrong one"
+        )
     for key in keys:
         if row.get(key) is None:
             raise InputError(f"{where}: `{key}` is missing; every row needs {', '.join(keys)}")
@@ -428,14 +551,20 @@ def check_fields(row: Any, where: str, keys: Sequence[str]) -> None:
 
 
 def check_text(value: Any, where: str) -> None:
-    """Check that ``value`` is a text with something in it. Raises InputError: begins with ``where``."""
+    """Check that ``value`` is a text with something in it. Raises InputError: begins with
+    ``where``.
+    """
     if not _is_text(value):
         raise InputError(f"{where}: expected a non-empty text, found {value!r:.80}")
 
 
 def _is_text(value: Any) -> bool:
-    """Whether ``value`` is a text with something in it that UTF-8 can hold (half a surrogate pair cannot be written)."""
-    return isinstance(value, str) and bool(value.strip()) and not re.search("[\ud800-\udfff]", value)
+    """Whether ``value`` is a text with something in it that UTF-8 can hold (half a surrogate pair
+    cannot be written).
+    """
+    return (
+        isinstance(value, str) and bool(value.strip()) and not re.search("[\ud800-\udfff]", value)
+    )
 
 
 def _check_pair(row: Any, where: str) -> None:
@@ -444,48 +573,80 @@ def _check_pair(row: Any, where: str) -> None:
     if row.get("rejected_image") is not None:
         check_text(row["rejected_image"], f"{where}: `rejected_image`")
     elif row.get("rejected_noised"):
-        raise InputError(f"{where}: `rejected_noised` is {row['rejected_noised']!r:.20}: the rejected side is a noised image, and no "
-                         "`rejected_image` names it; make the noised images (notebook 02) and name them there")
+        raise InputError(
+            f"{where}: `rejected_noised` is {row['rejected_noised']!r:.20}: the rejected side is a "
+            "noised image, and no "
+            "`rejected_image` names it; make the noised images (notebook 02) and name them there"
+        )
     for key in ("conversations", "rejected_conversations"):
         _check_conversation(row[key], f"{where}: `{key}`")
     if question_text(row) != question_text(row["rejected_conversations"][0]["value"]):
-        raise InputError(f"{where}: `rejected_conversations`: asks another question than `conversations`")
+        raise InputError(
+            f"{where}: `rejected_conversations`: asks another question than `conversations`"
+        )
     score = row.get("weighted_score")
     if has_weight(row) and (type(score) not in (int, float) or not 0 <= score <= 1):
-        raise InputError(f"{where}: `weighted_score`: expected a number from 0 to 1, found {score!r:.80}")
+        raise InputError(
+            f"{where}: `weighted_score`: expected a number from 0 to 1, found {score!r:.80}"
+        )
 
 
 def _check_conversation(turns: Any, where: str) -> None:
     if not isinstance(turns, list) or not turns or len(turns) % 2:
-        raise InputError(f"{where}: expected an even number of turns, human then gpt, found "
-                         f"{len(turns) if isinstance(turns, list) else type(turns).__name__}")
+        raise InputError(
+            f"{where}: expected an even number of turns, human then gpt, found "
+            f"{len(turns) if isinstance(turns, list) else type(turns).__name__}"
+        )
     for number, turn in enumerate(turns):
         speaker = ("human", "gpt")[number % 2]
         known = isinstance(turn, dict) and not isinstance(turn, WrittenTwice)
         if not known or turn.get("from") != speaker or not _is_text(turn.get("value")):
-            raise InputError(f"{where}: turn {number}: expected {{from: {speaker}, value: text}}, found {turn!r:.80}")
+            raise InputError(
+                f"{where}: turn {number}: expected {{from: {speaker}, value: text}}, found "
+                f"{turn!r:.80}"
+            )
     if len(turns) > 2:
-        # The prompt holds one question: an earlier turn would be dropped, and the last answer belong to another question.
-        raise InputError(f"{where}: has {len(turns)} turns; expected one question and one answer: write the last turn's question and "
-                         "answer as a pair of its own, or leave the row out")
+        # The prompt holds one question: an earlier turn would be dropped, and the last answer
+        # belong to another question.
+        raise InputError(
+            f"{where}: has {len(turns)} turns; expected one question and one answer: write the "
+            "last turn's question and "
+            "answer as a pair of its own, or leave the row out"
+        )
     if not question_text(turns[0]["value"]):
-        raise InputError(f"{where}: turn 0: asks nothing beside the {IMAGE_MARK} mark; expected a question")
+        raise InputError(
+            f"{where}: turn 0: asks nothing beside the {IMAGE_MARK} mark; expected a question"
+        )
     marks = [turn["value"].count(IMAGE_MARK) for turn in turns]
     if marks[0] != 1 or sum(marks) != 1:
-        raise InputError(f"{where}: expected one {IMAGE_MARK} mark, in the first turn, found {sum(marks)}")
+        raise InputError(
+            f"{where}: expected one {IMAGE_MARK} mark, in the first turn, found {sum(marks)}"
+        )
 
 
 def check_question(row: Any, where: str) -> None:
-    """Check one question in the format of ``read_questions``. Raises InputError: begins with ``where``, names the key."""
+    """Check one question in the format of ``read_questions``. Raises InputError: begins with
+    ``where``, names the key.
+    """
     check_fields(row, where, ("question_id", "image", "text", "gpt4_answer", "answer_type"))
     for key in ("image", "text", "gpt4_answer"):
         check_text(row[key], f"{where}: `{key}`")
     if row["text"].count(IMAGE_MARK) != 1:
-        raise InputError(f"{where}: `text`: expected one {IMAGE_MARK} mark, found {row['text'].count(IMAGE_MARK)}")
+        raise InputError(
+            f"{where}: `text`: expected one {IMAGE_MARK} mark, found "
+            f"{row['text'].count(IMAGE_MARK)}"
+        )
     if not question_text(row["text"]):
-        raise InputError(f"{where}: `text`: asks nothing beside the {IMAGE_MARK} mark; expected a question")
+        raise InputError(
+            f"{where}: `text`: asks nothing beside the {IMAGE_MARK} mark; expected a question"
+        )
     if IMAGE_MARK in row["gpt4_answer"]:
-        raise InputError(f"{where}: `gpt4_answer`: holds the mark {IMAGE_MARK}, which stands in questions alone; take it out")
+        raise InputError(
+            f"{where}: `gpt4_answer`: holds the mark {IMAGE_MARK}, which stands in questions "
+            "alone; take it out"
+        )
     kind = row["answer_type"]
     if kind not in ANSWER_TYPES:
-        raise InputError(f"{where}: `answer_type`: expected one of {', '.join(ANSWER_TYPES)}, found {kind!r}")
+        raise InputError(
+            f"{where}: `answer_type`: expected one of {', '.join(ANSWER_TYPES)}, found {kind!r}"
+        )

@@ -1,9 +1,10 @@
-"""The visual tool: MedKLIP's network, its heat map and its confidence (arXiv 2412.06141, stage 2 of the curation).
+"""The visual tool: MedKLIP's network, its heat map and its confidence (arXiv 2412.06141, stage 2 of
+the curation).
 
-The architecture is the official one by configuration: a ResNet trunk up to its third stage, a two-layer projection of
-the 14x14 patches, and a pre-norm decoder in which one query per finding attends to the patches. ``MedKLIPConfig`` has
-the official sizes; the phantom checkpoint has smaller ones. State-dict keys are the official ones, but for the trunk's;
-``medklip_checkpoint`` reads both.
+The architecture is the official one by configuration: a ResNet trunk up to its third stage, a
+two-layer projection of the 14x14 patches, and a pre-norm decoder in which one query per finding
+attends to the patches. ``MedKLIPConfig`` has the official sizes; the phantom checkpoint has smaller
+ones. State-dict keys are the official ones, but for the trunk's; ``medklip_checkpoint`` reads both.
 """
 
 from __future__ import annotations
@@ -68,7 +69,8 @@ class MedKLIPOutput:
     Attributes:
         queries: names along the query axis.
         logits: absent, present per query. Shape: [B, Q, 2].
-        attentions: cross-attention from queries to patches; each row sums to 1. Shape: [B, layers, heads, Q, 196].
+        attentions: cross-attention from queries to patches; each row sums to 1. Shape: [B, layers,
+            heads, Q, 196].
         features: decoder output per query. Shape: [B, Q, width].
     """
 
@@ -80,26 +82,39 @@ class MedKLIPOutput:
     def index(self, query: str) -> int:
         """Position of ``query`` on the query axis; InputError where the model does not know it."""
         if query not in self.queries:
-            raise InputError(f"unknown query {query!r}: this checkpoint knows {', '.join(self.queries)}")
+            raise InputError(
+                f"unknown query {query!r}: this checkpoint knows {', '.join(self.queries)}"
+            )
         return self.queries.index(query)
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm layer: self-attention over the queries, cross-attention to the patches, feed-forward."""
+    """Pre-norm layer: self-attention over the queries, cross-attention to the patches,
+    feed-forward.
+    """
 
     def __init__(self, config: MedKLIPConfig) -> None:
         super().__init__()
         width = config.width
         self.self_attn = nn.MultiheadAttention(width, config.heads, batch_first=True)
         self.multihead_attn = nn.MultiheadAttention(width, config.heads, batch_first=True)
-        self.linear1, self.linear2 = nn.Linear(width, config.feed_forward), nn.Linear(config.feed_forward, width)
-        self.norm1, self.norm2, self.norm3 = nn.LayerNorm(width), nn.LayerNorm(width), nn.LayerNorm(width)
+        self.linear1, self.linear2 = (
+            nn.Linear(width, config.feed_forward),
+            nn.Linear(config.feed_forward, width),
+        )
+        self.norm1, self.norm2, self.norm3 = (
+            nn.LayerNorm(width),
+            nn.LayerNorm(width),
+            nn.LayerNorm(width),
+        )
 
     def forward(self, states: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
         """New query states [B, Q, width] and the cross-attention [B, heads, Q, 196]."""
         normed = self.norm1(states)
         states = states + self.self_attn(normed, normed, normed, need_weights=False)[0]
-        update, attention = self.multihead_attn(self.norm2(states), patches, patches, average_attn_weights=False)
+        update, attention = self.multihead_attn(
+            self.norm2(states), patches, patches, average_attn_weights=False
+        )
         states = states + update
         return states + self.linear2(functional.relu(self.linear1(self.norm3(states)))), attention
 
@@ -124,16 +139,21 @@ class Decoder(nn.Module):
 class MedKLIP(nn.Module):
     """Findings by attention: presence logits per query and the cross-attention behind them.
 
-    The buffers ``disease_book`` [Q, text_width] and ``location_book`` [L, text_width] hold the text embeddings of the
-    queries and of the zones; no text encoder is needed after training.
+    The buffers ``disease_book`` [Q, text_width] and ``location_book`` [L, text_width] hold the text
+    embeddings of the queries and of the zones; no text encoder is needed after training.
     """
 
     def __init__(self, config: MedKLIPConfig) -> None:
         super().__init__()
         self.config, self.queries = config, config.queries
-        self.res_features = ResNetModel(ResNetConfig(
-            embedding_size=config.stem_width, hidden_sizes=list(config.stage_widths), depths=list(config.stage_depths),
-            layer_type=config.block))
+        self.res_features = ResNetModel(
+            ResNetConfig(
+                embedding_size=config.stem_width,
+                hidden_sizes=list(config.stage_widths),
+                depths=list(config.stage_depths),
+                layer_type=config.block,
+            )
+        )
         channels = config.stage_widths[-1]
         self.res_l1, self.res_l2 = nn.Linear(channels, channels), nn.Linear(channels, config.width)
         self.disease_embedding_layer = nn.Linear(config.text_width, config.width)
@@ -144,14 +164,24 @@ class MedKLIP(nn.Module):
         self.register_buffer("location_book", torch.zeros(len(config.locations), config.text_width))
 
     def preprocess(self, images: Sequence[Image.Image]) -> Tensor:
-        """RGB, 224x224 bilinear whatever the shape, [0, 1], ImageNet mean and deviation. Shape: [B, 3, 224, 224].
+        """RGB, 224x224 bilinear whatever the shape, [0, 1], ImageNet mean and deviation. Shape: [B,
+        3, 224, 224].
 
         A grey image is resized before its channel is repeated, which gives the same values.
         """
-        small = [(image if image.mode == "L" else image.convert("RGB"))
-                 .resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BILINEAR).convert("RGB") for image in images]
-        pixels = torch.from_numpy(np.stack([np.asarray(image) for image in small])).permute(0, 3, 1, 2) / 255
-        pixels = (pixels - torch.tensor(CHANNEL_MEAN).view(3, 1, 1)) / torch.tensor(CHANNEL_STD).view(3, 1, 1)
+        small = [
+            (image if image.mode == "L" else image.convert("RGB"))
+            .resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BILINEAR)
+            .convert("RGB")
+            for image in images
+        ]
+        pixels = (
+            torch.from_numpy(np.stack([np.asarray(image) for image in small])).permute(0, 3, 1, 2)
+            / 255
+        )
+        pixels = (pixels - torch.tensor(CHANNEL_MEAN).view(3, 1, 1)) / torch.tensor(
+            CHANNEL_STD
+        ).view(3, 1, 1)
         return pixels.to(self.classifier.weight.device)
 
     def forward(self, pixel_values: Tensor) -> MedKLIPOutput:
@@ -163,9 +193,13 @@ class MedKLIP(nn.Module):
         return self.decode(self.encode(pixel_values))
 
     def encode(self, pixel_values: Tensor) -> Tensor:
-        """Patch features after the projection, row by row of the 14x14 grid. Shape: [B, 196, width]."""
+        """Patch features after the projection, row by row of the 14x14 grid. Shape: [B, 196,
+        width].
+        """
         trunk = self.res_features
-        patches = trunk.encoder(trunk.embedder(pixel_values)).last_hidden_state.flatten(2).transpose(1, 2)
+        patches = (
+            trunk.encoder(trunk.embedder(pixel_values)).last_hidden_state.flatten(2).transpose(1, 2)
+        )
         return self.res_l2(functional.relu(self.res_l1(patches)))
 
     def decode(self, patches: Tensor) -> MedKLIPOutput:
@@ -180,37 +214,50 @@ class MedKLIP(nn.Module):
 
 
 def load_medklip(
-    checkpoint: str | os.PathLike = "phantom", device: str | torch.device = "cpu",
-    descriptions: str | os.PathLike | None = None, text_encoder: str | os.PathLike = TEXT_ENCODER,
+    checkpoint: str | os.PathLike = "phantom",
+    device: str | torch.device = "cpu",
+    descriptions: str | os.PathLike | None = None,
+    text_encoder: str | os.PathLike = TEXT_ENCODER,
 ) -> MedKLIP:
     """Load a checkpoint for inference.
 
     Args:
-        checkpoint: ``"phantom"`` (shipped); a folder that holds ``config.json`` and ``model.safetensors``; or a file of
-            the official sizes: the official torch pickle, or safetensors with official keys or ours.
-        descriptions: JSON {query: description} behind the official text embeddings; None: the file of the MedKLIP
-            repository, "observation explanation.json", beside the checkpoint. Unused where the file has embeddings.
+        checkpoint: ``"phantom"`` (shipped); a folder that holds ``config.json`` and
+            ``model.safetensors``; or a file of
+            the official sizes: the official torch pickle, or safetensors with official keys or
+                ours.
+        descriptions: JSON {query: description} behind the official text embeddings; None: the file
+            of the MedKLIP repository, "observation explanation.json", beside the checkpoint. Unused
+            where the file has embeddings.
         text_encoder: hub name or folder of the BERT that embeds the descriptions.
 
     Raises:
-        InputError: a file is missing or unreadable, or its tensors are not those of the configured architecture.
+        InputError: a file is missing or unreadable, or its tensors are not those of the configured
+            architecture.
     """
     folder = PHANTOM_CHECKPOINT if checkpoint == "phantom" else Path(checkpoint)
     if folder.is_file():
         path, state = folder, read_state(folder)
         if "disease_book" not in state:
             beside = path.parent / DESCRIPTIONS
-            state["disease_book"] = query_embeddings(Path(descriptions or beside), os.fspath(text_encoder))
+            state["disease_book"] = query_embeddings(
+                Path(descriptions or beside), os.fspath(text_encoder)
+            )
         state.setdefault("location_book", torch.zeros(0, MedKLIPConfig.text_width))
-        config = MedKLIPConfig(OFFICIAL_QUERIES, tuple(map(str, range(len(torch.atleast_1d(state["location_book"]))))))
+        config = MedKLIPConfig(
+            OFFICIAL_QUERIES, tuple(map(str, range(len(torch.atleast_1d(state["location_book"])))))
+        )
     else:
         config, path = _read_config(folder / "config.json"), folder / "model.safetensors"
         state = read_state(path)
     try:
         model = MedKLIP(config)
     except Exception as error:  # a value that no network can have fails wherever it is first used
-        raise InputError(f"{folder / 'config.json'}: its values make no MedKLIP ({first_line(error)}); expected those of a "
-                         "trained checkpoint: fetch the folder again") from error
+        raise InputError(
+            f"{folder / 'config.json'}: its values make no MedKLIP ({first_line(error)}); expected "
+            "those of a "
+            "trained checkpoint: fetch the folder again"
+        ) from error
     check_state(path, state, model.state_dict())
     model.load_state_dict(state)
     return model.to(device).eval().requires_grad_(False)
@@ -234,19 +281,26 @@ def heat_map(
 
 
 def confidence(output: MedKLIPOutput, query: str = "disease") -> Tensor:
-    """Probability that ``query`` is present: the raw relevance s of a visual pair. Shape: [B], in [0, 1]."""
+    """Probability that ``query`` is present: the raw relevance s of a visual pair. Shape: [B], in
+    [0, 1].
+    """
     return output.logits[:, output.index(query)].softmax(-1)[:, 1]
 
 
 def peak(heat: Tensor, size: tuple[int, int] = (IMAGE_SIZE, IMAGE_SIZE)) -> tuple[int, int]:
-    """Row and column of the maximum of a map [h, w] after bilinear upsampling to ``size`` (height, width)."""
-    wide = functional.interpolate(heat[None, None].float(), size=size, mode="bilinear", align_corners=False)
+    """Row and column of the maximum of a map [h, w] after bilinear upsampling to ``size`` (height,
+    width).
+    """
+    wide = functional.interpolate(
+        heat[None, None].float(), size=size, mode="bilinear", align_corners=False
+    )
     row, column = divmod(int(wide.argmax()), size[1])
     return row, column
 
 
 def pointing_hit(heat: Tensor, mask: np.ndarray, tolerance: float = 8) -> bool:
-    """Whether the map's peak lies in the mask or at most ``tolerance`` pixels from it (the pointing game).
+    """Whether the map's peak lies in the mask or at most ``tolerance`` pixels from it (the pointing
+    game).
 
     Args:
         heat: attention of one film. Shape: [14, 14].
@@ -259,17 +313,22 @@ def pointing_hit(heat: Tensor, mask: np.ndarray, tolerance: float = 8) -> bool:
 
 @torch.inference_mode()
 def score_medklip(
-    model: MedKLIP, images: Sequence[Image.Image], masks: Sequence[dict[str, np.ndarray]], batch_size: int = 32
+    model: MedKLIP,
+    images: Sequence[Image.Image],
+    masks: Sequence[dict[str, np.ndarray]],
+    batch_size: int = 32,
 ) -> dict[str, Any]:
     """Presence and pointing of a model on films whose lesions are known.
 
     Args:
-        masks: per film, the mask of each finding that is present (an empty dictionary for a film without lesion).
+        masks: per film, the mask of each finding that is present (an empty dictionary for a film
+            without lesion).
 
     Returns:
-        ``pointing_game``: hits of the "disease" map over films with a lesion; ``pointing_game_alone``: the same per
-        finding, over films that show nothing else; ``pointing_game_own``: hits of the finding's own map on its own
-        mask; ``auc`` (mean), ``auc_per_query``. All in [0, 1]. A score that no film can give is absent.
+        ``pointing_game``: hits of the "disease" map over films with a lesion;
+        ``pointing_game_alone``: the same per finding, over films that show nothing else;
+        ``pointing_game_own``: hits of the finding's own map on its own mask; ``auc`` (mean),
+            ``auc_per_query``. All in [0, 1]. A score that no film can give is absent.
     """
     hits, alone, own, values = [], {}, {}, []
     for start in range(0, len(images), batch_size):
@@ -279,19 +338,35 @@ def score_medklip(
         for index, present in enumerate(masks[start : start + batch_size]):
             if not present:
                 continue
-            hits.append(pointing_hit(maps["disease"][index], np.any(list(present.values()), axis=0)))
+            hits.append(
+                pointing_hit(maps["disease"][index], np.any(list(present.values()), axis=0))
+            )
             for finding, mask in present.items():
                 own.setdefault(finding, []).append(pointing_hit(maps[finding][index], mask))
             if len(present) == 1:
                 alone.setdefault(*present, []).append(hits[-1])
     scores = {"pointing_game": float(np.mean(hits))} if hits else {}
     for name, groups in (("pointing_game_alone", alone), ("pointing_game_own", own)):
-        scores[name] = {finding: float(np.mean(groups[finding])) for finding in model.queries if finding in groups}
+        scores[name] = {
+            finding: float(np.mean(groups[finding]))
+            for finding in model.queries
+            if finding in groups
+        }
     values = torch.cat(values).cpu().numpy()
-    truth = {query: np.array([bool(m) if query == "disease" else query in m for m in masks]) for query in model.queries}
-    areas = {query: _auc(column, truth[query]) for query, column in zip(model.queries, values.T)
-             if 0 < truth[query].mean() < 1}
-    return scores | {"auc": float(np.mean(list(areas.values()))), "auc_per_query": areas} if areas else scores
+    truth = {
+        query: np.array([bool(m) if query == "disease" else query in m for m in masks])
+        for query in model.queries
+    }
+    areas = {
+        query: _auc(column, truth[query])
+        for query, column in zip(model.queries, values.T)
+        if 0 < truth[query].mean() < 1
+    }
+    return (
+        scores | {"auc": float(np.mean(list(areas.values()))), "auc_per_query": areas}
+        if areas
+        else scores
+    )
 
 
 def _auc(scores: np.ndarray, truth: np.ndarray) -> float:
@@ -305,7 +380,12 @@ def _read_config(path: Path) -> MedKLIPConfig:
         values = json.loads(path.read_text(encoding="utf-8"))
         if any(isinstance(value, float) for value in values.values()):
             raise ValueError("a size is no whole number")
-        return MedKLIPConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        return MedKLIPConfig(
+            **{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        )
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: not a MedKLIP configuration ({first_line(error)}); expected a folder with config.json and "
-                         "model.safetensors, the official checkpoint file, or \"phantom\"") from error
+        raise InputError(
+            f"{path}: not a MedKLIP configuration ({first_line(error)}); expected a folder with "
+            "config.json and "
+            'model.safetensors, the official checkpoint file, or "phantom"'
+        ) from error

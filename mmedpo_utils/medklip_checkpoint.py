@@ -1,7 +1,10 @@
-"""MedKLIP's official checkpoint: its tensors under our names, and the text embeddings that it does not store.
+"""MedKLIP's official checkpoint: its tensors under our names, and the text embeddings that it does
+not store.
 
-The official file is a torch pickle ``{"model": {"module.<key>": tensor}}``. Its query embeddings are computed at
-construction: Bio_ClinicalBERT's first token on one description per query, from a file of the MedKLIP repository.
+The official file is a torch pickle ``{"model": {"module.<key>": tensor}}``. Its query embeddings
+are computed at
+construction: Bio_ClinicalBERT's first token on one description per query, from a file of the
+MedKLIP repository.
 """
 
 from __future__ import annotations
@@ -24,57 +27,74 @@ from torch import Tensor
 from .errors import InputError, first_line
 from .files import atomic_write
 
-OFFICIAL_QUERIES = tuple("""
+OFFICIAL_QUERIES = tuple(
+    """
     normal clear sharp sharply unremarkable intact stable free effusion opacity pneumothorax edema atelectasis tube
     consolidation process abnormality enlarge tip low pneumonia line congestion catheter cardiomegaly fracture air tortuous
     lead disease calcification prominence device engorgement picc clip elevation expand nodule wire fluid degenerative
     pacemaker thicken marking scar hyperinflate blunt loss widen collapse density emphysema aerate mass crowd infiltrate
     obscure deformity hernia drainage distention shift stent pressure lesion finding borderline hardware dilation chf
-    redistribution aspiration tail_abnorm_obs excluded_obs""".split())
+    redistribution aspiration tail_abnorm_obs excluded_obs""".split()
+)
 DESCRIPTIONS = "observation explanation.json"
 MISSPELT = {"pneumonia": "eumonia"}
 TEXT_ENCODER, LONGEST_DESCRIPTION = "emilyalsentzer/Bio_ClinicalBERT", 64
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
-    """Tensors of a checkpoint under our names, from safetensors or a torch pickle, with official keys or ours.
+    """Tensors of a checkpoint under our names, from safetensors or a torch pickle, with official
+    keys or ours.
 
     A pickle is read with ``weights_only``: it cannot run code.
 
     Raises:
-        InputError: the file is missing or unreadable, is no mapping of names to tensors, or says a name twice.
+        InputError: the file is missing or unreadable, is no mapping of names to tensors, or says a
+            name twice.
     """
     if path.suffix == ".safetensors":
         try:
             stored = load_file(path)
         except (OSError, SafetensorError) as error:
-            raise InputError(f"{path}: cannot be read as safetensors ({first_line(error)}); expected MedKLIP weights") from error
+            raise InputError(
+                f"{path}: cannot be read as safetensors ({first_line(error)}); expected MedKLIP "
+                "weights"
+            ) from error
     else:
         stored = _read_pickle(path)
     state = {our_key(key): value for key, value in stored.items()}
     if len(state) < len(stored):
         counts = [our_key(key) for key in stored]
         twice = sorted(key for key in state if counts.count(key) > 1)
-        raise InputError(f"{path}: holds {twice[0]} under two names; expected either official names or ours")
+        raise InputError(
+            f"{path}: holds {twice[0]} under two names; expected either official names or ours"
+        )
     return state
 
 
 def our_key(key: str) -> str:
-    """Our state-dict key of an official one, with or without ``module.``; only the trunk's differ, ours stay."""
+    """Our state-dict key of an official one, with or without ``module.``; only the trunk's differ,
+    ours stay.
+    """
     key = key.removeprefix("module.")
     key = re.sub(r"^res_features\.0\.", "res_features.embedder.embedder.convolution.", key)
     key = re.sub(r"^res_features\.1\.", "res_features.embedder.embedder.normalization.", key)
     block = re.fullmatch(r"res_features\.(\d)\.(\d+)\.(.*)", key)
     if not block:
         return key
-    rest = block[3].replace("downsample.0", "shortcut.convolution").replace("downsample.1", "shortcut.normalization")
+    rest = (
+        block[3]
+        .replace("downsample.0", "shortcut.convolution")
+        .replace("downsample.1", "shortcut.normalization")
+    )
     rest = re.sub(r"conv(\d)", lambda found: f"layer.{int(found[1]) - 1}.convolution", rest)
     rest = re.sub(r"bn(\d)", lambda found: f"layer.{int(found[1]) - 1}.normalization", rest)
     return f"res_features.encoder.stages.{int(block[1]) - 4}.layers.{block[2]}.{rest}"
 
 
 def misfits(state: dict[str, Tensor], wanted: dict[str, Tensor]) -> str:
-    """What of ``state`` is missing, unexpected or misshapen beside ``wanted``; empty where all fit."""
+    """What of ``state`` is missing, unexpected or misshapen beside ``wanted``; empty where all
+    fit.
+    """
     misshapen = []
     for key in sorted(wanted.keys() & state.keys()):
         if state[key].shape != wanted[key].shape:
@@ -97,15 +117,19 @@ def check_state(path: Path, state: dict[str, Tensor], wanted: dict[str, Tensor])
     """InputError where the keys or shapes of ``state`` are not the wanted ones."""
     problems = misfits(state, wanted)
     if problems:
-        raise InputError(f"{path}: not the architecture of its configuration: tensors {problems}; "
-                         "check that weights and configuration belong together")
+        raise InputError(
+            f"{path}: not the architecture of its configuration: tensors {problems}; "
+            "check that weights and configuration belong together"
+        )
 
 
 def query_embeddings(descriptions: Path, text_encoder: str = TEXT_ENCODER) -> Tensor:
-    """Text embedding of each official query, computed once and then read from a file beside the descriptions.
+    """Text embedding of each official query, computed once and then read from a file beside the
+    descriptions.
 
     Args:
-        descriptions: JSON ``{query: description}``, as in the MedKLIP repository (which writes "eumonia").
+        descriptions: JSON ``{query: description}``, as in the MedKLIP repository (which writes
+            "eumonia").
         text_encoder: hub name or folder of a BERT; the state of its first token is the embedding.
 
     Returns:
@@ -116,13 +140,19 @@ def query_embeddings(descriptions: Path, text_encoder: str = TEXT_ENCODER) -> Te
     """
     texts = _read_descriptions(descriptions)
     identity = json.dumps([text_encoder, LONGEST_DESCRIPTION, OFFICIAL_QUERIES, texts])
-    cache = descriptions.parent / f"query_embeddings-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.safetensors"
+    cache = (
+        descriptions.parent
+        / f"query_embeddings-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.safetensors"
+    )
     if cache.is_file():
         try:
             return load_file(cache)["disease_book"]
         except (OSError, SafetensorError, KeyError) as error:
-            raise InputError(f"{cache}: cannot be read as the stored text embeddings ({first_line(error)}); delete it, and it is "
-                             "computed again") from error
+            raise InputError(
+                f"{cache}: cannot be read as the stored text embeddings ({first_line(error)}); "
+                "delete it, and it is "
+                "computed again"
+            ) from error
     embeddings = _embed(texts, text_encoder)
     try:
         with atomic_write(cache) as temporary:
@@ -138,11 +168,22 @@ def _embed(texts: Sequence[str], text_encoder: str) -> Tensor:
 
     try:
         tokenizer, model = (
-            loader.from_pretrained(text_encoder, trust_remote_code=False) for loader in (AutoTokenizer, AutoModel))
+            loader.from_pretrained(text_encoder, trust_remote_code=False)
+            for loader in (AutoTokenizer, AutoModel)
+        )
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"text encoder {text_encoder!r}: cannot be loaded ({first_line(error)}); give the folder of a downloaded "
-                         f"copy, or let this machine fetch {TEXT_ENCODER}") from error
-    tokens = tokenizer(list(texts), padding=True, truncation=True, max_length=LONGEST_DESCRIPTION, return_tensors="pt")
+        raise InputError(
+            f"text encoder {text_encoder!r}: cannot be loaded ({first_line(error)}); give the "
+            "folder of a downloaded "
+            f"copy, or let this machine fetch {TEXT_ENCODER}"
+        ) from error
+    tokens = tokenizer(
+        list(texts),
+        padding=True,
+        truncation=True,
+        max_length=LONGEST_DESCRIPTION,
+        return_tensors="pt",
+    )
     return model.eval()(**tokens).last_hidden_state[:, 0].float().contiguous()
 
 
@@ -151,30 +192,56 @@ def _read_descriptions(path: Path) -> list[str]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read as JSON ({first_line(error)}); expected one description per query: fetch "
-                         f"\"{DESCRIPTIONS}\" from PreTrain_MedKLIP/data_file of the MedKLIP repository and put it beside "
-                         "the checkpoint") from error
+        raise InputError(
+            f"{path}: cannot be read as JSON ({first_line(error)}); expected one description per "
+            "query: fetch "
+            f'"{DESCRIPTIONS}" from PreTrain_MedKLIP/data_file of the MedKLIP repository and put it beside '
+            "the checkpoint"
+        ) from error
     if not isinstance(found, dict):
-        raise InputError(f"{path}: expected an object {{query: description}}, found {type(found).__name__}")
+        raise InputError(
+            f"{path}: expected an object {{query: description}}, found {type(found).__name__}"
+        )
     texts = [found.get(query, found.get(MISSPELT.get(query))) for query in OFFICIAL_QUERIES]
-    wrong = [query for query, text in zip(OFFICIAL_QUERIES, texts) if not isinstance(text, str) or not text.strip()]
+    wrong = [
+        query
+        for query, text in zip(OFFICIAL_QUERIES, texts)
+        if not isinstance(text, str) or not text.strip()
+    ]
     if wrong:
-        raise InputError(f"{path}: no description of {len(wrong)} of {len(OFFICIAL_QUERIES)} queries "
-                         f"({', '.join(wrong[:3])}{', ...' if len(wrong) > 3 else ''}); expected a text for each")
+        raise InputError(
+            f"{path}: no description of {len(wrong)} of {len(OFFICIAL_QUERIES)} queries "
+            f"({', '.join(wrong[:3])}{', ...' if len(wrong) > 3 else ''}); expected a text for each"
+        )
     return texts
 
 
 def _read_pickle(path: Path) -> dict[str, Any]:
     try:
         stored = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+    except (
+        OSError,
+        EOFError,
+        RuntimeError,
+        ValueError,
+        pickle.UnpicklingError,
+        zipfile.BadZipFile,
+    ) as error:
         reason = first_line(error)
-        raise InputError(f"{path}: cannot be read as MedKLIP weights ({reason}); expected the official checkpoint, "
-                         "tensors only: fetch it again") from error
+        raise InputError(
+            f"{path}: cannot be read as MedKLIP weights ({reason}); expected the official "
+            "checkpoint, "
+            "tensors only: fetch it again"
+        ) from error
     state = stored.get("model", stored) if isinstance(stored, dict) else stored
     if not isinstance(state, dict) or not state:
-        raise InputError(f"{path}: expected {{\"model\": {{name: tensor}}}}, found {type(state).__name__}")
+        raise InputError(
+            f'{path}: expected {{"model": {{name: tensor}}}}, found {type(state).__name__}'
+        )
     for key, value in state.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
-            raise InputError(f"{path}: entry {key!r}: expected a tensor under a name, found {type(value).__name__}")
+            raise InputError(
+                f"{path}: entry {key!r}: expected a tensor under a name, found "
+                f"{type(value).__name__}"
+            )
     return state

@@ -1,11 +1,13 @@
 """Scores of predictions, as pure functions of tables; every score is in percent.
 
-The paper (arXiv 2412.06141) reports closed accuracy, open recall, BLEU (the mean of BLEU-1..4), ROUGE-L and METEOR. It names
-no implementation; its authors released one later. `METHODS` says how each score is computed here; print it beside the
-numbers. The names that begin with ``released_`` are the authors' rules (`released_metrics`), and the others are ours.
+The paper (arXiv 2412.06141) reports closed accuracy, open recall, BLEU (the mean of BLEU-1..4),
+ROUGE-L and METEOR. It names no implementation; its authors released one later. `METHODS` says how
+each score is computed here; print it beside the numbers. The names that begin with ``released_``
+are the authors' rules (`released_metrics`), and the others are ours.
 
-A prediction row holds `question_id`, `image`, `answer_type` (CLOSED, OPEN or REPORT), `answer` and `prediction`, and
-optionally `patient_id`, `finding` and `question_type`. Without `patient_id` the image stands for the patient.
+A prediction row holds `question_id`, `image`, `answer_type` (CLOSED, OPEN or REPORT), `answer` and
+`prediction`, and optionally `patient_id`, `finding` and `question_type`. Without `patient_id` the
+image stands for the patient.
 """
 
 from __future__ import annotations
@@ -26,13 +28,16 @@ from .errors import first_line
 Row = dict[str, Any]
 Statistic = Callable[[np.ndarray], np.ndarray]
 METHODS = {
-    "closed_accuracy": "share of yes/no answers whose first word is the true one (lower case; punctuation parts words); "
-                       "where the truth is another word or phrase, the prediction has to begin with it",
-    "open_recall": "share of the true answer's words found in the prediction, counted with multiplicity (lower case; "
-                   "punctuation parts words), mean over questions",
+    "closed_accuracy": "share of yes/no answers whose first word is the true one (lower case; "
+    "punctuation parts words); "
+    "where the truth is another word or phrase, the prediction has to begin with it",
+    "open_recall": "share of the true answer's words found in the prediction, counted with "
+    "multiplicity (lower case; "
+    "punctuation parts words), mean over questions",
     "bleu": "mean of BLEU-1 to BLEU-4; each is sacrebleu's cumulative corpus BLEU (lower case, tokenizer 13a, "
-            "smoothing 'exp'; each ideograph is a word)",
-    "rouge_l": "rouge-score's ROUGE-L F1 without stemming, mean over reports; words of any script, each ideograph one",
+    "smoothing 'exp'; each ideograph is a word)",
+    "rouge_l": "rouge-score's ROUGE-L F1 without stemming, mean over reports; words of any "
+    "script, each ideograph one",
     "meteor": "nltk's METEOR with its WordNet word list, mean over reports",
     "attention_in_lesion": "share of the image attention that falls inside the lesion mask, mean over questions",
     **released_metrics.METHODS,
@@ -45,48 +50,71 @@ RUN = re.compile(f"{IDEOGRAPH}|{LETTERS}")
 NUMBER = r"\d{1,3}(?:,\d{3})+(?!\d)|\d+(?:\.\d+)+"
 WORD = re.compile(rf"{IDEOGRAPH}|{NUMBER}|{LETTERS}(?:['\u2019]{LETTERS})*")
 LETTER_HYPHEN = re.compile(r"\b([^\W\d_])-(?=[^\W\d_])")
-ANSWER_TYPES = {"closed_accuracy": "CLOSED", "open_recall": "OPEN",
-                "released_closed_accuracy": "CLOSED", "released_open_recall": "OPEN"}
-SCORES = ("closed_accuracy", "open_recall", "bleu", *(f"bleu{n}" for n in BLEU_ORDERS), "rouge_l", "meteor")
+ANSWER_TYPES = {
+    "closed_accuracy": "CLOSED",
+    "open_recall": "OPEN",
+    "released_closed_accuracy": "CLOSED",
+    "released_open_recall": "OPEN",
+}
+SCORES = (
+    "closed_accuracy",
+    "open_recall",
+    "bleu",
+    *(f"bleu{n}" for n in BLEU_ORDERS),
+    "rouge_l",
+    "meteor",
+)
 RELEASED_SCORES = tuple(released_metrics.METHODS)
 
 
 def words(text: str) -> list[str]:
-    """Lower-case words of ``text``: runs of letters and digits of any script, so that punctuation parts words.
+    """Lower-case words of ``text``: runs of letters and digits of any script, so that punctuation
+    parts words.
 
-    Decimals stay whole ("3.5"), thousands lose their commas ("1,200" is 1200), contractions their apostrophe ("don't" is
-    dont), and a single letter its hyphen ("x-ray" is xray; "left-sided" is two words).
+    Decimals stay whole ("3.5"), thousands lose their commas ("1,200" is 1200), contractions their
+    apostrophe ("don't" is dont), and a single letter its hyphen ("x-ray" is xray; "left-sided" is
+    two words).
     """
     joined = LETTER_HYPHEN.sub(r"\1", text.lower())
     return [re.sub("[,'\u2019]", "", word) for word in WORD.findall(joined)]
 
 
 def opener(text: str) -> str:
-    """``yes`` or ``no`` where that is the first word of ``text``, else an empty text. The one place that says so."""
+    """``yes`` or ``no`` where that is the first word of ``text``, else an empty text. The one place
+    that says so.
+    """
     first = words(text)[:1]
     return first[0] if first in (["yes"], ["no"]) else ""
 
 
 def is_yes_no(answer: str) -> bool:
-    """Whether an answer is yes or no and nothing else: then its question is a closed one, where nobody says the type."""
+    """Whether an answer is yes or no and nothing else: then its question is a closed one, where
+    nobody says the type.
+    """
     return len(words(answer)) == 1 and opener(answer) != ""
 
 
 def closed_correct(answer: str, prediction: str) -> bool:
-    """Whether a closed prediction is right, by the rule of `METHODS`: "Yes, there is." says yes, "It is" does not."""
+    """Whether a closed prediction is right, by the rule of `METHODS`: "Yes, there is." says yes,
+    "It is" does not.
+    """
     truth, given = [opener(answer)] if opener(answer) else words(answer), words(prediction)
     return bool(truth) and given[: len(truth)] == truth
 
 
 def recall(answer: str, prediction: str) -> float:
-    """Share (0 to 1) of the words of ``answer`` found in ``prediction``, with multiplicity; NaN without a word."""
+    """Share (0 to 1) of the words of ``answer`` found in ``prediction``, with multiplicity; NaN
+    without a word.
+    """
     truth = Counter(words(answer))
     found = (truth & Counter(words(prediction))).total()
     return found / truth.total() if truth else float("nan")
 
 
 class AnyScript:
-    """A tokenizer for rouge-score, whose own drops all but a to z and digits; on such text they agree."""
+    """A tokenizer for rouge-score, whose own drops all but a to z and digits; on such text they
+    agree.
+    """
 
     def tokenize(self, text: str) -> list[str]:
         """Lower-case runs of letters and digits; each ideograph is one."""
@@ -109,31 +137,48 @@ def answer_score(row: Row) -> float:
 
 
 def mean_percent(sums: np.ndarray) -> np.ndarray:
-    """Mean in percent from summed (score, one) pairs. Shape: [..., 2] to [...]; NaN where nothing was drawn."""
+    """Mean in percent from summed (score, one) pairs. Shape: [..., 2] to [...]; NaN where nothing
+    was drawn.
+    """
     return 100 * sums[..., 0] / np.where(sums[..., 1] > 0, sums[..., 1], np.nan)
 
 
 @lru_cache(100_000)
 def bleu_statistics(answer: str, prediction: str) -> tuple[int, ...]:
-    """The ten counts BLEU sums over a corpus: matching and total n-grams for n = 1..4, predicted and true length."""
+    """The ten counts BLEU sums over a corpus: matching and total n-grams for n = 1..4, predicted
+    and true length.
+    """
     said, truth = (re.sub(f"({IDEOGRAPH})", r" \1 ", text) for text in (prediction, answer))
     counts = BLEU(lowercase=True).corpus_score([said], [[truth]])
     return (*counts.counts, *counts.totals, counts.sys_len, counts.ref_len)
 
 
 def bleu_from_statistics(sums: np.ndarray, orders: Sequence[int] = BLEU_ORDERS) -> np.ndarray:
-    """Mean over ``orders`` of cumulative corpus BLEU, in percent, from summed counts. Shape: [..., 10] to [...]."""
+    """Mean over ``orders`` of cumulative corpus BLEU, in percent, from summed counts. Shape: [...,
+    10] to [...].
+    """
     flat = np.rint(sums).astype(int).reshape(-1, 10).tolist()
-    scores = [np.mean([BLEU.compute_bleu(row[:n], row[4:4 + n], *row[8:], smooth_method="exp", max_ngram_order=n).score
-                       for n in orders]) for row in flat]
+    scores = [
+        np.mean(
+            [
+                BLEU.compute_bleu(
+                    row[:n], row[4 : 4 + n], *row[8:], smooth_method="exp", max_ngram_order=n
+                ).score
+                for n in orders
+            ]
+        )
+        for row in flat
+    ]
     return np.array(scores).reshape(sums.shape[:-1])
 
 
 def row_statistics(rows: Iterable[Row], metric: str) -> tuple[np.ndarray, Statistic, list[Row]]:
-    """What a bootstrap resamples: per-row statistics, the function from their sums to percent, and the rows used.
+    """What a bootstrap resamples: per-row statistics, the function from their sums to percent, and
+    the rows used.
 
-    ``metric`` is one of `METHODS` or `bleu1` to `bleu4`; `attention_in_lesion` wants rows with a ``share``. METEOR of either
-    rule is not among them (`meteor`). The statistics have shape [N, 2] (score and one) or, for BLEU, [N, 10] (`bleu_statistics`).
+    ``metric`` is one of `METHODS` or `bleu1` to `bleu4`; `attention_in_lesion` wants rows with a
+    ``share``. METEOR of either rule is not among them (`meteor`). The statistics have shape [N, 2]
+    (score and one) or, for BLEU, [N, 10] (`bleu_statistics`).
     """
     if metric == "attention_in_lesion":
         used = list(rows)
@@ -143,7 +188,11 @@ def row_statistics(rows: Iterable[Row], metric: str) -> tuple[np.ndarray, Statis
         if metric.startswith("bleu"):
             orders = [int(metric[4:])] if metric[4:] else BLEU_ORDERS
             counts = [bleu_statistics(str(row["answer"]), str(row["prediction"])) for row in used]
-            return np.array(counts, float).reshape(-1, 10), lambda sums: bleu_from_statistics(sums, orders), used
+            return (
+                np.array(counts, float).reshape(-1, 10),
+                lambda sums: bleu_from_statistics(sums, orders),
+                used,
+            )
         if metric in RELEASED_SCORES:
             texts = [(str(row["answer"]), str(row["prediction"])) for row in used]
             scores = np.array([released_metrics.answer_score(*pair, metric) for pair in texts])
@@ -154,7 +203,9 @@ def row_statistics(rows: Iterable[Row], metric: str) -> tuple[np.ndarray, Statis
 
 
 def score(rows: Iterable[Row], metric: str) -> float | None:
-    """One metric of `row_statistics` over the rows it applies to, in percent; None where there is none."""
+    """One metric of `row_statistics` over the rows it applies to, in percent; None where there is
+    none.
+    """
     statistics, statistic, used = row_statistics(rows, metric)
     value = float(statistic(statistics.sum(axis=0))) if used else None
     return value if value is None or np.isfinite(value) else None
@@ -171,7 +222,9 @@ def open_recall(rows: Iterable[Row]) -> float | None:
 
 
 def bleu(rows: Iterable[Row]) -> float | None:
-    """Mean of corpus BLEU-1 to BLEU-4 over the REPORT rows, in percent; None where there is none."""
+    """Mean of corpus BLEU-1 to BLEU-4 over the REPORT rows, in percent; None where there is
+    none.
+    """
     return score(rows, "bleu")
 
 
@@ -181,7 +234,8 @@ def rouge_l(rows: Iterable[Row]) -> float | None:
 
 
 def meteor(rows: Iterable[Row], released: bool = False) -> tuple[float | None, str]:
-    """Mean METEOR over the REPORT rows, in percent, and the reason where it is None: no reports, or no WordNet.
+    """Mean METEOR over the REPORT rows, in percent, and the reason where it is None: no reports, or
+    no WordNet.
 
     Args:
         released: on the tokens of the authors' released evaluation instead of ours.
@@ -201,10 +255,18 @@ def meteor(rows: Iterable[Row], released: bool = False) -> tuple[float | None, s
             else:
                 scores.append(single_meteor_score(words(row["answer"]), words(row["prediction"])))
     except LookupError:
-        return None, "nltk's WordNet word list is absent; `python -m nltk.downloader wordnet` fetches it"
-    except Exception as error:  # a word list that arrived in part fails in as many ways as it has files
-        return None, (f"nltk's WordNet word list cannot be read ({first_line(error)}); `python -m nltk.downloader --force wordnet` "
-                      "fetches it again")
+        return (
+            None,
+            "nltk's WordNet word list is absent; `python -m nltk.downloader wordnet` fetches it",
+        )
+    except (
+        Exception
+    ) as error:  # a word list that arrived in part fails in as many ways as it has files
+        return None, (
+            f"nltk's WordNet word list cannot be read ({first_line(error)}); `python -m "
+            "nltk.downloader --force wordnet` "
+            "fetches it again"
+        )
     return float(100 * np.mean(scores)), ""
 
 
@@ -215,8 +277,8 @@ def score_predictions(rows: Sequence[Row], names: Sequence[str] = SCORES) -> dic
         names: `SCORES`, or `RELEASED_SCORES` for the authors' rules.
 
     Returns:
-        ``{metric: {"score": percent or None, "n": rows it is over}}``. METEOR also holds a ``reason`` where its score
-        is None.
+        ``{metric: {"score": percent or None, "n": rows it is over}}``. METEOR also holds a
+        ``reason`` where its score is None.
     """
     count = Counter(row["answer_type"] for row in rows)
     table: dict[str, Row] = {}
@@ -231,19 +293,33 @@ def score_predictions(rows: Sequence[Row], names: Sequence[str] = SCORES) -> dic
 
 
 def both_rules(predictions: dict[str, Sequence[Row]]) -> list[Row]:
-    """The same predictions by our rules and by the authors' released ones, in percent: a row per model and score."""
+    """The same predictions by our rules and by the authors' released ones, in percent: a row per
+    model and score.
+    """
     table = []
     for model, rows in predictions.items():
         ours, theirs = score_predictions(rows), score_predictions(rows, RELEASED_SCORES)
         for name in ("closed_accuracy", "open_recall", "bleu", "rouge_l", "meteor"):
-            values = {"our rule": ours[name]["score"], "released rule": theirs[f"released_{name}"]["score"]}
+            values = {
+                "our rule": ours[name]["score"],
+                "released rule": theirs[f"released_{name}"]["score"],
+            }
             if ours[name]["score"] is not None:
-                table.append({"model": model, "score": name.replace("_", " "), "n": ours[name]["n"], **values})
+                table.append(
+                    {
+                        "model": model,
+                        "score": name.replace("_", " "),
+                        "n": ours[name]["n"],
+                        **values,
+                    }
+                )
     return table
 
 
 def scores_by(rows: Sequence[Row], key: str) -> dict[str, dict[str, Row]]:
-    """`score_predictions` for each value of ``key`` ("finding" or "question_type"); rows without it go to "(none)"."""
+    """`score_predictions` for each value of ``key`` ("finding" or "question_type"); rows without it
+    go to "(none)".
+    """
     groups: dict[str, list[Row]] = {}
     for row in rows:
         groups.setdefault(str(row.get(key) or "(none)"), []).append(row)
@@ -251,28 +327,42 @@ def scores_by(rows: Sequence[Row], key: str) -> dict[str, dict[str, Row]]:
 
 
 def patient_of(row: Row) -> str:
-    """The patient of a row; the image's name stands for it where the row names none (no key, null, or a blank text)."""
+    """The patient of a row; the image's name stands for it where the row names none (no key, null,
+    or a blank text).
+    """
     patient = row.get("patient_id")
     return str(row["image"] if patient is None or not str(patient).strip() else patient)
 
 
-def _draws(tables: Sequence[np.ndarray], patients: Sequence, seeds: Sequence | None, samples: int,
-           rng: np.random.Generator | None, statistic: Statistic) -> list[np.ndarray]:
-    """Scores of each table under the same draws; the first is the undrawn table's. Shape of each: [1 + samples]."""
+def _draws(
+    tables: Sequence[np.ndarray],
+    patients: Sequence,
+    seeds: Sequence | None,
+    samples: int,
+    rng: np.random.Generator | None,
+    statistic: Statistic,
+) -> list[np.ndarray]:
+    """Scores of each table under the same draws; the first is the undrawn table's. Shape of each:
+    [1 + samples].
+    """
     rng = rng or np.random.default_rng(0)
     labels, weights = [], []
     for names in (patients, np.zeros(len(patients)) if seeds is None else seeds):
         _, label = np.unique([str(name) for name in names], return_inverse=True)
         size = label.max() + 1
         labels.append(label)
-        weights.append(np.vstack([np.ones((1, size)), rng.multinomial(size, np.full(size, 1 / size), samples)]))
+        weights.append(
+            np.vstack([np.ones((1, size)), rng.multinomial(size, np.full(size, 1 / size), samples)])
+        )
     scores = []
     for table in tables:
         rows = np.asarray(table, float)
         rows = np.stack([rows, np.ones(len(rows))], axis=1) if rows.ndim == 1 else rows
         cells = np.zeros((weights[0].shape[1], weights[1].shape[1], rows.shape[1]))
         np.add.at(cells, tuple(labels), rows)
-        scores.append(statistic(np.einsum("bsk,bs->bk", np.tensordot(weights[0], cells, axes=1), weights[1])))
+        scores.append(
+            statistic(np.einsum("bsk,bs->bk", np.tensordot(weights[0], cells, axes=1), weights[1]))
+        )
     return scores
 
 
@@ -281,17 +371,23 @@ def _interval(scores: np.ndarray) -> tuple[float, float, float]:
     return float(scores[0]), float(low), float(high)
 
 
-def bootstrap_interval(scores: np.ndarray, patients: Sequence, seeds: Sequence | None = None, samples: int = 1000,
-                       rng: np.random.Generator | None = None,
-                       statistic: Statistic = mean_percent) -> tuple[float, float, float]:
+def bootstrap_interval(
+    scores: np.ndarray,
+    patients: Sequence,
+    seeds: Sequence | None = None,
+    samples: int = 1000,
+    rng: np.random.Generator | None = None,
+    statistic: Statistic = mean_percent,
+) -> tuple[float, float, float]:
     """Score with its 95% percentile interval, by a bootstrap over patients and over training seeds.
 
-    A draw picks whole patients with replacement and, independently, whole seeds with replacement: answers about one
-    patient are not independent, and neither are the answers of one trained model. With one seed the interval says
-    nothing of training luck.
+    A draw picks whole patients with replacement and, independently, whole seeds with replacement:
+    answers about one patient are not independent, and neither are the answers of one trained model.
+    With one seed the interval says nothing of training luck.
 
     Args:
-        scores: Per-row scores in [0, 1]. Shape: [N]. Or per-row statistics, shape [N, K] (see `row_statistics`).
+        scores: Per-row scores in [0, 1]. Shape: [N]. Or per-row statistics, shape [N, K] (see
+            `row_statistics`).
         patients: The patient of each row. Shape: [N].
         seeds: The training seed of each row. Shape: [N]; None for one seed.
         samples: Number of draws.
@@ -304,12 +400,20 @@ def bootstrap_interval(scores: np.ndarray, patients: Sequence, seeds: Sequence |
     return _interval(_draws([scores], patients, seeds, samples, rng, statistic)[0])
 
 
-def paired_difference(first: np.ndarray, second: np.ndarray, patients: Sequence, seeds: Sequence | None = None,
-                      samples: int = 1000, rng: np.random.Generator | None = None,
-                      statistic: Statistic = mean_percent) -> tuple[float, float, float]:
-    """Score of ``first`` minus score of ``second`` with its 95% interval: each draw serves both models.
+def paired_difference(
+    first: np.ndarray,
+    second: np.ndarray,
+    patients: Sequence,
+    seeds: Sequence | None = None,
+    samples: int = 1000,
+    rng: np.random.Generator | None = None,
+    statistic: Statistic = mean_percent,
+) -> tuple[float, float, float]:
+    """Score of ``first`` minus score of ``second`` with its 95% interval: each draw serves both
+    models.
 
-    Arguments are those of `bootstrap_interval`; row i of both tables answers the same question under the same seed.
+    Arguments are those of `bootstrap_interval`; row i of both tables answers the same question
+    under the same seed.
     """
     one, other = _draws([first, second], patients, seeds, samples, rng, statistic)
     return _interval(one - other)

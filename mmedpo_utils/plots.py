@@ -1,7 +1,9 @@
-"""Figures: arrays and tables in, a matplotlib `Figure` out (or HTML for a table); nothing is read, written or shown.
+"""Figures: arrays and tables in, a matplotlib `Figure` out (or HTML for a table); nothing is read,
+written or shown.
 
-Images are [H, W] or [H, W, 3], uint8 or float in [0, 1]. Maps use cividis and categories the Okabe-Ito colours, which
-colour-blind readers can tell apart. Text that comes from data is never read as TeX or HTML.
+Images are [H, W] or [H, W, 3], uint8 or float in [0, 1]. Maps use cividis and categories the
+Okabe-Ito colours, which colour-blind readers can tell apart. Text that comes from data is never
+read as TeX or HTML.
 """
 
 from __future__ import annotations
@@ -19,12 +21,28 @@ from PIL import Image
 
 MAP_COLOURS = "cividis"
 ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PINK, BLACK = OKABE_ITO = (
-    "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#000000")
-METRIC_NAMES = {"closed_accuracy": "closed accuracy", "open_recall": "open recall", "bleu": "BLEU (mean of 1 to 4)",
-                "rouge_l": "ROUGE-L", "meteor": "METEOR", "attention_in_lesion": "attention in the lesion"}
+    "#E69F00",
+    "#56B4E9",
+    "#009E73",
+    "#F0E442",
+    "#0072B2",
+    "#D55E00",
+    "#CC79A7",
+    "#000000",
+)
+METRIC_NAMES = {
+    "closed_accuracy": "closed accuracy",
+    "open_recall": "open recall",
+    "bleu": "BLEU (mean of 1 to 4)",
+    "rouge_l": "ROUGE-L",
+    "meteor": "METEOR",
+    "attention_in_lesion": "attention in the lesion",
+}
 
 
-def _axes(rows: int, columns: int, size: tuple[float, float], **options: Any) -> tuple[Figure, np.ndarray]:
+def _axes(
+    rows: int, columns: int, size: tuple[float, float], **options: Any
+) -> tuple[Figure, np.ndarray]:
     figure = Figure(figsize=size, layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
@@ -41,7 +59,13 @@ def _tidy(axes: Axes, **settings: Any) -> None:
 
 def _film(axes: Axes, image: np.ndarray, title: str, title_size: float = 9) -> None:
     image = np.asarray(image)
-    axes.imshow(image, cmap="gray", vmin=0, vmax=255 if image.dtype == np.uint8 else 1, interpolation="antialiased")
+    axes.imshow(
+        image,
+        cmap="gray",
+        vmin=0,
+        vmax=255 if image.dtype == np.uint8 else 1,
+        interpolation="antialiased",
+    )
     axes.set_axis_off()
     _title(axes, title, title_size)
 
@@ -53,22 +77,38 @@ def _outline(axes: Axes, mask: np.ndarray, colour: str = ORANGE) -> None:
 
 
 def upsampled(heat_map: np.ndarray, shape: Sequence[int]) -> np.ndarray:
-    """A map scaled to its own minimum and maximum (0 to 1) and brought to an image's size. Shape: [g, g] to [H, W]."""
+    """A map scaled to its own minimum and maximum (0 to 1) and brought to an image's size. Shape:
+    [g, g] to [H, W].
+    """
     heat_map = np.asarray(heat_map, np.float32)
     spread = np.ptp(heat_map)
     scaled = (heat_map - heat_map.min()) / spread if spread else np.zeros_like(heat_map)
-    return np.asarray(Image.fromarray(scaled).resize((shape[1], shape[0]), Image.Resampling.BILINEAR))
+    return np.asarray(
+        Image.fromarray(scaled).resize((shape[1], shape[0]), Image.Resampling.BILINEAR)
+    )
 
 
-def _heat(axes: Axes, image: np.ndarray, heat_map: np.ndarray, opacity: float, threshold: float | None = None) -> None:
+def _heat(
+    axes: Axes,
+    image: np.ndarray,
+    heat_map: np.ndarray,
+    opacity: float,
+    threshold: float | None = None,
+) -> None:
     heat = upsampled(heat_map, np.shape(image))
     alpha = opacity if threshold is None else opacity * (heat >= threshold)
     axes.imshow(heat, cmap=MAP_COLOURS, vmin=0, vmax=1, alpha=alpha)
 
 
-def film_grid(films: Sequence[np.ndarray], titles: Sequence[str],
-              masks: Sequence[Mapping[str, np.ndarray]] | None = None, columns: int = 4) -> Figure:
-    """Films in a grid; each film's lesion masks (name to [H, W]) are outlined, one colour a name, with one legend."""
+def film_grid(
+    films: Sequence[np.ndarray],
+    titles: Sequence[str],
+    masks: Sequence[Mapping[str, np.ndarray]] | None = None,
+    columns: int = 4,
+) -> Figure:
+    """Films in a grid; each film's lesion masks (name to [H, W]) are outlined, one colour a name,
+    with one legend.
+    """
     rows = -(-len(films) // columns)
     figure, grid = _axes(rows, columns, (1.9 * columns, 2.2 * rows + 0.4))
     names = sorted({name for each in masks or [] for name in each})
@@ -85,9 +125,16 @@ def film_grid(films: Sequence[np.ndarray], titles: Sequence[str],
     return figure
 
 
-def attention_overlay(image: np.ndarray, heat_map: np.ndarray, lesion_mask: np.ndarray | None = None,
-                      threshold: float | None = None, opacity: float = 0.5, title: str = "") -> Figure:
-    """A film beside its heat map, overlaid. Shapes: heat_map [g, g], lesion_mask [H, W] (outlined in orange).
+def attention_overlay(
+    image: np.ndarray,
+    heat_map: np.ndarray,
+    lesion_mask: np.ndarray | None = None,
+    threshold: float | None = None,
+    opacity: float = 0.5,
+    title: str = "",
+) -> Figure:
+    """A film beside its heat map, overlaid. Shapes: heat_map [g, g], lesion_mask [H, W] (outlined
+    in orange).
 
     ``threshold`` (0 to 1, of the map scaled to its own range) hides what lies below it.
     """
@@ -102,8 +149,12 @@ def attention_overlay(image: np.ndarray, heat_map: np.ndarray, lesion_mask: np.n
     return figure
 
 
-def attention_grid(image: np.ndarray, maps: np.ndarray, lesion_mask: np.ndarray | None = None) -> Figure:
-    """One overlay per decoder layer (rows) and head (columns). Shape of maps: [layers, heads, g, g]."""
+def attention_grid(
+    image: np.ndarray, maps: np.ndarray, lesion_mask: np.ndarray | None = None
+) -> Figure:
+    """One overlay per decoder layer (rows) and head (columns). Shape of maps: [layers, heads, g,
+    g].
+    """
     layers, heads = np.shape(maps)[:2]
     figure, grid = _axes(layers, heads, (1.45 * heads, 1.6 * layers))
     for layer, row in enumerate(grid):
@@ -115,15 +166,20 @@ def attention_grid(image: np.ndarray, maps: np.ndarray, lesion_mask: np.ndarray 
     return figure
 
 
-def attention_before_after(image: np.ndarray, before: np.ndarray, after: np.ndarray,
-                           lesion_mask: np.ndarray | None = None) -> Figure:
-    """A model's attention to the image before and after training, and the change. Shape of the maps: [g, g]."""
+def attention_before_after(
+    image: np.ndarray, before: np.ndarray, after: np.ndarray, lesion_mask: np.ndarray | None = None
+) -> Figure:
+    """A model's attention to the image before and after training, and the change. Shape of the
+    maps: [g, g].
+    """
     figure, (panels,) = _axes(1, 4, (9.2, 2.3))
     _film(panels[0], image, "film")
     top, change = max(np.max(before), np.max(after)), np.subtract(after, before)
     limit, height, width = np.abs(change).max() + 1e-12, *np.shape(image)[:2]
     place = (-0.5, width - 0.5, height - 0.5, -0.5)
-    for axes, heat, title in zip(panels[1:3], (before, after), ("before training", "after training")):
+    for axes, heat, title in zip(
+        panels[1:3], (before, after), ("before training", "after training")
+    ):
         axes.imshow(heat, cmap=MAP_COLOURS, vmin=0, vmax=top, extent=place)
         axes.set_axis_off()
         _title(axes, title)
@@ -138,8 +194,12 @@ def attention_before_after(image: np.ndarray, before: np.ndarray, after: np.ndar
     return figure
 
 
-def noise_comparison(image: np.ndarray, lesion_mask: np.ndarray, noised: Mapping[str, np.ndarray]) -> Figure:
-    """The original, the mask that the noise fills, and one column per kind of noise (name to image)."""
+def noise_comparison(
+    image: np.ndarray, lesion_mask: np.ndarray, noised: Mapping[str, np.ndarray]
+) -> Figure:
+    """The original, the mask that the noise fills, and one column per kind of noise (name to
+    image).
+    """
     figure, (panels,) = _axes(1, 2 + len(noised), (1.8 * (2 + len(noised)), 2.1))
     _film(panels[0], image, "original")
     _film(panels[1], image, f"mask: {100 * np.mean(lesion_mask):.1f}% of the film")
@@ -158,8 +218,12 @@ def noise_ladder(noised: Mapping[float, np.ndarray]) -> Figure:
     return figure
 
 
-def weight_histograms(weights: Mapping[str, np.ndarray], low: float = 0.75, high: float = 1.25) -> Figure:
-    """Weights under each normalisation side by side, with the paper's bounds and the share that stands at a bound."""
+def weight_histograms(
+    weights: Mapping[str, np.ndarray], low: float = 0.75, high: float = 1.25
+) -> Figure:
+    """Weights under each normalisation side by side, with the paper's bounds and the share that
+    stands at a bound.
+    """
     figure, (panels,) = _axes(1, len(weights), (3.1 * len(weights), 2.8), sharex=True)
     every = np.concatenate([*weights.values(), (0, 1.3)])
     edges = np.linspace(every.min(), every.max(), 40)
@@ -174,27 +238,57 @@ def weight_histograms(weights: Mapping[str, np.ndarray], low: float = 0.75, high
     return figure
 
 
-def _paragraphs(axes: Axes, parts: Sequence[tuple[str, str, str]], width: int = 46, limit: int = 170) -> None:
-    """Headed paragraphs (heading, text, heading's colour) down an empty axes; a text is cut at ``limit`` letters."""
+def _paragraphs(
+    axes: Axes, parts: Sequence[tuple[str, str, str]], width: int = 46, limit: int = 170
+) -> None:
+    """Headed paragraphs (heading, text, heading's colour) down an empty axes; a text is cut at
+    ``limit`` letters.
+    """
     axes.set_axis_off()
     height, place = 11.4 / (axes.get_figure().get_size_inches()[1] * 72), 1.0
     for heading, text, colour in parts:
-        lines = textwrap.wrap(textwrap.shorten(str(text), limit, placeholder=" ..."), width) or ["(empty)"]
-        settings = {"fontsize": 9, "va": "top", "transform": axes.transAxes, "parse_math": False, "in_layout": False}
+        lines = textwrap.wrap(textwrap.shorten(str(text), limit, placeholder=" ..."), width) or [
+            "(empty)"
+        ]
+        settings = {
+            "fontsize": 9,
+            "va": "top",
+            "transform": axes.transAxes,
+            "parse_math": False,
+            "in_layout": False,
+        }
         axes.text(0, place, heading, color=colour, weight="bold", **settings)
         axes.text(0, place - 1.3 * height, "\n".join(lines), linespacing=1.25, **settings)
         place -= height * (2 + len(lines))
 
 
-def pair_card(image: np.ndarray, rejected_image: np.ndarray | None, question: str, chosen: str, rejected: str,
-              weight: float | None) -> Figure:
-    """One preference pair: what is preferred on which image, what is rejected on which, and the pair's relevance."""
+def pair_card(
+    image: np.ndarray,
+    rejected_image: np.ndarray | None,
+    question: str,
+    chosen: str,
+    rejected: str,
+    weight: float | None,
+) -> Figure:
+    """One preference pair: what is preferred on which image, what is rejected on which, and the
+    pair's relevance.
+    """
     figure, (panels,) = _axes(1, 3, (9, 3.0), width_ratios=(1, 1, 1.5))
     _film(panels[0], image, "image of the preferred side")
-    _film(panels[1], image if rejected_image is None else rejected_image,
-          "the same image" if rejected_image is None else "image of the rejected side")
-    _paragraphs(panels[2], [("Question", question, BLACK), ("Preferred", chosen, BLUE), ("Rejected", rejected, RED),
-                            ("Clinical relevance", "none given" if weight is None else f"{weight:.2f}", BLACK)])
+    _film(
+        panels[1],
+        image if rejected_image is None else rejected_image,
+        "the same image" if rejected_image is None else "image of the rejected side",
+    )
+    _paragraphs(
+        panels[2],
+        [
+            ("Question", question, BLACK),
+            ("Preferred", chosen, BLUE),
+            ("Rejected", rejected, RED),
+            ("Clinical relevance", "none given" if weight is None else f"{weight:.2f}", BLACK),
+        ],
+    )
     return figure
 
 
@@ -206,10 +300,18 @@ def debate_plot(turns: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
     members = list(dict.fromkeys(turn["member"] for turn in turns))
     for place, member in enumerate(members):
         spoken = [(n, turn) for n, turn in enumerate(turns, 1) if turn["member"] == member]
-        axes.scatter([n for n, _ in spoken], [turn["score"] for _, turn in spoken], s=60, zorder=2,
-                     facecolors=["white" if turn["agrees"] else OKABE_ITO[place % 7] for _, turn in spoken],
-                     edgecolors=OKABE_ITO[place % 7], marker="os^Dv"[place % 5])
-        axes.scatter([], [], s=60, color=OKABE_ITO[place % 7], marker="os^Dv"[place % 5], label=str(member))
+        axes.scatter(
+            [n for n, _ in spoken],
+            [turn["score"] for _, turn in spoken],
+            s=60,
+            zorder=2,
+            facecolors=["white" if turn["agrees"] else OKABE_ITO[place % 7] for _, turn in spoken],
+            edgecolors=OKABE_ITO[place % 7],
+            marker="os^Dv"[place % 5],
+        )
+        axes.scatter(
+            [], [], s=60, color=OKABE_ITO[place % 7], marker="os^Dv"[place % 5], label=str(member)
+        )
     axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     axes.set(ylim=(-0.05, 1.05), xticks=range(1, len(turns) + 1))
     _title(axes, title or "filled: an own score; hollow: agrees with the score before")
@@ -220,67 +322,109 @@ def debate_plot(turns: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
 def training_curves(events: Sequence[Mapping[str, float]]) -> Figure:
     """Loss, log-probabilities, margin and accuracy by step; the title tells the time left.
 
-    ``events`` hold ``step``, ``total_steps``, ``loss``, ``chosen_logp``, ``rejected_logp``, ``margin``, ``accuracy``
-    and ``seconds_left``; a key that an event lacks is not drawn for it.
+    ``events`` hold ``step``, ``total_steps``, ``loss``, ``chosen_logp``, ``rejected_logp``,
+    ``margin``, ``accuracy`` and ``seconds_left``; a key that an event lacks is not drawn for it.
     """
     figure, (panels,) = _axes(1, 4, (11, 2.7))
-    lines = {"loss": {"loss": BLUE}, "log-probability": {"chosen_logp": BLUE, "rejected_logp": RED},
-             "reward margin": {"margin": GREEN}, "pairs ranked right": {"accuracy": PINK}}
+    lines = {
+        "loss": {"loss": BLUE},
+        "log-probability": {"chosen_logp": BLUE, "rejected_logp": RED},
+        "reward margin": {"margin": GREEN},
+        "pairs ranked right": {"accuracy": PINK},
+    }
     for axes, (name, keys) in zip(panels, lines.items()):
         for key, colour in keys.items():
             points = [(event["step"], event[key]) for event in events if event.get(key) is not None]
             if not points:
                 continue
-            axes.plot(*np.transpose(points), "--" if key == "rejected_logp" else "-", color=colour,
-                      marker="." if len(points) < 30 else "", label=key.removesuffix("_logp"))
+            axes.plot(
+                *np.transpose(points),
+                "--" if key == "rejected_logp" else "-",
+                color=colour,
+                marker="." if len(points) < 30 else "",
+                label=key.removesuffix("_logp"),
+            )
         if axes.lines and len(keys) > 1:
             axes.legend(fontsize=8, frameon=False)
         _title(axes, name)
-        _tidy(axes, xlabel="step", xlim=(0, max((event["total_steps"] for event in events), default=1)))
+        _tidy(
+            axes,
+            xlabel="step",
+            xlim=(0, max((event["total_steps"] for event in events), default=1)),
+        )
     panels[3].set_ylim(-0.05, 1.05)
     if events:
         left, last = events[-1].get("seconds_left") or 0, events[-1]
-        ending = f"about {left / 60:.0f} min left" if left >= 90 else f"about {left:.0f} s left" if left else "done"
-        figure.suptitle(f"step {last['step']:.0f} of {last['total_steps']:.0f}, {ending}", fontsize=10)
+        ending = (
+            f"about {left / 60:.0f} min left"
+            if left >= 90
+            else f"about {left:.0f} s left"
+            if left
+            else "done"
+        )
+        figure.suptitle(
+            f"step {last['step']:.0f} of {last['total_steps']:.0f}, {ending}", fontsize=10
+        )
     return figure
 
 
 def chosen_curves(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
-    """Chosen log-probability by step, one line a run (name to events), each smoothed over ten steps."""
+    """Chosen log-probability by step, one line a run (name to events), each smoothed over ten
+    steps.
+    """
     figure, ((axes,),) = _axes(1, 1, (6.6, 3))
     for place, (name, events) in enumerate(runs.items()):
-        steps, values = np.transpose([(e["step"], e["chosen_logp"]) for e in events if e.get("chosen_logp") is not None])
+        steps, values = np.transpose(
+            [(e["step"], e["chosen_logp"]) for e in events if e.get("chosen_logp") is not None]
+        )
         width = min(10, len(values))
-        axes.plot(steps[width - 1:], np.convolve(values, np.ones(width) / width, "valid"), color=OKABE_ITO[place % 7],
-                  marker="." if len(values) < 30 else "", label=name)
+        axes.plot(
+            steps[width - 1 :],
+            np.convolve(values, np.ones(width) / width, "valid"),
+            color=OKABE_ITO[place % 7],
+            marker="." if len(values) < 30 else "",
+            label=name,
+        )
     axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     _title(axes, "log-probability of the chosen answer, training pairs")
     _tidy(axes, xlabel="step", ylabel="nats")
     return figure
 
 
-def score_dots(rows: Sequence[Mapping[str, Any]], label: str, highlight: str = "", title: str = "") -> Figure:
+def score_dots(
+    rows: Sequence[Mapping[str, Any]], label: str, highlight: str = "", title: str = ""
+) -> Figure:
     """Published scores: one panel a column, one dot a row; the row named ``highlight`` is marked.
 
     Args:
-        rows: one dict a method; ``label`` is the key of its name, every other key a column of numbers (or None).
+        rows: one dict a method; ``label`` is the key of its name, every other key a column of
+            numbers (or None).
     """
     columns = [key for key in rows[0] if key != label]
-    figure, grid = _axes(-(-len(columns) // 4), min(4, len(columns)),
-                         (2.4 * min(4, len(columns)) + 1.2, (0.24 * len(rows) + 0.8) * -(-len(columns) // 4) + 0.3), sharey=True)
+    figure, grid = _axes(
+        -(-len(columns) // 4),
+        min(4, len(columns)),
+        (2.4 * min(4, len(columns)) + 1.2, (0.24 * len(rows) + 0.8) * -(-len(columns) // 4) + 0.3),
+        sharey=True,
+    )
     for axes, column in zip(grid.flat, columns):
         for place, row in enumerate(rows):
             if row[column] is not None:
                 marked = row[label] == highlight
-                axes.plot(row[column], place, "D" if marked else "o", color=RED if marked else BLUE,
-                          markersize=7 if marked else 5)
+                axes.plot(
+                    row[column],
+                    place,
+                    "D" if marked else "o",
+                    color=RED if marked else BLUE,
+                    markersize=7 if marked else 5,
+                )
         axes.set_yticks(range(len(rows)), [row[label] for row in rows])
         axes.margins(x=0.12, y=0.08)
         axes.grid(axis="y", color="0.9")
         _title(axes, column.replace("_", " "))
         _tidy(axes)
     grid[0][0].invert_yaxis()
-    for axes in grid.flat[len(columns):]:
+    for axes in grid.flat[len(columns) :]:
         axes.set_axis_off()
     figure.suptitle(title, fontsize=10)
     return figure
@@ -295,23 +439,41 @@ def undone_dots(rows: Sequence[Mapping[str, Any]], label: str, floor: float) -> 
     """
     figure, ((axes,),) = _axes(1, 1, (6.4, 0.28 * len(rows) + 1.1))
     for place, row in enumerate(rows):
-        axes.plot([row["undone"], row["printed"]], [place, place], color="0.7", linewidth=1.5, zorder=1)
+        axes.plot(
+            [row["undone"], row["printed"]], [place, place], color="0.7", linewidth=1.5, zorder=1
+        )
     places = range(len(rows))
     axes.plot([row["printed"] for row in rows], places, "o", color=BLUE, label="printed")
     axes.plot([row["undone"] for row in rows], places, "D", color=ORANGE, label="smoothing undone")
-    axes.axvline(floor, color=BLACK, linestyle=":", linewidth=1, label="hardly a word right, smoothed")
+    axes.axvline(
+        floor, color=BLACK, linestyle=":", linewidth=1, label="hardly a word right, smoothed"
+    )
     axes.set_yticks(places, [row[label] for row in rows])
     axes.invert_yaxis()
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12 - 1.2 / len(rows)), ncols=3, frameon=False, fontsize=8)
+    axes.legend(
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.12 - 1.2 / len(rows)),
+        ncols=3,
+        frameon=False,
+        fontsize=8,
+    )
     _title(axes, "Mean of BLEU-1 to BLEU-4 on IU-Xray, published, and with the smoothing undone")
     _tidy(axes, xlabel="percent")
     return figure
 
 
-def result_bars(table: Mapping[str, Mapping[str, Mapping[str, float]]], metrics: Sequence[str] | None = None) -> Figure:
-    """Models side by side with 95% intervals, one panel a metric; ``table`` is what `evaluate.compare` returns."""
-    metrics = metrics or list(dict.fromkeys(metric for scores in table.values() for metric in scores))
-    figure, (panels,) = _axes(1, len(metrics), (3.2 * len(metrics), 0.34 * len(table) + 1.2), sharey=True)
+def result_bars(
+    table: Mapping[str, Mapping[str, Mapping[str, float]]], metrics: Sequence[str] | None = None
+) -> Figure:
+    """Models side by side with 95% intervals, one panel a metric; ``table`` is what
+    `evaluate.compare` returns.
+    """
+    metrics = metrics or list(
+        dict.fromkeys(metric for scores in table.values() for metric in scores)
+    )
+    figure, (panels,) = _axes(
+        1, len(metrics), (3.2 * len(metrics), 0.34 * len(table) + 1.2), sharey=True
+    )
     for axes, metric in zip(panels, metrics):
         for place, scores in enumerate(table.values()):
             if metric in scores:
@@ -328,7 +490,9 @@ def result_bars(table: Mapping[str, Mapping[str, Mapping[str, float]]], metrics:
 
 
 def memory_bars(runs: Mapping[str, Mapping[str, float]]) -> Figure:
-    """Memory of one GPU in GiB: one bar per run, ``{run: {part: GiB}}``, its parts side by side; every run has the same parts."""
+    """Memory of one GPU in GiB: one bar per run, ``{run: {part: GiB}}``, its parts side by side;
+    every run has the same parts.
+    """
     figure, axes = _axes(1, 1, (7.5, 0.9 + 0.45 * len(runs)))
     axes, start = axes[0, 0], np.zeros(len(runs))
     for part, colour in zip(next(iter(runs.values())), (BLUE, ORANGE, GREEN, SKY, PINK)):
@@ -345,13 +509,20 @@ def memory_bars(runs: Mapping[str, Mapping[str, float]]) -> Figure:
 
 
 def pointing_game_bars(rates: Mapping[str, float], chance: Mapping[str, float] | float) -> Figure:
-    """Share (0 to 1) of films whose map peaks inside the lesion, per finding, with the chance level as a tick."""
+    """Share (0 to 1) of films whose map peaks inside the lesion, per finding, with the chance level
+    as a tick.
+    """
     figure, ((axes,),) = _axes(1, 1, (6.2, 0.3 * len(rates) + 1.1))
     for place, (name, rate) in enumerate(rates.items()):
         by_chance = chance[name] if isinstance(chance, Mapping) else chance
         axes.barh(place, 100 * rate, color=BLUE, height=0.65)
-        axes.plot([100 * by_chance] * 2, [place - 0.4, place + 0.4], color=RED, linewidth=2,
-                  label="chance" if place == 0 else None)
+        axes.plot(
+            [100 * by_chance] * 2,
+            [place - 0.4, place + 0.4],
+            color=RED,
+            linewidth=2,
+            label="chance" if place == 0 else None,
+        )
         axes.text(100 * rate, place, f" {100 * rate:.0f}", va="center", fontsize=8)
     axes.set_yticks(range(len(rates)), list(rates))
     axes.set_xlim(0, 108)
@@ -363,14 +534,20 @@ def pointing_game_bars(rates: Mapping[str, float], chance: Mapping[str, float] |
 
 
 def results_table(rows: Sequence[Mapping[str, Any]], caption: str = "", decimals: int = 1) -> str:
-    """An HTML table of dicts, columns in the order of their first appearance; every text is escaped.
+    """An HTML table of dicts, columns in the order of their first appearance; every text is
+    escaped.
 
-    A float gets ``decimals``, a missing value or None a dash, a ``{"mean", "low", "high"}`` its interval.
-    Without rows the table says so.
+    A float gets ``decimals``, a missing value or None a dash, a ``{"mean", "low", "high"}`` its
+    interval. Without rows the table says so.
     """
     columns = list(dict.fromkeys(key for row in rows for key in row)) or ["no rows"]
-    lines = ["<table>", f"<caption>{html.escape(caption)}</caption>" if caption else "",
-             "<tr>" + "".join(f'<th scope="col">{html.escape(str(name))}</th>' for name in columns) + "</tr>"]
+    lines = [
+        "<table>",
+        f"<caption>{html.escape(caption)}</caption>" if caption else "",
+        "<tr>"
+        + "".join(f'<th scope="col">{html.escape(str(name))}</th>' for name in columns)
+        + "</tr>",
+    ]
     for row in rows:
         cells = (html.escape(_cell(row.get(name), decimals)) for name in columns)
         lines.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")

@@ -1,4 +1,6 @@
-"""What may leave this machine: where an endpoint lies, what a dataset card allows, and folders that only their owner reads."""
+"""What may leave this machine: where an endpoint lies, what a dataset card allows, and folders that
+only their owner reads.
+"""
 
 from __future__ import annotations
 
@@ -18,17 +20,22 @@ def endpoint_host(base_url: str) -> str:
     """The host of an endpoint's address, in lower case, without port and brackets.
 
     Raises:
-        InputError: not a plain http(s) address; user names, keys, queries and escapes in it are refused.
+        InputError: not a plain http(s) address; user names, keys, queries and escapes in it are
+            refused.
     """
     match = ENDPOINT.fullmatch(base_url)
     if match is None:
-        raise InputError("profile section `judge`: a base_url is not a plain address; expected one like "
-                         "http://127.0.0.1:8000/v1, without user name, key, query or escapes")
+        raise InputError(
+            "profile section `judge`: a base_url is not a plain address; expected one like "
+            "http://127.0.0.1:8000/v1, without user name, key, query or escapes"
+        )
     return match[1].strip("[]").lower()
 
 
 def is_loopback(base_url: str) -> bool:
-    """Whether an endpoint lies on this machine: localhost, 127.0.0.0/8 or ::1. Raises InputError: not an address."""
+    """Whether an endpoint lies on this machine: localhost, 127.0.0.0/8 or ::1. Raises InputError:
+    not an address.
+    """
     host = endpoint_host(base_url)
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
@@ -37,81 +44,107 @@ def is_loopback(base_url: str) -> bool:
 
 
 class Card(Protocol):
-    """What is read of a dataset card: the data set's name, and whether its users are credentialed for it."""
+    """What is read of a dataset card: the data set's name, and whether its users are credentialed
+    for it.
+    """
 
     name: str
     credentialed: bool
 
 
 def agreement_sentence(card: Card) -> str:
-    """The sentence by which the reader states, in the profile, that the data set's agreement allows remote judges."""
-    return (f"I have checked my data use agreement: it allows sending texts of {card.name} to the endpoints that "
-            "this profile names.")
+    """The sentence by which the reader states, in the profile, that the data set's agreement allows
+    remote judges.
+    """
+    return (
+        f"I have checked my data use agreement: it allows sending texts of {card.name} to the "
+        "endpoints that "
+        "this profile names."
+    )
 
 
 def check_endpoint(base_url: str, card: Card, agreement: str | None) -> None:
-    """Refuse an endpoint outside this machine for credentialed data, unless the reader has stated that it is allowed.
+    """Refuse an endpoint outside this machine for credentialed data, unless the reader has stated
+    that it is allowed.
 
     Args:
         agreement: the profile's ``judge.agreement``.
 
     Raises:
-        InputError: the endpoint is remote, the card does not say that the data is free to share, and the sentence is
-            not there word by word.
+        InputError: the endpoint is remote, the card does not say that the data is free to share,
+            and the sentence is not there word by word.
     """
     sentence = agreement_sentence(card)
     if not is_loopback(base_url) and card.credentialed is not False and agreement != sentence:
-        raise InputError(f"{card.name} is credentialed data, and {endpoint_host(base_url)} is not this machine: nothing "
-                         "was sent. Use an endpoint on 127.0.0.1, or, if your data use agreement allows it, write into the "
-                         f"profile's key `judge.agreement` exactly: {sentence}")
+        raise InputError(
+            f"{card.name} is credentialed data, and {endpoint_host(base_url)} is not this machine: "
+            "nothing "
+            "was sent. Use an endpoint on 127.0.0.1, or, if your data use agreement allows it, "
+            "write into the "
+            f"profile's key `judge.agreement` exactly: {sentence}"
+        )
 
 
 MIMIC_IMAGE = re.compile(r"(?:^|/)p1[0-9]/p1[0-9]{7}/s5[0-9]{7}/")
 
 
 def check_origin(card: Card, names: Iterable[str], source: object) -> None:
-    """Refuse MIMIC-CXR's rows under another data set's card, whose terms would let them leave the machine.
+    """Refuse MIMIC-CXR's rows under another data set's card, whose terms would let them leave the
+    machine.
 
-    A preference file of MIMIC-CXR is credentialed text wherever it was downloaded. Its images are known by their names,
-    ``p10/p10000032/s50414267/...``.
+    A preference file of MIMIC-CXR is credentialed text wherever it was downloaded. Its images are
+    known by their names, ``p10/p10000032/s50414267/...``.
 
     Args:
         names: images, as the rows name them.
         source: the file or folder that the rows come from.
 
     Raises:
-        InputError: an image is named like MIMIC-CXR's, and the card says that the data is free to share.
+        InputError: an image is named like MIMIC-CXR's, and the card says that the data is free to
+            share.
     """
     if card.credentialed is not False:
         return
     for name in names:
         if MIMIC_IMAGE.search(name):
-            raise InputError(f"{source}: its images are named like MIMIC-CXR's ({name[:60]}), whose texts are credentialed; "
-                             "write `card: mimic-cxr` into the profile's section `data`, so that its terms hold")
+            raise InputError(
+                f"{source}: its images are named like MIMIC-CXR's ({name[:60]}), whose texts are "
+                "credentialed; "
+                "write `card: mimic-cxr` into the profile's section `data`, so that its terms hold"
+            )
 
 
 def check_outputs(card: Card, output: Path, figures: Path, in_place: bool) -> None:
-    """Keep what notebooks show of credentialed data, texts and images, out of folders that get committed.
+    """Keep what notebooks show of credentialed data, texts and images, out of folders that get
+    committed.
 
     Args:
         output, figures: the profile's folders.
         in_place: whether the executed notebooks shall be written over the committed ones.
 
     Raises:
-        InputError: the card does not say that the data is free to share, and notebooks or figures would leave ``output``.
+        InputError: the card does not say that the data is free to share, and notebooks or figures
+            would leave ``output``.
     """
     if card.credentialed is False:
         return
     if in_place:
-        raise InputError(f"{card.name} is credentialed data: executed notebooks hold texts and images of it, so that they stay "
-                         "in the run folder; run without --in-place")
+        raise InputError(
+            f"{card.name} is credentialed data: executed notebooks hold texts and images of it, so "
+            "that they stay "
+            "in the run folder; run without --in-place"
+        )
     if not figures.is_relative_to(output):
-        raise InputError(f"{card.name} is credentialed data: its figures stay in the run folder; set the profile's key "
-                         f"`figures` to a folder under `output` ({output.name})")
+        raise InputError(
+            f"{card.name} is credentialed data: its figures stay in the run folder; set the "
+            "profile's key "
+            f"`figures` to a folder under `output` ({output.name})"
+        )
 
 
 def private_folder(path: str | os.PathLike) -> Path:
-    """Make a folder (if absent) that only its owner can list, read or write (mode 0700), and return its path.
+    """Make a folder (if absent) that only its owner can list, read or write (mode 0700), and return
+    its path.
 
     Raises:
         InputError: it cannot be made, or belongs to someone else.
@@ -121,6 +154,9 @@ def private_folder(path: str | os.PathLike) -> Path:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         folder.chmod(0o700)
     except OSError as error:
-        raise InputError(f"{folder}: cannot be made private ({error.strerror or error}); choose another folder with the "
-                         "profile's `output`") from error
+        raise InputError(
+            f"{folder}: cannot be made private ({error.strerror or error}); choose another folder "
+            "with the "
+            "profile's `output`"
+        ) from error
     return folder

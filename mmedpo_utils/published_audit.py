@@ -1,18 +1,21 @@
-"""An audit of the published numbers: what arithmetic says of the tables, apart from what is a guess.
+"""An audit of the published numbers: what arithmetic says of the tables, apart from what is a
+guess.
 
     python -m mmedpo_utils.published_audit      writes data_manifests/published_audit.json
 
-Every line compares a printed number with one that a rule gives. A line of kind ``arithmetic`` is certain
-where its rule holds; one of kind ``inferred`` rests on the assumption that it states. A line that does
-not hold is a misprint, a mixed-up row or another rule than the one assumed: the tables cannot say which.
+Every line compares a printed number with one that a rule gives. A line of kind ``arithmetic`` is
+certain where its rule holds; one of kind ``inferred`` rests on the assumption that it states. A
+line that does not hold is a misprint, a mixed-up row or another rule than the one assumed: the
+tables cannot say which.
 
-The rules of BLEU are those of the authors' released evaluation (`released_metrics`): nltk's smoothing
-method 7 on one order n at a time. With p_n the n-gram precision of a report and BP its brevity penalty,
+The rules of BLEU are those of the authors' released evaluation (`released_metrics`): nltk's
+smoothing method 7 on one order n at a time. With p_n the n-gram precision of a report and BP its
+brevity penalty,
 
     BLEU-1 = BP (1 + 2 p_1 + p_2) / 3        BLEU-n = (BLEU-(n-1) + BP (p_n + p_(n+1))) / 3
 
-and all of them 0 for a report without one right word. These equations are linear, so that means over a
-test set obey them too, with q_n, the mean of BP p_n, and the mean of BP.
+and all of them 0 for a report without one right word. These equations are linear, so that means
+over a test set obey them too, with q_n, the mean of BP p_n, and the mean of BP.
 """
 
 from __future__ import annotations
@@ -65,8 +68,8 @@ class Line:
         rule: what was computed, in words.
         printed: the number in the paper.
         computed: what the rule gives; None where it gives nothing.
-        holds: whether the two agree within the rounding of what is printed; for undone BLEU, whether
-            the assumption is possible at all; for a gain in questions, always.
+        holds: whether the two agree within the rounding of what is printed; for undone BLEU,
+            whether the assumption is possible at all; for a gain in questions, always.
     """
 
     part: str
@@ -106,8 +109,9 @@ def remainders(bleu: Sequence[float]) -> list[float]:
 def smoothing(tables: Tables) -> list[Line]:
     """Could smoothing method 7 have given these cells?
 
-    Precisions are not negative, so that BLEU-n is at least a third of BLEU-(n-1). And longer n-grams do
-    not match more often than shorter ones, so that 3 BLEU-n - BLEU-(n-1) does not grow with n.
+    Precisions are not negative, so that BLEU-n is at least a third of BLEU-(n-1). And longer
+    n-grams do not match more often than shorter ones, so that 3 BLEU-n - BLEU-(n-1) does not grow
+    with n.
     """
     lines = []
     for number, row, dataset in _report_rows(tables):
@@ -119,21 +123,30 @@ def smoothing(tables: Tables) -> list[Line]:
             rule = f"at least a third of BLEU-{n - 1}: precisions are not negative"
             # A printed number may be half a unit off, and so may the one that it is compared with.
             holds = bleu[n - 1] + ROUNDING >= least - ROUNDING / 3
-            lines.append(Line("smoothing", "arithmetic", what, rule, bleu[n - 1], _round(least), holds))
+            lines.append(
+                Line("smoothing", "arithmetic", what, rule, bleu[n - 1], _round(least), holds)
+            )
             if n > 2:
                 # A remainder below 0 is told by the line above already.
                 most = (bleu[n - 2] + max(rest[n - 3], 0.0)) / 3
-                rule = f"at most what BLEU-{n - 1} and BLEU-{n - 2} allow: {n + 1}-grams match no more often"
+                rule = (
+                    f"at most what BLEU-{n - 1} and BLEU-{n - 2} allow: {n + 1}-grams match no "
+                    "more often"
+                )
                 holds = bleu[n - 1] - ROUNDING <= most + ROUNDING * 5 / 3
-                lines.append(Line("smoothing", "arithmetic", what, rule, bleu[n - 1], _round(most), holds))
+                lines.append(
+                    Line("smoothing", "arithmetic", what, rule, bleu[n - 1], _round(most), holds)
+                )
     return lines
 
 
 def undone_bleu(bleu: Sequence[float]) -> float | None:
-    """The mean of BLEU-1 to 4 without the smoothing, if no report was short and each had a right word.
+    """The mean of BLEU-1 to 4 without the smoothing, if no report was short and each had a right
+    word.
 
-    With BP = 1 the equations at the top leave one number open, q_5, which lies between 0 and q_4; half of
-    that range is taken, and it moves the result by less than 0.1. A smaller BP would raise the result.
+    With BP = 1 the equations at the top leave one number open, q_5, which lies between 0 and q_4;
+    half of that range is taken, and it moves the result by less than 0.1. A smaller BP would raise
+    the result.
 
     Args:
         bleu: smoothed BLEU-1 to BLEU-4, in percent.
@@ -157,9 +170,16 @@ def undone(tables: Tables) -> list[Line]:
         bleu = bleu_cells(row, dataset)
         what = f"Table {number}, {row['method']}, {REPORT_SETS[dataset]}, mean of BLEU-1 to 4"
         value = undone_bleu(bleu)
-        rule = "smoothing undone, if no report was shorter than its reference and each had a right word (BP 1)"
+        rule = (
+            "smoothing undone, if no report was shorter than its reference and each had a right "
+            "word (BP 1)"
+        )
         if value is None:
-            rule += f"; impossible here, since BLEU-1 is below 33.33: the mean BP was {3 * bleu[0] / 100:.2f} at most"
+            most = 3 * bleu[0] / 100
+            rule += (
+                "; impossible here, since BLEU-1 is below 33.33: the mean BP was "
+                f"{most:.2f} at most"
+            )
         printed = _round(sum(bleu) / 4)
         computed = None if value is None else _round(value)
         lines.append(Line("undone", "inferred", what, rule, printed, computed, value is not None))
@@ -178,7 +198,11 @@ def same_numbers(tables: Tables) -> list[Line]:
         for dataset, name in REPORT_SETS.items():
             mean = sum(bleu_cells(other, dataset)) / 4
             what = f"Table 1, {row['method']}, {name} BLEU"
-            lines.append(_equal("tables", what, "mean of Table 7's BLEU-1 to 4", row[f"{dataset}_bleu"], mean))
+            lines.append(
+                _equal(
+                    "tables", what, "mean of Table 7's BLEU-1 to 4", row[f"{dataset}_bleu"], mean
+                )
+            )
             for score in ("rouge_l", "meteor"):
                 what = f"Table 1, {row['method']}, {name} {score}"
                 key = f"{dataset}_{score}"
@@ -187,7 +211,9 @@ def same_numbers(tables: Tables) -> list[Line]:
     for method, row in ablation.items():
         mean = sum(bleu_cells(row, "iu_xray")) / 4
         what = "Table 1, + MMedPO, IU-Xray BLEU"
-        lines.append(_equal("tables", what, f"mean of Table 8's row {method}", main["iu_xray_bleu"], mean))
+        lines.append(
+            _equal("tables", what, f"mean of Table 8's row {method}", main["iu_xray_bleu"], mean)
+        )
     whole, final = detailed["+ MMedPO"], ablation["Stage 1+2 (Multi-LLMs)"]
     for key in whole:
         if key != "method":
@@ -235,10 +261,15 @@ def _report_averages(what: str, printed: float, row: dict[str, Any], dataset: st
     }
     lines = []
     for rule, value in tried.items():
-        lines.append(_equal("averages", what, f"{rule} of Table 8, {row['method']}", printed, value))
+        lines.append(
+            _equal("averages", what, f"{rule} of Table 8, {row['method']}", printed, value)
+        )
     plain = undone_bleu(bleu)
     value = None if plain is None else (plain + sum(others)) / 3
-    rule = f"mean of BLEU with the smoothing undone, ROUGE-L and METEOR of Table 8, {row['method']}; within 1%"
+    rule = (
+        "mean of BLEU with the smoothing undone, ROUGE-L and METEOR of Table 8, "
+        f"{row['method']}; within 1%"
+    )
     holds = value is not None and abs(value - printed) <= 0.01 * printed
     computed = None if value is None else _round(value)
     lines.append(Line("averages", "inferred", what, rule, printed, computed, holds))
@@ -257,8 +288,12 @@ def headlines(tables: Tables) -> list[Line]:
         lines.append(_equal("headlines", f"text: {what}", rule, printed, value, rounding=0.06))
     baselines = [row for name, row in rows.items() if name.startswith("+ ") and name != "+ MMedPO"]
     for what, columns, printed in ABSTRACT:
-        for name, value in _abstract_candidates(ours, rows, baselines, _columns(ours, columns)).items():
-            lines.append(_equal("headlines", f"abstract: {what}", name, printed, value, rounding=0.06))
+        for name, value in _abstract_candidates(
+            ours, rows, baselines, _columns(ours, columns)
+        ).items():
+            lines.append(
+                _equal("headlines", f"abstract: {what}", name, printed, value, rounding=0.06)
+            )
     return lines
 
 
@@ -268,10 +303,15 @@ def mean_gain(ours: dict[str, Any], other: dict[str, Any], columns: Sequence[str
 
 
 def _abstract_candidates(
-    ours: dict[str, Any], rows: dict[str, Any], baselines: list[dict[str, Any]], columns: Sequence[str]
+    ours: dict[str, Any],
+    rows: dict[str, Any],
+    baselines: list[dict[str, Any]],
+    columns: Sequence[str],
 ) -> dict[str, float]:
     """Simple means that the abstract's gains might be."""
-    mean_row = {column: sum(row[column] for row in baselines) / len(baselines) for column in columns}
+    mean_row = {
+        column: sum(row[column] for row in baselines) / len(baselines) for column in columns
+    }
     best_row = {column: max(row[column] for row in baselines) for column in columns}
     references = {
         "LLaVA-Med v1.5": rows["LLaVA-Med v1.5"],
@@ -288,7 +328,9 @@ def _abstract_candidates(
 
 
 def counts(tables: Tables) -> list[Line]:
-    """Is a printed accuracy a share of the test set's questions, and how many questions is a gain?"""
+    """Is a printed accuracy a share of the test set's questions, and how many questions is a
+    gain?
+    """
     lines = []
     rows = {row["method"]: row for row in tables["1"]}
     for column, total in COUNTS.items():
@@ -297,7 +339,10 @@ def counts(tables: Tables) -> list[Line]:
         for method, row in rows.items():
             printed = row[column]
             nearest = 100 * round(printed * total / 100) / total
-            rule = f"the nearest share of {total} closed questions; other values need several runs or another count"
+            rule = (
+                f"the nearest share of {total} closed questions; other values need several runs "
+                "or another count"
+            )
             # Some cells are cut after two decimals instead of rounded.
             holds = abs(nearest - printed) < 2 * ROUNDING
             what = f"Table 1, {method}, {column}"
@@ -305,9 +350,22 @@ def counts(tables: Tables) -> list[Line]:
     for column, total in COUNTS.items():
         for other in ("+ DPO", "+ FiSAO"):
             gain = rows["+ MMedPO"][column] - rows[other][column]
-            rule = f"the gain in points, and in questions of {total} (open ones: as wholly right answers)"
+            rule = (
+                f"the gain in points, and in questions of {total} (open ones: as wholly right "
+                "answers)"
+            )
             what = f"Table 1, + MMedPO - {other}, {column}"
-            lines.append(Line("counts", "arithmetic", what, rule, _round(gain), _round(gain * total / 100), True))
+            lines.append(
+                Line(
+                    "counts",
+                    "arithmetic",
+                    what,
+                    rule,
+                    _round(gain),
+                    _round(gain * total / 100),
+                    True,
+                )
+            )
     return lines
 
 
@@ -323,10 +381,17 @@ def _columns(row: dict[str, Any], kind: str) -> list[str]:
 
 def _report_rows(tables: Tables) -> list[tuple[str, dict[str, Any], str]]:
     """Table number, row and data set of every row of Tables 7 and 8."""
-    return [(number, row, dataset) for number in ("7", "8") for row in tables[number] for dataset in REPORT_SETS]
+    return [
+        (number, row, dataset)
+        for number in ("7", "8")
+        for row in tables[number]
+        for dataset in REPORT_SETS
+    ]
 
 
-def _equal(part: str, what: str, rule: str, printed: float, value: float, rounding: float = 2 * ROUNDING) -> Line:
+def _equal(
+    part: str, what: str, rule: str, printed: float, value: float, rounding: float = 2 * ROUNDING
+) -> Line:
     holds = abs(printed - value) <= rounding + 1e-9
     return Line(part, "arithmetic", what, rule, printed, _round(value), holds)
 
@@ -340,7 +405,14 @@ def select(lines: Sequence[Line], keep: Callable[[Line], bool]) -> list[dict[str
     rows = []
     for line in lines:
         if keep(line):
-            rows.append({"what": line.what, "rule": line.rule, "printed": line.printed, "computed": line.computed})
+            rows.append(
+                {
+                    "what": line.what,
+                    "rule": line.rule,
+                    "printed": line.printed,
+                    "computed": line.computed,
+                }
+            )
     return rows
 
 
@@ -350,8 +422,13 @@ def main() -> int:
 
     def action() -> None:
         lines = audit(read_tables())
-        write_json(path, {"about": __doc__.partition("\n")[0], "lines": [asdict(line) for line in lines]})
-        print(f"written: {path.name}, {len(lines)} lines, {sum(not line.holds for line in lines)} do not hold")
+        write_json(
+            path, {"about": " ".join(__doc__.partition("\n\n")[0].split()), "lines": [asdict(line) for line in lines]}
+        )
+        print(
+            f"written: {path.name}, {len(lines)} lines, {sum(not line.holds for line in lines)} do "
+            "not hold"
+        )
 
     return exit_status(action)
 

@@ -3,8 +3,8 @@
 The paper names no implementation. The authors added one to their repository on 2025-06-05; these
 functions give what it gives, for one answer and one prediction at a time. Where its way of counting
 surprises, the docstring says so. Its report script ends with an error on a prediction of which
-normalisation leaves nothing; here that prediction scores 0. It pairs answers and predictions by their
-position in two files; here both are in one row, so that none can slip.
+normalisation leaves nothing; here that prediction scores 0. It pairs answers and predictions by
+their position in two files; here both are in one row, so that none can slip.
 """
 
 from __future__ import annotations
@@ -27,18 +27,22 @@ FULL_STOP = re.compile(r"\.(?!\d)")
 FULL_STOPS_TAKEN = 32
 ORDERS = (1, 2, 3, 4)
 METHODS = {
-    "released_closed_accuracy": "share of closed questions whose normalised true answer is a substring of the "
+    "released_closed_accuracy": "share of closed questions whose normalised true answer is a "
+    "substring of the "
     'normalised prediction ("no" is found in "abnormal")',
-    "released_open_recall": "per question tp / (tp + fn), where tp counts the words of the prediction that the "
+    "released_open_recall": "per question tp / (tp + fn), where tp counts the words of the "
+    "prediction that the "
     "truth has too, as often as the prediction says them; mean over questions",
     "released_bleu": "mean of released_bleu_1 to released_bleu_4, as in the paper's Table 1",
     **{
-        f"released_bleu_{n}": f"nltk's sentence BLEU on {n}-grams alone, smoothing method 7, mean over reports; "
+        f"released_bleu_{n}": f"nltk's sentence BLEU on {n}-grams alone, smoothing "
+        "method 7, mean over reports; "
         "an exact copy scores above 100, and one right word is enough for a third of it"
         for n in ORDERS
     },
     "released_rouge_l": "package rouge, ROUGE-L F, mean over reports",
-    "released_meteor": "nltk's METEOR on white-space tokens of the normalised texts, mean over reports",
+    "released_meteor": "nltk's METEOR on white-space tokens of the normalised texts, mean "
+    "over reports",
 }
 
 
@@ -46,8 +50,9 @@ METHODS = {
 def normalise(text: str) -> str:
     """A text as the released scores see it.
 
-    Lower case; marks go, or become a blank where the text has the mark only inside words; full stops go
-    unless a digit follows; number words become digits, articles go, contractions get their apostrophe.
+    Lower case; marks go, or become a blank where the text has the mark only inside words; full
+    stops go unless a digit follows; number words become digits, articles go, contractions get their
+    apostrophe.
     """
     text = text.replace("\n", " ").replace("\t", " ").strip()
     kept = text
@@ -72,9 +77,9 @@ def closed_correct(answer: str, prediction: str) -> bool:
 def word_overlap(answer: str, prediction: str) -> dict[str, float]:
     """Exact match, precision, recall and F1 over the words of both, each from 0.
 
-    A word that the prediction repeats counts as often as it is repeated, so that repeating a right word
-    raises the recall. ``exact_match`` is no equality: it is the number of different true words that the
-    prediction has, by the number of words that it says.
+    A word that the prediction repeats counts as often as it is repeated, so that repeating a right
+    word raises the recall. ``exact_match`` is no equality: it is the number of different true words
+    that the prediction has, by the number of words that it says.
     """
     truth, said = Counter(normalise(answer).split()), Counter(normalise(prediction).split())
     if not truth or not said:
@@ -94,8 +99,8 @@ def bleu(answer: str, prediction: str, weights: tuple[float, ...]) -> float:
     """nltk's sentence BLEU with smoothing method 7, on normalised words; an exact copy passes 1.
 
     Args:
-        weights: of the 1-grams, 2-grams and so on: (0, 1, 0, 0) is the released BLEU-2, four quarters the
-            script's own summary.
+        weights: of the 1-grams, 2-grams and so on: (0, 1, 0, 0) is the released BLEU-2, four
+            quarters the script's own summary.
     """
     truth, said = normalise(answer).split(), normalise(prediction).split()
     if not truth or not said:
@@ -125,7 +130,9 @@ def _rouge() -> Rouge:
 
 
 def meteor(answer: str, prediction: str, wordnet: Any) -> float:
-    """nltk's METEOR on white-space tokens of the normalised texts, 0 to 1; ``wordnet``: a corpus reader."""
+    """nltk's METEOR on white-space tokens of the normalised texts, 0 to 1; ``wordnet``: a corpus
+    reader.
+    """
     truth, said = normalise(answer).split(), normalise(prediction).split()
     if not truth or not said:
         return 0.0

@@ -19,6 +19,7 @@ from .errors import InputError
 from .files import atomic_write
 from .privacy import check_outputs
 from .profiles import Profile, load_profile
+from .schema import is_path
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = ROOT / "notebooks"
@@ -125,8 +126,9 @@ def main() -> int:
     options = parser.parse_args()
     try:
         profile = load_profile(options.profile)
-        path = Path(options.profile)
-        seconds = run(profile, str(path.resolve()) if path.is_file() else options.profile, options.in_place)
+        # The notebooks run in a folder of their own, where a relative path would mean another file.
+        name = str(Path(options.profile).resolve()) if is_path(options.profile) else options.profile
+        seconds = run(profile, name, options.in_place)
     except InputError as error:
         print(error, file=sys.stderr)
         return 2

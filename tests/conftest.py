@@ -2,20 +2,91 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import os
+import shutil
 from pathlib import Path
 
-import pytest
-
+# Before the libraries below, which read these once.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from huggingface_hub import constants  # noqa: E402
+
+from .original_llava import (  # noqa: E402
+    CLIP,
+    CONFIG,
+    random_state,
+    write_original,
+    write_tower,
+)
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of real data and golden outputs beside the checkout; the test skips where it is absent."""
+    """The folder of real data and golden outputs beside the checkout; the test skips where it is
+    absent.
+    """
     folder = Path(os.environ.get("MMEDPO_SHARED", REPOSITORY.parent / "shared"))
     if not (folder / "golden").is_dir():
-        pytest.skip(f"no golden data at {folder}: set MMEDPO_SHARED to the folder that holds golden/ and data/")
+        pytest.skip(
+            f"no golden data at {folder}: set MMEDPO_SHARED to the folder that holds golden/ and "
+            "data/"
+        )
     return folder
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    """Converted folders of a test lie in its own folder."""
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "mmedpo"
+
+
+@pytest.fixture
+def state(cache) -> dict[str, torch.Tensor]:
+    return random_state(CONFIG, CLIP)
+
+
+@pytest.fixture
+def original(tmp_path, state) -> Path:
+    """A checkpoint in two shards, its tower beside it."""
+    write_tower(tmp_path / "clip", CLIP, state)
+    return write_original(tmp_path / "original", CONFIG, state, 2)
+
+
+@pytest.fixture
+def golden(shared, tmp_path, cache):
+    """The golden checkpoint in the original layout (three shards, tower beside it), its folder, its
+    outputs and cases.
+    """
+    folder = shared / "golden" / "llavamed"
+    spec = importlib.util.spec_from_file_location("recipe", shared / "golden" / "recipe.py")
+    recipe = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(recipe)
+    weights = {
+        key: torch.from_numpy(value)
+        for key, value in recipe.state_dict(folder / "keys.json").items()
+    }
+    tower = write_tower(
+        tmp_path / "tiny-clip",
+        json.loads((folder / "tiny_clip_config.json").read_text()),
+        weights,
+        ["text_model.embeddings.position_ids", "logit_scale"],
+    )
+    shutil.copy(folder / "tiny_clip_preprocessor_config.json", tower / "preprocessor_config.json")
+    source = write_original(
+        tmp_path / "tiny", json.loads((folder / "config.json").read_text()), weights, 3
+    )
+    return (
+        source,
+        shared / "golden",
+        np.load(folder / "expected.npz"),
+        json.loads((folder / "cases.json").read_text()),
+    )

@@ -13,8 +13,11 @@ class Foreign(PretrainedConfig):
     model_type = "foreign"
 """
 CLASSES = {
-    "config.json": {"AutoConfig": "foreign.Foreign", "AutoModel": "foreign.Foreign",
-                    "AutoModelForCausalLM": "foreign.Foreign"},
+    "config.json": {
+        "AutoConfig": "foreign.Foreign",
+        "AutoModel": "foreign.Foreign",
+        "AutoModelForCausalLM": "foreign.Foreign",
+    },
     "processor_config.json": {"AutoProcessor": "foreign.Foreign"},
     "tokenizer_config.json": {"AutoTokenizer": ["foreign.Foreign", "foreign.Foreign"]},
 }
@@ -26,7 +29,9 @@ KEYS = {
 
 
 def bring_code(folder: Path, file: str, mark: Path) -> Path:
-    """Let ``file`` of a model's folder name classes in a module beside it; the folder ``mark`` says that it ran."""
+    """Let ``file`` of a model's folder name classes in a module beside it; the folder ``mark`` says
+    that it ran.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / file
     values = json.loads(path.read_text()) if path.is_file() else {}

@@ -14,7 +14,9 @@ Behaviour = str | tuple[str, Any] | Callable[[dict], str]
 
 
 class Server(ThreadingHTTPServer):
-    """Answers each request by the next of ``plan``, then by ``usual``; ``seen`` holds what came in (headers, body)."""
+    """Answers each request by the next of ``plan``, then by ``usual``; ``seen`` holds what came in
+    (headers, body).
+    """
 
     daemon_threads = True
 
@@ -23,7 +25,9 @@ class Server(ThreadingHTTPServer):
         self.plan: list[Behaviour] = []
         self.usual: Behaviour = '{"score": 0.5, "reason": "usual"}'
         self.seen: list[tuple[dict[str, str], dict[str, Any]]] = []
-        self.models: list[str] | int = []  # what GET /models lists, or the status that it answers with
+        self.models: (
+            list[str] | int
+        ) = []  # what GET /models lists, or the status that it answers with
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
 
 
@@ -40,21 +44,30 @@ class Handler(BaseHTTPRequestHandler):
         if isinstance(self.server.models, int):
             self.reply(self.server.models, "{}")
             return
-        listed = [{"id": name, "object": "model", "created": 0, "owned_by": "x"} for name in self.server.models]
+        listed = [
+            {"id": name, "object": "model", "created": 0, "owned_by": "x"}
+            for name in self.server.models
+        ]
         self.reply(200, json.dumps({"object": "list", "data": listed}))
 
     def do_POST(self) -> None:
         """Behave as planned."""
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.seen.append(({name.lower(): value for name, value in self.headers.items()}, body))
+        self.server.seen.append(
+            ({name.lower(): value for name, value in self.headers.items()}, body)
+        )
         plan = self.server.plan.pop(0) if self.server.plan else self.server.usual
-        kind, value = plan if isinstance(plan, tuple) else ("answer", plan(body) if callable(plan) else plan)
+        kind, value = (
+            plan if isinstance(plan, tuple) else ("answer", plan(body) if callable(plan) else plan)
+        )
         if kind == "slow":
             time.sleep(value)
             self.reply(200, completion("too late"))
         elif kind == "status":
             status, headers = value
-            echo = {"error": {"message": f"wrong: {self.headers['Authorization']} {json.dumps(body)}"}}
+            echo = {
+                "error": {"message": f"wrong: {self.headers['Authorization']} {json.dumps(body)}"}
+            }
             self.reply(status, json.dumps(echo), headers)
         elif kind == "refuse":
             self.reply(*value)
@@ -82,16 +95,30 @@ class Handler(BaseHTTPRequestHandler):
 
 def completion(text: str, finish: str = "stop") -> str:
     """A chat completion of 100 prompt tokens and 10 completion tokens."""
-    choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": finish}
-    return json.dumps({"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice],
-                       "usage": {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110}})
+    choice = {
+        "index": 0,
+        "message": {"role": "assistant", "content": text},
+        "finish_reason": finish,
+    }
+    return json.dumps(
+        {
+            "id": "x",
+            "object": "chat.completion",
+            "created": 0,
+            "model": "m",
+            "choices": [choice],
+            "usage": {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110},
+        }
+    )
 
 
 @contextmanager
 def running() -> Iterator[Server]:
     """A server on a free port of the loopback address."""
     server = Server()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread = threading.Thread(
+        target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
+    )
     thread.start()
     try:
         yield server

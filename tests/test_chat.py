@@ -1,4 +1,6 @@
-"""Back ends, cache, retries and limits, against a real server on loopback that misbehaves on demand."""
+"""Back ends, cache, retries and limits, against a real server on loopback that misbehaves on
+demand.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,12 @@ from tests.servers import running
 
 KEY = "sk-very-secret-0123456789"
 MESSAGES = [{"role": "user", "content": "Patient Jane Roe: how relevant?"}]
-SCHEMA = {"type": "object", "properties": {"score": {"type": "number"}}, "required": ["score"], "additionalProperties": False}
+SCHEMA = {
+    "type": "object",
+    "properties": {"score": {"type": "number"}},
+    "required": ["score"],
+    "additionalProperties": False,
+}
 SAMPLING = Sampling(0.0, 3, 64)
 
 
@@ -36,34 +43,68 @@ def waits():
 
 
 def endpoint(server, **values) -> LanguageModel:
-    return LanguageModel(**{"backend": "openai", "model": "m", "base_url": server.url, "api_key_env": "TEST_JUDGE_KEY",
-                            "quantization": "none", "input_price": 0.0, "output_price": 0.0} | values)
+    return LanguageModel(
+        **{
+            "backend": "openai",
+            "model": "m",
+            "base_url": server.url,
+            "api_key_env": "TEST_JUDGE_KEY",
+            "quantization": "none",
+            "input_price": 0.0,
+            "output_price": 0.0,
+        }
+        | values
+    )
 
 
 def chat_of(server, folder, waits, timeout=60.0, prices=(0.0, 0.0), **limits) -> Chat:
-    return Chat(EndpointModel(endpoint(server), timeout), folder, Limits(sleep=waits.append, **limits), *prices)
+    return Chat(
+        EndpointModel(endpoint(server), timeout),
+        folder,
+        Limits(sleep=waits.append, **limits),
+        *prices,
+    )
 
 
 def test_the_request_carries_model_messages_schema_sampling_and_key(server, tmp_path, waits):
     assert chat_of(server, tmp_path, waits)(MESSAGES, SCHEMA, SAMPLING) == server.usual
-    (headers, body), = server.seen
+    ((headers, body),) = server.seen
     assert headers["authorization"] == f"Bearer {KEY}"
-    assert (body["model"], body["messages"], body["temperature"], body["seed"], body["max_tokens"]) == ("m", MESSAGES, 0, 3, 64)
+    assert (
+        body["model"],
+        body["messages"],
+        body["temperature"],
+        body["seed"],
+        body["max_tokens"],
+    ) == ("m", MESSAGES, 0, 3, 64)
     assert body["response_format"]["json_schema"]["schema"] == SCHEMA
 
 
-def test_no_other_key_of_the_environment_is_sent_where_none_is_named(server, tmp_path, waits, monkeypatch):
+def test_no_other_key_of_the_environment_is_sent_where_none_is_named(
+    server, tmp_path, waits, monkeypatch
+):
     for variable in ("OPENAI_API_KEY", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID"):
         monkeypatch.setenv(variable, KEY)
-    Chat(EndpointModel(endpoint(server, api_key_env=None), 60), tmp_path)(MESSAGES, SCHEMA, SAMPLING)
+    Chat(EndpointModel(endpoint(server, api_key_env=None), 60), tmp_path)(
+        MESSAGES, SCHEMA, SAMPLING
+    )
     assert KEY not in json.dumps(server.seen)
 
 
-@pytest.mark.parametrize(("plan", "reason"), [
-    (("slow", 5.0), "time-out"), (("status", (429, {"Retry-After": "7"})), "429"), (("status", (500, {})), "500"),
-    (("status", (503, {})), "503"), (("torn", None), "torn"), (("half", None), "half"), (("raw", '{"choices": []}'), "empty"),
-    (("raw", '"prose"'), "text"), (("raw", "null"), "null"),
-])
+@pytest.mark.parametrize(
+    ("plan", "reason"),
+    [
+        (("slow", 5.0), "time-out"),
+        (("status", (429, {"Retry-After": "7"})), "429"),
+        (("status", (500, {})), "500"),
+        (("status", (503, {})), "503"),
+        (("torn", None), "torn"),
+        (("half", None), "half"),
+        (("raw", '{"choices": []}'), "empty"),
+        (("raw", '"prose"'), "text"),
+        (("raw", "null"), "null"),
+    ],
+)
 def test_a_failing_request_is_tried_again(server, tmp_path, waits, plan, reason):
     server.plan = [plan]
     chat = chat_of(server, tmp_path, waits, timeout=1.5 if reason == "time-out" else 60.0)
@@ -81,9 +122,17 @@ def test_back_off_doubles_with_jitter_and_ends(server, tmp_path, waits):
     assert not list(tmp_path.glob("*.json")), "a failure is not cached"
 
 
-@pytest.mark.parametrize(("header", "low", "high"), [
-    ("0", 0, 0), ("2.5", 2.5, 2.5), ("86400", 300, 300), ("-4", 0, 0), ("nan", 0.5, 1.5), ("soon", 0.5, 1.5),
-])
+@pytest.mark.parametrize(
+    ("header", "low", "high"),
+    [
+        ("0", 0, 0),
+        ("2.5", 2.5, 2.5),
+        ("86400", 300, 300),
+        ("-4", 0, 0),
+        ("nan", 0.5, 1.5),
+        ("soon", 0.5, 1.5),
+    ],
+)
 def test_retry_after(server, tmp_path, waits, header, low, high):
     server.plan = [("status", (429, {"Retry-After": header}))]
     chat_of(server, tmp_path, waits)(MESSAGES, SCHEMA, SAMPLING)
@@ -113,13 +162,19 @@ def test_a_server_that_rejects_the_schema_is_asked_without_it(server, tmp_path, 
         chat(MESSAGES, SCHEMA, SAMPLING)
     assert ["response_format" in body for _, body in server.seen] == [True, False]
     server.usual = "fine"
-    assert chat(MESSAGES, SCHEMA, SAMPLING) == "fine" and "response_format" not in server.seen[-1][1]
+    assert (
+        chat(MESSAGES, SCHEMA, SAMPLING) == "fine" and "response_format" not in server.seen[-1][1]
+    )
 
 
 def refusal(parameter: str, code: str = "unsupported_parameter", named: bool = True) -> tuple:
     """A refusal in OpenAI's form; ``named``: in a field of its own, else in the message only."""
-    error = {"message": f"Unsupported value: '{parameter}' is not a parameter of this model.", "type": "invalid_request_error",
-             "param": parameter if named else None, "code": code}
+    error = {
+        "message": f"Unsupported value: '{parameter}' is not a parameter of this model.",
+        "type": "invalid_request_error",
+        "param": parameter if named else None,
+        "code": code,
+    }
     return ("refuse", (400, json.dumps({"error": error})))
 
 
@@ -132,7 +187,10 @@ def test_a_server_is_asked_again_the_way_it_wants(server, tmp_path, waits, named
     assert chat(MESSAGES, SCHEMA, SAMPLING) == "fine"
     bodies = [body for _, body in server.seen]
     assert len(bodies) == 4 and bodies[-1]["max_completion_tokens"] == SAMPLING.max_tokens
-    assert not {"max_tokens", "temperature", "seed"} & set(bodies[-1]) and "response_format" in bodies[-1]
+    assert (
+        not {"max_tokens", "temperature", "seed"} & set(bodies[-1])
+        and "response_format" in bodies[-1]
+    )
     assert "temperature" in bodies[1] and "max_tokens" not in bodies[1]
     chat(MESSAGES, SCHEMA, Sampling(0.0, 9, 64))
     assert set(server.seen[-1][1]) == set(bodies[-1]), "learnt"
@@ -141,20 +199,31 @@ def test_a_server_is_asked_again_the_way_it_wants(server, tmp_path, waits, named
 
 
 def test_a_refusal_that_goes_on_ends_with_the_servers_own_reason(server, tmp_path, waits):
-    told = {"message": "This model's maximum context length is 8 tokens.\n\x1b[31mShorten the prompt", "param": None}
+    told = {
+        "message": "This model's maximum context length is 8 tokens.\n\x1b[31mShorten the prompt",
+        "param": None,
+    }
     server.usual = ("refuse", (400, json.dumps({"error": told})))
     with pytest.raises(InputError) as refused:
         chat_of(server, tmp_path, waits)(MESSAGES, SCHEMA, SAMPLING)
     message = str(refused.value)
     assert "the server says: This model's maximum context length is 8 tokens." in message
     assert "\x1b" not in message and "\n" not in message and len(server.seen) == 2
-    assert {"max_tokens", "temperature", "seed"} <= set(server.seen[-1][1]), "nothing else is given up"
+    assert {"max_tokens", "temperature", "seed"} <= set(server.seen[-1][1]), (
+        "nothing else is given up"
+    )
 
 
 def test_an_empty_account_is_not_asked_again(server, tmp_path, waits):
-    error = {"message": "You exceeded your current quota.", "code": "insufficient_quota", "type": "insufficient_quota"}
+    error = {
+        "message": "You exceeded your current quota.",
+        "code": "insufficient_quota",
+        "type": "insufficient_quota",
+    }
     server.usual = ("refuse", (429, json.dumps({"error": error})))
-    with pytest.raises(InputError, match="answers 429.*the server says: You exceeded your current quota"):
+    with pytest.raises(
+        InputError, match="answers 429.*the server says: You exceeded your current quota"
+    ):
         chat_of(server, tmp_path, waits)(MESSAGES, SCHEMA, SAMPLING)
     assert len(server.seen) == 1
 
@@ -178,11 +247,17 @@ def test_a_second_run_makes_no_request(server, tmp_path, waits):
     assert len(server.seen) == 4 and (chat.counters.requests, chat.counters.cached) == (0, 4)
 
 
-@pytest.mark.parametrize("other", [
-    ("m", MESSAGES, SCHEMA, Sampling(0.1, 3, 64)), ("m", MESSAGES, SCHEMA, Sampling(0.0, 4, 64)),
-    ("m", MESSAGES, SCHEMA, Sampling(0.0, 3, 65)), ("m", MESSAGES, {"type": "object"}, SAMPLING),
-    ("m", [*MESSAGES, *MESSAGES], SCHEMA, SAMPLING), ("n", MESSAGES, SCHEMA, SAMPLING),
-])
+@pytest.mark.parametrize(
+    "other",
+    [
+        ("m", MESSAGES, SCHEMA, Sampling(0.1, 3, 64)),
+        ("m", MESSAGES, SCHEMA, Sampling(0.0, 4, 64)),
+        ("m", MESSAGES, SCHEMA, Sampling(0.0, 3, 65)),
+        ("m", MESSAGES, {"type": "object"}, SAMPLING),
+        ("m", [*MESSAGES, *MESSAGES], SCHEMA, SAMPLING),
+        ("n", MESSAGES, SCHEMA, SAMPLING),
+    ],
+)
 def test_model_messages_schema_and_sampling_each_change_the_key(server, tmp_path, other):
     model, *request = other
     Chat(EndpointModel(endpoint(server), 60), tmp_path)(MESSAGES, SCHEMA, SAMPLING)
@@ -194,7 +269,7 @@ def test_a_damaged_entry_is_asked_for_again(server, tmp_path, waits):
     chat = chat_of(server, tmp_path, waits)
     for damage in ("", "{", "[]", "{}", "\x00"):
         chat(MESSAGES, SCHEMA, SAMPLING)
-        entry, = tmp_path.glob("*.json")
+        (entry,) = tmp_path.glob("*.json")
         entry.write_text(damage)
     assert chat(MESSAGES, SCHEMA, SAMPLING) == server.usual and len(server.seen) == 6
 
@@ -204,11 +279,17 @@ def test_cache_is_private_and_holds_neither_key_nor_header_nor_question(server, 
     server.usual = lambda body: f"I was sent {KEY}"
     assert KEY not in chat_of(server, folder, waits)(MESSAGES, SCHEMA, SAMPLING)
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-    entry, = folder.iterdir()
+    (entry,) = folder.iterdir()
     assert stat.S_IMODE(entry.stat().st_mode) == 0o600
     text = entry.read_text()
     assert not [word for word in (KEY, "Bearer", "uthorization", "Jane Roe") if word in text]
-    assert set(json.loads(text)) == {"text", "complete", "prompt_tokens", "completion_tokens", "model"}
+    assert set(json.loads(text)) == {
+        "text",
+        "complete",
+        "prompt_tokens",
+        "completion_tokens",
+        "model",
+    }
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 422, 429, 500])
@@ -261,6 +342,7 @@ def test_the_rate_is_kept(server, tmp_path):
     def sleep(seconds: float) -> None:
         waits.append(seconds)
         now[0] += seconds
+
     limits = Limits(requests_per_minute=30, sleep=sleep, clock=lambda: now[0])
     chat = Chat(EndpointModel(endpoint(server), 60), tmp_path, limits)
     for seed in range(3):
@@ -272,7 +354,9 @@ def test_the_rate_is_kept(server, tmp_path):
 
 def test_requests_stop_at_their_limit_which_two_models_share(server, tmp_path, waits):
     limits = Limits(max_requests=3, sleep=waits.append)
-    one, two = (Chat(EndpointModel(endpoint(server, model=name), 60), tmp_path, limits) for name in "ab")
+    one, two = (
+        Chat(EndpointModel(endpoint(server, model=name), 60), tmp_path, limits) for name in "ab"
+    )
     one(MESSAGES, SCHEMA, SAMPLING)
     two(MESSAGES, SCHEMA, SAMPLING)
     server.plan = [("status", (500, {})), "never asked"]
@@ -282,14 +366,24 @@ def test_requests_stop_at_their_limit_which_two_models_share(server, tmp_path, w
 
 
 def test_cost_stops_before_it_is_passed(server, tmp_path, waits):
-    price = (100 * 10 + 10 * 40) / 1_000_000          # what the server counts: 100 prompt and 10 completion tokens
+    price = (
+        100 * 10 + 10 * 40
+    ) / 1_000_000  # what the server counts: 100 prompt and 10 completion tokens
     chat = chat_of(server, tmp_path, waits, prices=(10.0, 40.0), max_cost=0.02)
     with pytest.raises(InputError, match="judge.max_cost` 0.02"):
         for seed in range(100):
             chat(MESSAGES, SCHEMA, Sampling(0.0, seed, 64))
-    assert chat.counters.cost == pytest.approx(len(server.seen) * price) and 0 < chat.counters.cost <= 0.02
-    assert chat.counters.cost + (64 * 40 + len(json.dumps([MESSAGES, SCHEMA])) * 10) / 1e6 > 0.02, "one more could have passed it"
-    assert (chat.counters.prompt_tokens, chat.counters.completion_tokens) == (100 * len(server.seen), 10 * len(server.seen))
+    assert (
+        chat.counters.cost == pytest.approx(len(server.seen) * price)
+        and 0 < chat.counters.cost <= 0.02
+    )
+    assert chat.counters.cost + (64 * 40 + len(json.dumps([MESSAGES, SCHEMA])) * 10) / 1e6 > 0.02, (
+        "one more could have passed it"
+    )
+    assert (chat.counters.prompt_tokens, chat.counters.completion_tokens) == (
+        100 * len(server.seen),
+        10 * len(server.seen),
+    )
 
 
 def test_an_answer_that_never_came_is_paid_for_in_full(server, tmp_path, waits):
@@ -301,6 +395,10 @@ def test_an_answer_that_never_came_is_paid_for_in_full(server, tmp_path, waits):
 
 def test_nothing_is_asked_with_no_money(server, tmp_path, waits):
     with pytest.raises(InputError, match="max_cost"):
-        chat_of(server, tmp_path, waits, prices=(1.0, 1.0), max_cost=0.0)(MESSAGES, SCHEMA, SAMPLING)
+        chat_of(server, tmp_path, waits, prices=(1.0, 1.0), max_cost=0.0)(
+            MESSAGES, SCHEMA, SAMPLING
+        )
     assert server.seen == []
-    assert chat_of(server, tmp_path, waits, max_cost=0.0)(MESSAGES, SCHEMA, SAMPLING), "a free endpoint needs none"
+    assert chat_of(server, tmp_path, waits, max_cost=0.0)(MESSAGES, SCHEMA, SAMPLING), (
+        "a free endpoint needs none"
+    )

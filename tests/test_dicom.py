@@ -55,14 +55,24 @@ def test_without_a_window_the_own_range_is_scaled(tmp_path: Path) -> None:
     assert grey(save(tmp_path / "flat.dcm", np.full((4, 4), 9, np.uint16))).max() == 0
 
 
-@pytest.mark.parametrize(("function", "formula"), [
-    ("LINEAR", lambda x: np.clip((x - 999.5) / 799 + 0.5, 0, 1)),
-    ("LINEAR_EXACT", lambda x: np.clip((x - 1000) / 800 + 0.5, 0, 1)),
-    ("SIGMOID", lambda x: 1 / (1 + np.exp(-4 * (x - 1000) / 800))),
-])
+@pytest.mark.parametrize(
+    ("function", "formula"),
+    [
+        ("LINEAR", lambda x: np.clip((x - 999.5) / 799 + 0.5, 0, 1)),
+        ("LINEAR_EXACT", lambda x: np.clip((x - 1000) / 800 + 0.5, 0, 1)),
+        ("SIGMOID", lambda x: 1 / (1 + np.exp(-4 * (x - 1000) / 800))),
+    ],
+)
 def test_values_are_rescaled_then_cut_by_the_window(tmp_path: Path, function: str, formula) -> None:
-    path = save(tmp_path / "film.dcm", RAMP, RescaleSlope=2, RescaleIntercept=-1024, WindowCenter=[1000, 50],
-                WindowWidth=[800, 10], VOILUTFunction=function)
+    path = save(
+        tmp_path / "film.dcm",
+        RAMP,
+        RescaleSlope=2,
+        RescaleIntercept=-1024,
+        WindowCenter=[1000, 50],
+        WindowWidth=[800, 10],
+        VOILUTFunction=function,
+    )
     expected = formula(2.0 * RAMP - 1024) * 255
     assert np.abs(grey(path) - expected).max() <= 0.5 + 1e-6
     assert expected.min() < 5 and expected.max() > 250
@@ -73,13 +83,22 @@ def test_colour_is_kept_and_other_forms_are_refused(tmp_path: Path) -> None:
     image = open_image(save(tmp_path / "colour.dcm", colour))
     assert image.mode == "RGB" and np.array_equal(np.asarray(image), colour)
     frames = np.zeros((3, 8, 8), np.uint16)
-    several = save(tmp_path / "frames.dcm", frames, NumberOfFrames=3, Rows=8, Columns=8, SamplesPerPixel=1,
-                   PhotometricInterpretation="MONOCHROME2")
+    several = save(
+        tmp_path / "frames.dcm",
+        frames,
+        NumberOfFrames=3,
+        Rows=8,
+        Columns=8,
+        SamplesPerPixel=1,
+        PhotometricInterpretation="MONOCHROME2",
+    )
     with pytest.raises(InputError, match=r"frames.dcm: expected one grey frame.*\[3, 8, 8\]"):
         open_image(several)
 
 
-def test_a_torn_file_and_a_missing_reader_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_torn_file_and_a_missing_reader_say_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = save(tmp_path / "film.dcm", RAMP)
     whole = path.read_bytes()
     for content in (whole[: len(whole) - 200], whole[:140], b"not DICOM", b""):
@@ -89,7 +108,9 @@ def test_a_torn_file_and_a_missing_reader_say_what_to_do(tmp_path: Path, monkeyp
     with pytest.raises(InputError, match="cannot be decoded as DICOM"):
         open_image(tmp_path / "absent.dcm")
     monkeypatch.setitem(__import__("sys").modules, "pydicom", None)
-    with pytest.raises(InputError, match=r"film.dcm: DICOM needs pydicom.*mmedpo-notebooks\[dicom\]"):
+    with pytest.raises(
+        InputError, match=r"film.dcm: DICOM needs pydicom.*mmedpo-notebooks\[dicom\]"
+    ):
         open_image(path)
 
 
@@ -100,13 +121,32 @@ def test_a_voi_lut_is_applied_as_pydicom_does(tmp_path: Path) -> None:
 
     curve = Dataset()
     curve.LUTDescriptor = [4096, 0, 12]
-    curve.LUTData = (4095 / (1 + np.exp(-12 * (np.linspace(0, 1, 4096) - 0.7)))).round().astype("<u2").tobytes()
-    for tags in ({}, {"WindowCenter": 100, "WindowWidth": 50}, {"RescaleSlope": 1, "RescaleIntercept": 0}):
-        path = save(tmp_path / "film.dcm", RAMP, VOILUTSequence=Sequence([curve]), BitsStored=12, HighBit=11, **tags)
+    curve.LUTData = (
+        (4095 / (1 + np.exp(-12 * (np.linspace(0, 1, 4096) - 0.7)))).round().astype("<u2").tobytes()
+    )
+    for tags in (
+        {},
+        {"WindowCenter": 100, "WindowWidth": 50},
+        {"RescaleSlope": 1, "RescaleIntercept": 0},
+    ):
+        path = save(
+            tmp_path / "film.dcm",
+            RAMP,
+            VOILUTSequence=Sequence([curve]),
+            BitsStored=12,
+            HighBit=11,
+            **tags,
+        )
         read = pydicom.dcmread(path)
-        theirs = apply_voi_lut(apply_modality_lut(read.pixel_array, read), read, prefer_lut=True) / 4095 * 255
+        theirs = (
+            apply_voi_lut(apply_modality_lut(read.pixel_array, read), read, prefer_lut=True)
+            / 4095
+            * 255
+        )
         assert np.abs(grey(path) - theirs).max() <= 0.5
-        assert np.abs(grey(path) - RAMP / RAMP.max() * 255).max() > 50, "the curve is far from a line"
+        assert np.abs(grey(path) - RAMP / RAMP.max() * 255).max() > 50, (
+            "the curve is far from a line"
+        )
 
 
 def test_a_modality_lut_comes_before_the_window(tmp_path: Path) -> None:
@@ -116,7 +156,13 @@ def test_a_modality_lut_comes_before_the_window(tmp_path: Path) -> None:
     table = Dataset()
     table.LUTDescriptor, table.ModalityLUTType = [4096, 0, 16], "US"
     table.LUTData = (np.arange(4096)[::-1] * 2).astype("<u2").tobytes()
-    path = save(tmp_path / "film.dcm", RAMP, ModalityLUTSequence=Sequence([table]), WindowCenter=4000, WindowWidth=2000)
+    path = save(
+        tmp_path / "film.dcm",
+        RAMP,
+        ModalityLUTSequence=Sequence([table]),
+        WindowCenter=4000,
+        WindowWidth=2000,
+    )
     expected = np.clip(((4095.0 - RAMP) * 2 - 3999.5) / 1999 + 0.5, 0, 1) * 255
     assert np.abs(grey(path) - expected).max() <= 0.5 + 1e-6
 
@@ -124,27 +170,39 @@ def test_a_modality_lut_comes_before_the_window(tmp_path: Path) -> None:
 def test_an_inverse_presentation_inverts(tmp_path: Path) -> None:
     plain = grey(save(tmp_path / "a.dcm", RAMP, PresentationLUTShape="IDENTITY"))
     for tags in ({}, {"PhotometricInterpretation": "MONOCHROME1"}):
-        assert np.array_equal(grey(save(tmp_path / "b.dcm", RAMP, PresentationLUTShape="INVERSE", **tags)), 255 - plain)
+        assert np.array_equal(
+            grey(save(tmp_path / "b.dcm", RAMP, PresentationLUTShape="INVERSE", **tags)),
+            255 - plain,
+        )
 
 
 @pytest.mark.parametrize("kind", ["MONOCHROME1", "MONOCHROME2"])
 def test_padding_is_black_and_does_not_set_the_scale(tmp_path: Path, kind: str) -> None:
     film = RAMP.copy()
     film[:, :2] = 65535
-    path = save(tmp_path / "film.dcm", film, PixelPaddingValue=65535, PhotometricInterpretation=kind)
+    path = save(
+        tmp_path / "film.dcm", film, PixelPaddingValue=65535, PhotometricInterpretation=kind
+    )
     inside = RAMP[:, 2:]
     expected = (inside - inside.min()) / np.ptp(inside) * 255
     expected = 255 - expected if kind == "MONOCHROME1" else expected
     assert np.abs(grey(path)[:, 2:] - expected).max() <= 0.5 and grey(path)[:, :2].max() == 0
     film[:, :2] = 65000
-    path = save(tmp_path / "range.dcm", film, PixelPaddingValue=65535, PixelPaddingRangeLimit=64000,
-                PhotometricInterpretation=kind)
+    path = save(
+        tmp_path / "range.dcm",
+        film,
+        PixelPaddingValue=65535,
+        PixelPaddingRangeLimit=64000,
+        PhotometricInterpretation=kind,
+    )
     assert np.abs(grey(path)[:, 2:] - expected).max() <= 0.5 and grey(path)[:, :2].max() == 0
 
 
 def test_signed_values_and_bits_that_are_not_stored(tmp_path: Path) -> None:
     signed = (RAMP.astype(np.int16) - 2048).astype("<i2")
-    path = save(tmp_path / "signed.dcm", signed, PixelRepresentation=1, WindowCenter=0, WindowWidth=1000)
+    path = save(
+        tmp_path / "signed.dcm", signed, PixelRepresentation=1, WindowCenter=0, WindowWidth=1000
+    )
     expected = np.clip((signed + 0.5) / 999 + 0.5, 0, 1) * 255
     assert np.abs(grey(path) - expected).max() <= 0.5 + 1e-6
     twelve = save(tmp_path / "twelve.dcm", RAMP, BitsStored=12, HighBit=11)
@@ -184,7 +242,11 @@ def test_jpeg_lossless_is_decoded(tmp_path: Path) -> None:
     """Encoded by GDCM, read back: every grey value is there."""
     gdcm = pytest.importorskip("gdcm", reason="the extra `dicom` brings it")
     plain = save(tmp_path / "plain.dcm", RAMP)
-    reader, change, writer = gdcm.ImageReader(), gdcm.ImageChangeTransferSyntax(), gdcm.ImageWriter()
+    reader, change, writer = (
+        gdcm.ImageReader(),
+        gdcm.ImageChangeTransferSyntax(),
+        gdcm.ImageWriter(),
+    )
     reader.SetFileName(str(plain))
     assert reader.Read()
     change.SetTransferSyntax(gdcm.TransferSyntax(gdcm.TransferSyntax.JPEGLosslessProcess14_1))
@@ -194,15 +256,24 @@ def test_jpeg_lossless_is_decoded(tmp_path: Path) -> None:
     writer.SetFile(reader.GetFile())
     writer.SetImage(change.GetOutput())
     assert writer.Write()
-    assert pydicom.dcmread(tmp_path / "lossless.dcm").file_meta.TransferSyntaxUID == pydicom.uid.JPEGLosslessSV1
+    assert (
+        pydicom.dcmread(tmp_path / "lossless.dcm").file_meta.TransferSyntaxUID
+        == pydicom.uid.JPEGLosslessSV1
+    )
     assert np.array_equal(grey(tmp_path / "lossless.dcm"), grey(plain))
 
 
-def test_a_decoder_that_is_missing_is_named_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_decoder_that_is_missing_is_named_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def none(*_: object, **__: object) -> None:
-        raise RuntimeError("Unable to decompress: missing dependencies\n\tgdcm - requires gdcm>=3\n\tpylibjpeg")
+        raise RuntimeError(
+            "Unable to decompress: missing dependencies\n\tgdcm - requires gdcm>=3\n\tpylibjpeg"
+        )
 
     monkeypatch.setattr(pydicom.pixels, "pixel_array", none)
     with pytest.raises(InputError) as refused:
         open_image(save(tmp_path / "film.dcm", RAMP))
-    assert "\n" not in str(refused.value) and "pip install 'mmedpo-notebooks[dicom]'" in str(refused.value)
+    assert "\n" not in str(refused.value) and "pip install 'mmedpo-notebooks[dicom]'" in str(
+        refused.value
+    )

@@ -1,4 +1,6 @@
-"""What data may not do here: start a program, take the place of a shipped card, or hide whose it is."""
+"""What data may not do here: start a program, take the place of a shipped card, or hide whose it
+is.
+"""
 
 from __future__ import annotations
 
@@ -45,16 +47,24 @@ def test_an_eps_named_png_starts_no_program(tmp_path, ghostscript):
     film.write_bytes(EPS)
     with pytest.raises(InputError, match="a.png: cannot be opened as an image"):
         open_image(film)
-    question = {"question_id": 1, "image": "a.png", "text": "Is it?\n<image>", "gpt4_answer": "yes", "answer_type": "CLOSED"}
+    question = {
+        "question_id": 1,
+        "image": "a.png",
+        "text": "Is it?\n<image>",
+        "gpt4_answer": "yes",
+        "answer_type": "CLOSED",
+    }
     (tmp_path / "pairs.json").write_text(json.dumps([pair_row(question, "no", 0.5)]))
     with pytest.raises(InputError, match="`image`"):
         read_manifest(tmp_path / "pairs.json", tmp_path)
-    table = datasets.Dataset.from_dict({"image": [{"bytes": EPS, "path": None}], "question": ["Is it?"], "answer": ["no"]})
+    table = datasets.Dataset.from_dict(
+        {"image": [{"bytes": EPS, "path": None}], "question": ["Is it?"], "answer": ["no"]}
+    )
     with pytest.raises(InputError, match="`image`"):
         import_hugging_face(datasets.DatasetDict({"train": table}), tmp_path / "out", "vqa-rad")
     assert not ghostscript.exists()
     with Image.open(film) as opened:  # the mark would have been left
-        with pytest.raises(Exception):
+        with pytest.raises(OSError):
             opened.load()
     assert ghostscript.exists(), "without the list of formats Pillow starts it"
 
@@ -67,16 +77,35 @@ def test_every_image_is_opened_by_the_list_of_formats():
 
 def png_with(kind: bytes, content: bytes) -> bytes:
     """A PNG of one pixel with a chunk of its own."""
+
     def chunk(name: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        return (
+            struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        )
 
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 8, 0, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + head + chunk(kind, content) + chunk(b"IDAT", zlib.compress(b"\0\0")) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + head
+        + chunk(kind, content)
+        + chunk(b"IDAT", zlib.compress(b"\0\0"))
+        + chunk(b"IEND", b"")
+    )
 
 
-@pytest.mark.parametrize("content", [
-    png_with(b"eXIf", b"II*\0\xff\xff\xff\xff"), png_with(b"iCCP", b"x\0\0broken"), png_with(b"IDAT", b"no zlib"),
-    b"\xff\xd8\xff\xe1\x00\x10Exif\0\0II*\0\x08\0\0\0\xff\xff", b"II*\0\x08\0\0\0\xff\xff\0\0", b"GIF89a", b"RIFF\0\0\0\0WEBPVP8 "])
+@pytest.mark.parametrize(
+    "content",
+    [
+        png_with(b"eXIf", b"II*\0\xff\xff\xff\xff"),
+        png_with(b"iCCP", b"x\0\0broken"),
+        png_with(b"IDAT", b"no zlib"),
+        b"\xff\xd8\xff\xe1\x00\x10Exif\0\0II*\0\x08\0\0\0\xff\xff",
+        b"II*\0\x08\0\0\0\xff\xff\0\0",
+        b"GIF89a",
+        b"RIFF\0\0\0\0WEBPVP8 ",
+    ],
+    ids=["EXIF", "ICC profile", "no zlib", "JPEG", "TIFF", "GIF", "WEBP"],
+)
 def test_whatever_a_decoder_raises_is_one_error(tmp_path, content):
     (tmp_path / "film.png").write_bytes(content)
     try:
@@ -90,11 +119,17 @@ def test_a_file_in_the_working_folder_is_no_card(tmp_path, monkeypatch, name):
     """The privacy gate reads the shipped card's terms, whatever is called like it here."""
     shipped = load_card(name)
     text = (REPOSITORY / "data_manifests" / f"{name}.yaml").read_text()
-    (tmp_path / name).write_text(text.replace("credentialed: true", "credentialed: false").replace("title:", "title: false"))
+    (tmp_path / name).write_text(
+        text.replace("credentialed: true", "credentialed: false").replace("title:", "title: false")
+    )
     (tmp_path / "phantom").write_text("name: phantom\n")
     monkeypatch.chdir(tmp_path)
     assert load_card(name) == shipped
-    assert load_profile("phantom").name == load_profile("phantom-smoke").name.removesuffix("-smoke") == "phantom"
+    assert (
+        load_profile("phantom").name
+        == load_profile("phantom-smoke").name.removesuffix("-smoke")
+        == "phantom"
+    )
     (tmp_path / "own").mkdir()
     shutil.copy(REPOSITORY / "data_manifests" / f"{name}.yaml", tmp_path / "own")
     assert load_card(f"./own/{name}.yaml") == shipped, "a path is read as one"
@@ -106,37 +141,80 @@ def mimic_pairs(root: Path) -> Path:
     (root / "images" / name).parent.mkdir(parents=True)
     Image.new("L", (16, 16), 90).save(root / "images" / name)
     Image.new("L", (16, 16), 90).save(root / "images" / "free.jpg")
-    question = {"question_id": 1, "image": name, "text": "Describe it.\n<image>", "gpt4_answer": "Clear.", "answer_type": "REPORT"}
-    (root / "train_preferences.json").write_text(json.dumps([pair_row(question, "An effusion.", 0.5)]))
+    question = {
+        "question_id": 1,
+        "image": name,
+        "text": "Describe it.\n<image>",
+        "gpt4_answer": "Clear.",
+        "answer_type": "REPORT",
+    }
+    (root / "train_preferences.json").write_text(
+        json.dumps([pair_row(question, "An effusion.", 0.5)])
+    )
     (root / "test_questions.jsonl").write_text(json.dumps(question | {"image": "free.jpg"}) + "\n")
     return root
 
 
 def test_mimics_preference_file_puts_the_privacy_gate_on(tmp_path):
     root = mimic_pairs(tmp_path / "data")
-    values = {"data.root": str(root), "output": str(tmp_path / "run"), "figures": str(tmp_path / "run" / "figures")}
-    with pytest.raises(InputError, match=r"train_preferences\.json: its images are named like MIMIC-CXR's.*`card: mimic-cxr`"):
+    values = {
+        "data.root": str(root),
+        "output": str(tmp_path / "run"),
+        "figures": str(tmp_path / "run" / "figures"),
+    }
+    with pytest.raises(
+        InputError,
+        match=r"train_preferences\.json: its images are named like MIMIC-CXR's.*`card: mimic-cxr`",
+    ):
         prepare_dataset(load_profile("vqa-rad-mini", values))
-    rows = [json.loads((root / "test_questions.jsonl").read_text()) | {"image": "files/p19/p19999999/s59999999/a.jpg"}]
+    rows = [
+        json.loads((root / "test_questions.jsonl").read_text())
+        | {"image": "files/p19/p19999999/s59999999/a.jpg"}
+    ]
     (root / "images" / "files/p19/p19999999/s59999999").mkdir(parents=True)
-    shutil.copy(root / "images" / "free.jpg", root / "images" / "files/p19/p19999999/s59999999/a.jpg")
+    shutil.copy(
+        root / "images" / "free.jpg", root / "images" / "files/p19/p19999999/s59999999/a.jpg"
+    )
     (root / "test_questions.jsonl").write_text(json.dumps(rows[0]) + "\n")
     with pytest.raises(InputError, match="split test: its images are named like MIMIC-CXR's"):
         prepare_dataset(load_profile("vqa-rad-mini", values))
-    remote = {"backend": "openai", "model": "m", "base_url": "https://judge.example/v1", "api_key_env": None,
-              "quantization": "none", "input_price": 0.0, "output_price": 0.0}
-    profile = load_profile("vqa-rad-mini", values | {"data.card": "mimic-cxr", "judge.backend": "models",
-                                                     "judge.judge": remote, "judge.panel": {"a": remote}})
+    remote = {
+        "backend": "openai",
+        "model": "m",
+        "base_url": "https://judge.example/v1",
+        "api_key_env": None,
+        "quantization": "none",
+        "input_price": 0.0,
+        "output_price": 0.0,
+    }
+    profile = load_profile(
+        "vqa-rad-mini",
+        values
+        | {
+            "data.card": "mimic-cxr",
+            "judge.backend": "models",
+            "judge.judge": remote,
+            "judge.panel": {"a": remote},
+        },
+    )
     dataset = prepare_dataset(profile)
     assert len(dataset.questions["test"]) == 1 and isinstance(profile.judge.judge, LanguageModel)
     with pytest.raises(InputError, match="credentialed data.*nothing was sent"):
         build_judges(profile, load_card(profile.data.card))
     with pytest.raises(InputError, match="its figures stay in the run folder"):
-        check_outputs(load_card("mimic-cxr"), tmp_path / "run", tmp_path / "figures", in_place=False)
+        check_outputs(
+            load_card("mimic-cxr"), tmp_path / "run", tmp_path / "figures", in_place=False
+        )
 
 
 def test_other_data_sets_images_are_not_taken_for_mimics():
-    names = ["p10/film.jpg", "xmlab10/source.jpg", "CXR1_IM-0001/0.png", "p10000032/s50414267/a.jpg", "p1/p10000032/s5/a.jpg"]
+    names = [
+        "p10/film.jpg",
+        "xmlab10/source.jpg",
+        "CXR1_IM-0001/0.png",
+        "p10000032/s50414267/a.jpg",
+        "p1/p10000032/s5/a.jpg",
+    ]
     check_origin(load_card("slake"), names, "file")
     check_origin(load_card("mimic-cxr"), ["p10/p10000032/s50414267/a.jpg"], "file")
 

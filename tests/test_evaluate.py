@@ -1,4 +1,6 @@
-"""Predictions, shuffled images, attention in the lesion and comparisons, on a tiny random Med-LVLM and real files."""
+"""Predictions, shuffled images, attention in the lesion and comparisons, on a tiny random Med-LVLM
+and real files.
+"""
 
 from __future__ import annotations
 
@@ -25,24 +27,38 @@ def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     write_dataset(folder, {"train": 1, "validation": 1, "test": 6}, seed=3)
     questions = read_questions(folder / "test_questions.jsonl")
-    kinds = {kind: [row for row in questions if row["answer_type"] == kind] for kind in ("CLOSED", "OPEN", "REPORT")}
+    kinds = {
+        kind: [row for row in questions if row["answer_type"] == kind]
+        for kind in ("CLOSED", "OPEN", "REPORT")
+    }
     chosen = [*kinds["CLOSED"][:12], *kinds["OPEN"][:6], *kinds["REPORT"][:4]]
-    return {"folder": folder, "images": folder / "images", "masks": folder / "masks", "questions": chosen,
-            "model": lvlm.load_lvlm(tiny_lvlm(folder / "model"), device="cpu")}
+    return {
+        "folder": folder,
+        "images": folder / "images",
+        "masks": folder / "masks",
+        "questions": chosen,
+        "model": lvlm.load_lvlm(tiny_lvlm(folder / "model"), device="cpu"),
+    }
 
 
 def predict(world, path, **more):
     decoding = more.pop("decoding", evaluate.greedy_decoding(16))
-    return evaluate.predict(world["model"], world["questions"], world["images"], path, 4, decoding, **more)
+    return evaluate.predict(
+        world["model"], world["questions"], world["images"], path, 4, decoding, **more
+    )
 
 
 def test_predictions_are_what_generate_says_in_the_order_of_the_questions(world, tmp_path, capsys):
     rows = predict(world, tmp_path / "base.jsonl")
-    assert [row["question_id"] for row in rows] == [row["question_id"] for row in world["questions"]]
+    assert [row["question_id"] for row in rows] == [
+        row["question_id"] for row in world["questions"]
+    ]
     assert rows == evaluate.read_predictions(tmp_path / "base.jsonl")
     for row, question in list(zip(rows, world["questions"]))[::7]:
         image = open_image(world["images"] / question["image"])
-        alone = lvlm.generate(world["model"], [image], [question_text(question)], max_new_tokens=16, batch_size=1)
+        alone = lvlm.generate(
+            world["model"], [image], [question_text(question)], max_new_tokens=16, batch_size=1
+        )
         assert row["prediction"] == alone[0][0]
         assert row["answer"] == question["gpt4_answer"] and "<image>" not in row["question"]
         assert row["patient_id"] == question["patient_id"] and "shown_image" not in row
@@ -51,7 +67,9 @@ def test_predictions_are_what_generate_says_in_the_order_of_the_questions(world,
     assert f"computed, {len(rows)} predictions" in capsys.readouterr().out
 
 
-def test_a_file_is_read_again_only_while_model_questions_and_images_are_the_same(world, tmp_path, capsys):
+def test_a_file_is_read_again_only_while_model_questions_and_images_are_the_same(
+    world, tmp_path, capsys
+):
     path = tmp_path / "base.jsonl"
     first = predict(world, path)
     assert predict(world, path) == first
@@ -68,7 +86,10 @@ def test_a_file_is_read_again_only_while_model_questions_and_images_are_the_same
     world["model"].processor.chat_template = template + " "
     predict(world, path)
     world["model"].processor.chat_template = template
-    assert ["computed" in line for line in capsys.readouterr().out.splitlines() if line] == [True, True]
+    assert ["computed" in line for line in capsys.readouterr().out.splitlines() if line] == [
+        True,
+        True,
+    ]
     assert not list(tmp_path.glob(".*"))
 
 
@@ -79,31 +100,60 @@ def test_released_decoding_samples_at_their_temperature_and_length(world, tmp_pa
         images = [open_image(world["images"] / row["image"]) for row in asked]
         texts = [question_text(row) for row in asked]
         drawn = lvlm.generate(world["model"], images, texts, tokens, 4, temperature=0.2, seed=0)
-        assert [row["prediction"] for row in rows if row["answer_type"] == kind] == [text[0] for text in drawn]
+        assert [row["prediction"] for row in rows if row["answer_type"] == kind] == [
+            text[0] for text in drawn
+        ]
     predict(world, tmp_path / "released.jsonl")
-    assert "computed" in capsys.readouterr().out.splitlines()[-1], "another decoding gives other predictions"
+    assert "computed" in capsys.readouterr().out.splitlines()[-1], (
+        "another decoding gives other predictions"
+    )
 
 
 def test_a_profile_evaluates_somebodys_adapter_with_released_decoding(world, tmp_path):
-    """The same questions, the Vicuna template, base and adapter side by side, and the attention of both."""
-    tuned = get_peft_model(lvlm.load_lvlm(world["folder"] / "model", "cpu").model, adapter_config(2, 4, 0.0))
+    """The same questions, the Vicuna template, base and adapter side by side, and the attention of
+    both.
+    """
+    tuned = get_peft_model(
+        lvlm.load_lvlm(world["folder"] / "model", "cpu").model, adapter_config(2, 4, 0.0)
+    )
     for name, parameter in tuned.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)
     tuned.save_pretrained(tmp_path / "theirs")
-    profile = load_profile("phantom-smoke", {
-        "output": str(tmp_path), "lvlm.model": str(world["folder"] / "model"), "evaluation.decoding": "released",
-        "evaluation.adapters": {"theirs": str(tmp_path / "theirs")}, "lvlm.device": "cpu"})
+    profile = load_profile(
+        "phantom-smoke",
+        {
+            "output": str(tmp_path),
+            "lvlm.model": str(world["folder"] / "model"),
+            "evaluation.decoding": "released",
+            "evaluation.adapters": {"theirs": str(tmp_path / "theirs")},
+            "lvlm.device": "cpu",
+        },
+    )
     data = Dataset(world["images"], {"test": world["questions"]}, world["masks"], None)
-    answers = {name: evaluate.answer_test(profile, data, name, adapter)
-               for name, adapter in ({"base": None} | profile.evaluation.adapters).items()}
+    answers = {
+        name: evaluate.answer_test(profile, data, name, adapter)
+        for name, adapter in ({"base": None} | profile.evaluation.adapters).items()
+    }
     loaded = lvlm.load_profile_lvlm(profile, tmp_path / "theirs", template="v1")
-    assert lvlm.prompt(loaded.processor, "q").removeprefix("<s>").startswith("A chat between a curious user")
+    assert (
+        lvlm.prompt(loaded.processor, "q")
+        .removeprefix("<s>")
+        .startswith("A chat between a curious user")
+    )
     kept = [dict(row) for row in world["questions"]]
-    expected = evaluate.predict(loaded, kept, world["images"], tmp_path / "again.jsonl", profile.evaluation.batch_size,
-                                evaluate.RELEASED_DECODING)
+    expected = evaluate.predict(
+        loaded,
+        kept,
+        world["images"],
+        tmp_path / "again.jsonl",
+        profile.evaluation.batch_size,
+        evaluate.RELEASED_DECODING,
+    )
     assert answers["theirs"] == expected
-    assert [row["prediction"] for row in answers["theirs"]] != [row["prediction"] for row in answers["base"]]
+    assert [row["prediction"] for row in answers["theirs"]] != [
+        row["prediction"] for row in answers["base"]
+    ]
     _, before, after = evaluate.attention_example(profile, data, tmp_path / "theirs")
     assert before.sum() == pytest.approx(1, abs=1e-4) and np.abs(after - before).max() > 1e-4
 
@@ -139,39 +189,65 @@ def test_attention_share_closed_forms():
 
 
 def test_lesion_attention_asks_only_where_the_finding_has_a_mask(world):
-    rows = evaluate.lesion_attention(world["model"], world["questions"], world["images"], world["masks"], 4)
+    rows = evaluate.lesion_attention(
+        world["model"], world["questions"], world["images"], world["masks"], 4
+    )
     masks = {row["image"]: read_masks(world["masks"] / row["image"]) for row in world["questions"]}
-    expected = [row["question_id"] for row in world["questions"] if row.get("finding") in masks[row["image"]]]
+    expected = [
+        row["question_id"]
+        for row in world["questions"]
+        if row.get("finding") in masks[row["image"]]
+    ]
     assert [row["question_id"] for row in rows] == expected and expected
     assert all(0 <= row["share"] <= 1 for row in rows)
     assert rows[0]["chance"] == pytest.approx(masks[rows[0]["image"]][rows[0]["finding"]].mean())
-    assert evaluate.lesion_attention(world["model"], world["questions"], world["images"], None, 4) == []
+    assert (
+        evaluate.lesion_attention(world["model"], world["questions"], world["images"], None, 4)
+        == []
+    )
     table = evaluate.compare({"base": [rows]}, 50, ["attention_in_lesion"])
-    assert table["base"]["attention_in_lesion"]["mean"] == pytest.approx(100 * np.mean([row["share"] for row in rows]))
+    assert table["base"]["attention_in_lesion"]["mean"] == pytest.approx(
+        100 * np.mean([row["share"] for row in rows])
+    )
 
 
 def answers(right, kinds=("CLOSED", "OPEN")):
-    return [{"question_id": n, "image": f"{n}.png", "answer_type": kinds[n % len(kinds)], "answer": "yes",
-             "prediction": "yes" if n % 10 < right else "no"} for n in range(200)]
+    return [
+        {
+            "question_id": n,
+            "image": f"{n}.png",
+            "answer_type": kinds[n % len(kinds)],
+            "answer": "yes",
+            "prediction": "yes" if n % 10 < right else "no",
+        }
+        for n in range(200)
+    ]
 
 
 def test_compare_has_intervals_per_model_and_seed():
-    table = evaluate.compare({"base": [answers(5)], "mmedpo": [answers(8), answers(9), answers(8)]}, samples=300)
+    table = evaluate.compare(
+        {"base": [answers(5)], "mmedpo": [answers(8), answers(9), answers(8)]}, samples=300
+    )
     assert json.loads(json.dumps(table)) == table
-    assert table["base"]["open_recall"]["seeds"] == 1 and table["mmedpo"]["open_recall"]["seeds"] == 3
+    assert (
+        table["base"]["open_recall"]["seeds"] == 1 and table["mmedpo"]["open_recall"]["seeds"] == 3
+    )
     assert "bleu" not in table["base"]
     for scores in table.values():
         for entry in scores.values():
             assert entry["low"] <= entry["mean"] <= entry["high"]
     assert table["mmedpo"]["closed_accuracy"]["mean"] == pytest.approx(
-        np.mean([metrics.closed_accuracy(answers(n)) for n in (8, 9, 8)]))
+        np.mean([metrics.closed_accuracy(answers(n)) for n in (8, 9, 8)])
+    )
 
 
 def test_compare_pair_is_the_difference_and_wants_the_same_questions():
     pair = evaluate.compare_pair([answers(8), answers(9)], [answers(5)], samples=300)
     single = evaluate.compare({"a": [answers(8), answers(9)], "b": [answers(5)]}, samples=300)
     for metric, entry in pair.items():
-        assert entry["mean"] == pytest.approx(single["a"][metric]["mean"] - single["b"][metric]["mean"])
+        assert entry["mean"] == pytest.approx(
+            single["a"][metric]["mean"] - single["b"][metric]["mean"]
+        )
     assert evaluate.compare_pair([answers(5)], [answers(5)], 50)["closed_accuracy"]["high"] == 0
     with pytest.raises(InputError, match="same questions"):
         evaluate.compare_pair([answers(8)], [answers(5)[1:]], samples=10)

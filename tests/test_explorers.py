@@ -1,4 +1,6 @@
-"""The views answer to their controls; text from data arrives escaped; a figure's bytes are the same every time."""
+"""The views answer to their controls; text from data arrives escaped; a figure's bytes are the same
+every time.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,11 @@ MASK[10:30, 20:40] = True
 
 
 def controls(view):
-    return {child.description: child for child in view.children[0].children if getattr(child, "description", "")}
+    return {
+        child.description: child
+        for child in view.children[0].children
+        if getattr(child, "description", "")
+    }
 
 
 def picture(view):
@@ -47,7 +53,11 @@ def test_saved_figures_are_small_stable_pngs(tmp_path):
     assert explorers.figure_png(figure) == path.read_bytes()
     assert path.name == "overlay.png" and path.read_bytes() == explorers.figure_png(overlay())
     with Image.open(path) as image:
-        assert image.format == "PNG" and image.mode == "P" and not {"Software", "Creation Time"} & set(image.info)
+        assert (
+            image.format == "PNG"
+            and image.mode == "P"
+            and not {"Software", "Creation Time"} & set(image.info)
+        )
     assert path.stat().st_size < 100_000
 
 
@@ -64,17 +74,34 @@ def test_show_keeps_escaped_alternative_text():
 
 def test_every_attention_control_changes_the_picture():
     maps = RNG.random((3, 2, 2, 2, 14, 14))
-    view = explorers.attention_explorer(FILMS, maps, ("nodule", "disease"), [{"nodule": MASK}, {}, {"effusion": MASK}])
+    view = explorers.attention_explorer(
+        FILMS, maps, ("nodule", "disease"), [{"nodule": MASK}, {}, {"effusion": MASK}]
+    )
     assert list(controls(view)) == ["film", "finding", "layer", "head", "threshold", "opacity"]
-    assert 'alt="film 1: attention of disease, layer mean of all, head mean of all"' in picture(view)
-    assert all(control.index is not None for name, control in controls(view).items() if name in ("layer", "head"))
-    changes = {"film": 2, "finding": "nodule", "layer": 1, "head": 0, "threshold": 0.5, "opacity": 0.8}
+    assert 'alt="film 1: attention of disease, layer mean of all, head mean of all"' in picture(
+        view
+    )
+    assert all(
+        control.index is not None
+        for name, control in controls(view).items()
+        if name in ("layer", "head")
+    )
+    changes = {
+        "film": 2,
+        "finding": "nodule",
+        "layer": 1,
+        "head": 0,
+        "threshold": 0.5,
+        "opacity": 0.8,
+    }
     for name, value in changes.items():
         before = picture(view)
         controls(view)[name].value = value
         assert picture(view) != before, name
     assert 'alt="film 3: attention of nodule, layer 2, head 1"' in picture(view)
-    lazy = explorers.attention_explorer(FILMS, lambda film: maps[film], ("nodule", "disease"), titles=["a", "b", EVIL])
+    lazy = explorers.attention_explorer(
+        FILMS, lambda film: maps[film], ("nodule", "disease"), titles=["a", "b", EVIL]
+    )
     controls(lazy)["film"].value = 2
     assert EVIL not in picture(lazy) and "&lt;script&gt;" in picture(lazy)
 
@@ -82,7 +109,13 @@ def test_every_attention_control_changes_the_picture():
 def test_noise_follows_kind_and_strength():
     view = explorers.noise_explorer(FILMS[0] / 255, RNG.random((14, 14)))
     seen = {picture(view)}
-    changes = ("signal kept", 0.1), ("quantile", 0.6), ("kind", "released"), ("kind", "global"), ("signal kept", 0.9)
+    changes = (
+        ("signal kept", 0.1),
+        ("quantile", 0.6),
+        ("kind", "released"),
+        ("kind", "global"),
+        ("signal kept", 0.9),
+    )
     for name, value in changes:
         controls(view)[name].value = value
         seen.add(picture(view))
@@ -90,15 +123,27 @@ def test_noise_follows_kind_and_strength():
 
 
 def pair(n, rejected_image=None):
-    turns = [[{"from": "human", "value": f"<image>\nIs {EVIL} there?"}, {"from": "gpt", "value": answer}]
-             for answer in (f"yes {n} {EVIL}", f"no {n} $x$")]
-    return {"id": n, "image": f"{n}.png", "rejected_image": rejected_image, "conversations": turns[0],
-            "rejected_conversations": turns[1], "weighted_score": 0.5}
+    turns = [
+        [{"from": "human", "value": f"<image>\nIs {EVIL} there?"}, {"from": "gpt", "value": answer}]
+        for answer in (f"yes {n} {EVIL}", f"no {n} $x$")
+    ]
+    return {
+        "id": n,
+        "image": f"{n}.png",
+        "rejected_image": rejected_image,
+        "conversations": turns[0],
+        "rejected_conversations": turns[1],
+        "weighted_score": 0.5,
+    }
 
 
 def test_pairs_can_be_filtered_and_walked(images):
-    view = explorers.pairs_explorer([pair(0), pair(1, "2.png"), {**pair(2), "finding": "nodule"}], images, images)
-    assert "yes 0" in picture(view) and EVIL not in picture(view) and "&lt;script&gt;" in picture(view)
+    view = explorers.pairs_explorer(
+        [pair(0), pair(1, "2.png"), {**pair(2), "finding": "nodule"}], images, images
+    )
+    assert (
+        "yes 0" in picture(view) and EVIL not in picture(view) and "&lt;script&gt;" in picture(view)
+    )
     controls(view)["number"].value = 3
     assert "yes 2" in picture(view)
     controls(view)["source"].value = "visual"
@@ -106,6 +151,12 @@ def test_pairs_can_be_filtered_and_walked(images):
     assert view.children[0].children[-1].value == "of 1"
     controls(view)["source"].value, controls(view)["finding"].value = "any", "nodule"
     assert "yes 2" in picture(view) and view.children[0].children[-1].value == "of 1"
+
+
+def test_a_pair_without_a_score_is_shown_as_one(images):
+    bare = {key: value for key, value in pair(0).items() if key != "weighted_score"}
+    view = explorers.pairs_explorer([bare], images, images)
+    assert "without a relevance score" in picture(view)
 
 
 def test_released_pairs_open_as_they_are(shared):
@@ -117,15 +168,28 @@ def test_released_pairs_open_as_they_are(shared):
 
 
 def case(n, kind, prediction, finding="nodule"):
-    return {"question_id": n, "image": f"{n}.png", "answer_type": kind, "finding": finding, "question": f"Q{n} {EVIL}",
-            "answer": "yes", "prediction": prediction}
+    return {
+        "question_id": n,
+        "image": f"{n}.png",
+        "answer_type": kind,
+        "finding": finding,
+        "question": f"Q{n} {EVIL}",
+        "answer": "yes",
+        "prediction": prediction,
+    }
 
 
 def test_cases_filter_by_finding_type_and_change(images):
-    base = [case(0, "CLOSED", "no"), case(1, "CLOSED", "yes"), case(2, "OPEN", f"no {EVIL}", "effusion")]
+    base = [
+        case(0, "CLOSED", "no"),
+        case(1, "CLOSED", "yes"),
+        case(2, "OPEN", f"no {EVIL}", "effusion"),
+    ]
     after = [case(0, "CLOSED", "yes"), case(1, "CLOSED", "yes"), case(2, "OPEN", "no", "effusion")]
     view = explorers.cases_explorer({"base": base, "mmedpo <b>": after}, images)
-    assert "Q0" in picture(view) and EVIL not in picture(view) and "mmedpo &lt;b&gt;" in picture(view)
+    assert (
+        "Q0" in picture(view) and EVIL not in picture(view) and "mmedpo &lt;b&gt;" in picture(view)
+    )
     count = view.children[0].children[-1]
     assert count.value == "of 3"
     controls(view)["changed by training"].value = True

@@ -1,4 +1,6 @@
-"""Training started the way a notebook starts it: the real launcher, an interrupt, a crash, and every input that decides a run."""
+"""Training started the way a notebook starts it: the real launcher, an interrupt, a crash, and
+every input that decides a run.
+"""
 
 from __future__ import annotations
 
@@ -60,43 +62,77 @@ def workspace(tmp_path_factory) -> Path:
 
 
 def tiny_profile(workspace: Path, **changes):
-    return load_profile("phantom-smoke", {
-        "data.source": "folder", "data.root": str(workspace), "output": str(workspace / "run"), "training.max_length": 64,
-        "lvlm.model": str(workspace / "model"), "lvlm.device": "cpu", "training.learning_rate": 1e-2, **changes})
+    return load_profile(
+        "phantom-smoke",
+        {
+            "data.source": "folder",
+            "data.root": str(workspace),
+            "output": str(workspace / "run"),
+            "training.max_length": 64,
+            "lvlm.model": str(workspace / "model"),
+            "lvlm.device": "cpu",
+            "training.learning_rate": 1e-2,
+            **changes,
+        },
+    )
 
 
 def processes_of(folder: Path) -> list[psutil.Process]:
     """Living processes (zombies left out) whose command line names ``folder``."""
     found = []
     for process in psutil.process_iter(["cmdline", "status"]):
-        if process.info["status"] != psutil.STATUS_ZOMBIE and any(str(folder) in part for part in process.info["cmdline"] or ()):
+        if process.info["status"] != psutil.STATUS_ZOMBIE and any(
+            str(folder) in part for part in process.info["cmdline"] or ()
+        ):
             found.append(process)
     return found
 
 
-def test_the_real_launcher_trains_with_zero_in_two_processes_and_a_second_call_loads(workspace, monkeypatch, capsys):
+def test_the_real_launcher_trains_with_zero_in_two_processes_and_a_second_call_loads(
+    workspace, monkeypatch, capsys
+):
     monkeypatch.setenv("SOME_API_KEY", "do-not-write-me-down")
     profile = tiny_profile(workspace)
     assert profile.training.zero_stage == 2 and process_count(profile) == 2
     run = train(profile, "mmedpo", seed=1, live=False)
     printed = capsys.readouterr().out
-    assert "python -m deepspeed.launcher.runner --num_accelerators 2" in printed and "--variant mmedpo --seed 1" in printed
-    assert not run.loaded and run.result["processes"] == 2 and run.result["pairs"] + run.result["validation_pairs"] == 40
+    assert (
+        "python -m deepspeed.launcher.runner --num_accelerators 2" in printed
+        and "--variant mmedpo --seed 1" in printed
+    )
+    assert (
+        not run.loaded
+        and run.result["processes"] == 2
+        and run.result["pairs"] + run.result["validation_pairs"] == 40
+    )
     steps = [event for event in run.events if "loss" in event]
-    assert [event["step"] for event in steps] == [1, 2, 3, 4] and all(event["total_steps"] == 4 for event in steps)
+    assert [event["step"] for event in steps] == [1, 2, 3, 4] and all(
+        event["total_steps"] == 4 for event in steps
+    )
     assert steps[0]["loss"] == pytest.approx(steps[0]["weight"] * math.log(2), abs=1e-5)
     assert steps[0]["margin"] == pytest.approx(0, abs=1e-6)
-    assert steps[-1]["seconds_left"] == 0 and any("validation_chosen_logp" in event for event in run.events)
+    assert steps[-1]["seconds_left"] == 0 and any(
+        "validation_chosen_logp" in event for event in run.events
+    )
     assert training_curves(run.events).axes
     image = Image.open(workspace / "images" / "0.png").convert("RGB")
-    base, tuned = load_lvlm(profile.lvlm.model, "cpu"), load_lvlm(profile.lvlm.model, "cpu", adapter=run.adapter)
+    base, tuned = (
+        load_lvlm(profile.lvlm.model, "cpu"),
+        load_lvlm(profile.lvlm.model, "cpu", adapter=run.adapter),
+    )
     batch = base.processor(images=image, text="<image> is there a nodule ?", return_tensors="pt")
     with torch.no_grad():
         change = (tuned.model(**batch).logits - base.model(**batch).logits).abs().max()
     assert change > 1e-3
     assert load_profile(run.folder / "profile.yaml") == profile
-    assert {"torch", "deepspeed", "platform"} <= set(json.loads((run.folder / "versions.json").read_text()))
-    assert not any(b"do-not-write-me-down" in path.read_bytes() for path in run.folder.rglob("*") if path.is_file())
+    assert {"torch", "deepspeed", "platform"} <= set(
+        json.loads((run.folder / "versions.json").read_text())
+    )
+    assert not any(
+        b"do-not-write-me-down" in path.read_bytes()
+        for path in run.folder.rglob("*")
+        if path.is_file()
+    )
     assert not processes_of(run.folder)
     again = train(profile, "mmedpo", seed=1, live=False)
     assert again.loaded and again.result == run.result and "loaded" in capsys.readouterr().out
@@ -108,12 +144,16 @@ def test_an_interrupt_leaves_no_process_and_no_result(workspace):
 
     def interrupt() -> None:
         deadline = time.monotonic() + 90
-        while len(seen) < 4 and time.monotonic() < deadline:  # the launcher, its child and two workers
+        while (
+            len(seen) < 4 and time.monotonic() < deadline
+        ):  # the launcher, its child and two workers
             seen[:] = processes_of(folder)
             time.sleep(0.2)
         _thread.interrupt_main()
 
-    usual = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with it ignored
+    usual = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell's background job starts with it ignored
     try:
         threading.Thread(target=interrupt, daemon=True).start()
         with pytest.raises(KeyboardInterrupt):
@@ -136,7 +176,10 @@ def test_a_crash_raises_with_the_workers_own_error_and_can_be_repeated(workspace
     assert not (folder / "result.json").exists() and not (folder / "adapter").exists()
     shutil.copy(workspace / "images" / "7.png", broken / "images" / "7.png")
     (folder / "stale").write_text("left over")
-    assert train(profile, "stage2", live=False).result["processes"] == 1 and not (folder / "stale").exists()
+    assert (
+        train(profile, "stage2", live=False).result["processes"] == 1
+        and not (folder / "stale").exists()
+    )
 
 
 def test_bad_requests_are_refused_before_anything_starts(workspace, tmp_path):
@@ -156,7 +199,9 @@ def test_two_commands_take_different_ports_and_one_process_needs_no_launcher(wor
     folder = profile.output / "train" / "dpo-seed0"
     first, second = (commands(profile, "dpo", 0, folder, ssh=False)[0] for _ in range(2))
     assert first[first.index("--master_port") + 1] != second[second.index("--master_port") + 1]
-    alone = commands(tiny_profile(workspace, **{"training.processes": 1}), "dpo", 0, folder, ssh=False)[0]
+    alone = commands(
+        tiny_profile(workspace, **{"training.processes": 1}), "dpo", 0, folder, ssh=False
+    )[0]
     assert alone[1:3] == ["-m", "mmedpo_utils.train"] and "deepspeed" not in " ".join(alone)
 
 
@@ -171,20 +216,35 @@ def test_every_input_changes_the_digest(workspace, tmp_path):
     manifest = manifest_path(profile, "dpo")
     other.write_bytes(manifest.read_bytes() + b"\n")
     changed = tiny_profile(workspace, **{"training.beta": 0.2})
-    digests = {run_digest(profile, "dpo", 0, manifest), run_digest(profile, "sft", 0, manifest),
-               run_digest(profile, "dpo", 1, manifest), run_digest(profile, "dpo", 0, other),
-               run_digest(changed, "dpo", 0, manifest), run_digest(tiny_profile(workspace, seed=7), "dpo", 0, manifest)}
+    digests = {
+        run_digest(profile, "dpo", 0, manifest),
+        run_digest(profile, "sft", 0, manifest),
+        run_digest(profile, "dpo", 1, manifest),
+        run_digest(profile, "dpo", 0, other),
+        run_digest(changed, "dpo", 0, manifest),
+        run_digest(tiny_profile(workspace, seed=7), "dpo", 0, manifest),
+    }
     assert len(digests) == 6 and run_digest(profile, "dpo", 0, manifest) in digests
 
 
-@pytest.mark.parametrize(("processes", "accumulation", "gpus", "expected"),
-                         [(4, 1, 4, 4), (4, 1, 3, 2), (4, 3, 3, 3), (3, 1, 2, 1), (2, 1, 8, 2)])
-def test_the_number_of_processes_keeps_the_global_batch(workspace, monkeypatch, processes, accumulation, gpus, expected):
+@pytest.mark.parametrize(
+    ("processes", "accumulation", "gpus", "expected"),
+    [(4, 1, 4, 4), (4, 1, 3, 2), (4, 3, 3, 3), (3, 1, 2, 1), (2, 1, 8, 2)],
+)
+def test_the_number_of_processes_keeps_the_global_batch(
+    workspace, monkeypatch, processes, accumulation, gpus, expected
+):
     monkeypatch.setattr("mmedpo_utils.commands.check_device", lambda device: "cuda")
     monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
-    profile = tiny_profile(workspace, **{"training.processes": processes, "training.gradient_accumulation_steps": accumulation})
+    profile = tiny_profile(
+        workspace,
+        **{"training.processes": processes, "training.gradient_accumulation_steps": accumulation},
+    )
     count = process_count(profile)
-    assert count == expected and count * (accumulation * processes // count) == processes * accumulation
+    assert (
+        count == expected
+        and count * (accumulation * processes // count) == processes * accumulation
+    )
 
 
 def test_weights_are_normalised_within_each_source(workspace):
@@ -194,7 +254,10 @@ def test_weights_are_normalised_within_each_source(workspace):
     visual = np.array([row["rejected_image"] is not None for row in rows])
     weights = training_weights(rows, profile.training.variants["mmedpo"], profile)
     for source in (visual, ~visual):
-        assert weights[source].mean() == pytest.approx(1, abs=0.05) and set(weights[source]) >= {0.75, 1.25}
+        assert weights[source].mean() == pytest.approx(1, abs=0.05) and set(weights[source]) >= {
+            0.75,
+            1.25,
+        }
     assert (training_weights(rows, profile.training.variants["dpo"], profile) == 1).all()
 
 
@@ -208,14 +271,24 @@ def test_a_run_that_leaves_the_finite_numbers_stops(tmp_path):
     assert [event["loss"] for event in read_events(tmp_path)] == [0.5]
 
 
-def test_a_training_whose_weights_are_not_numbers_any_more_stops_at_its_first_log(workspace, tmp_path):
+def test_a_training_whose_weights_are_not_numbers_any_more_stops_at_its_first_log(
+    workspace, tmp_path
+):
     profile = tiny_profile(workspace, **{"training.processes": 1})
     rows = read_manifest(manifest_path(profile, "mmedpo"))
     arguments = training_arguments(profile, "mmedpo", 0, tmp_path, len(rows), validate=False)
-    trainer = build_trainer(profile, profile.training.variants["mmedpo"], rows, np.zeros(len(rows), bool), arguments,
-                            [EventWriter(tmp_path, 4)])
+    trainer = build_trainer(
+        profile,
+        profile.training.variants["mmedpo"],
+        rows,
+        np.zeros(len(rows), bool),
+        arguments,
+        [EventWriter(tmp_path, 4)],
+    )
     trainer.precompute_reference()
-    next(parameter for name, parameter in trainer.model.named_parameters() if "lora_A" in name).data.fill_(math.nan)
+    next(
+        parameter for name, parameter in trainer.model.named_parameters() if "lora_A" in name
+    ).data.fill_(math.nan)
     with pytest.raises(InputError, match="step 1: .* is nan"):
         trainer.train()
     assert not read_events(tmp_path)
@@ -236,7 +309,10 @@ def test_no_patient_is_on_both_sides_of_the_validation_split(tmp_path):
     rows = [{"patient_id": f"p{number // 7}", "image": f"{number}.png"} for number in range(700)]
     chosen = held_out(rows, seed=0)
     assert 0 < chosen.sum() <= 64
-    sides = [{row["patient_id"] for row, held in zip(rows, chosen) if held == side} for side in (True, False)]
+    sides = [
+        {row["patient_id"] for row, held in zip(rows, chosen) if held == side}
+        for side in (True, False)
+    ]
     assert not sides[0] & sides[1]
     assert (held_out(rows, 0) == chosen).all() and (held_out(rows, 1) != chosen).any()
     assert not held_out(rows[:21], seed=0).any()
@@ -246,24 +322,45 @@ def test_pairs_without_a_patient_are_held_out_by_image():
     absent = [{"id": number, "image": f"{number}.png"} for number in range(40)]
     null, blank = ([row | {"patient_id": value} for row in absent] for value in (None, ""))
     assert held_out(absent, 0).sum() == 4
-    assert (held_out(null, 0) == held_out(absent, 0)).all() and (held_out(blank, 0) == held_out(absent, 0)).all()
+    assert (held_out(null, 0) == held_out(absent, 0)).all() and (
+        held_out(blank, 0) == held_out(absent, 0)
+    ).all()
 
 
-@pytest.mark.parametrize(("stage", "offload"), [(0, "none"), (1, "none"), (2, "none"), (3, "none"), (2, "cpu"), (3, "cpu")])
+@pytest.mark.parametrize(
+    ("stage", "offload"),
+    [(0, "none"), (1, "none"), (2, "none"), (3, "none"), (2, "cpu"), (3, "cpu")],
+)
 def test_keys_of_stage_3_are_left_out_below_it(stage, offload):
     profile = load_profile("phantom", {"training.zero_stage": stage, "training.offload": offload})
     values = deepspeed_config(profile)["zero_optimization"]
-    assert values["stage"] == stage and any(key.startswith("stage3") for key in values) == (stage == 3)
+    assert values["stage"] == stage and any(key.startswith("stage3") for key in values) == (
+        stage == 3
+    )
     assert [key for key in values if key.startswith("offload")] == {
-        ("cpu", 2): ["offload_optimizer"], ("cpu", 3): ["offload_optimizer", "offload_param"]}.get((offload, stage), [])
+        ("cpu", 2): ["offload_optimizer"],
+        ("cpu", 3): ["offload_optimizer", "offload_param"],
+    }.get((offload, stage), [])
 
 
 def test_a_terminal_and_a_cell_start_the_same_run_and_tensorboard_is_filled(workspace, capsys):
-    changes = {"training.processes": 1, "training.report_to": "tensorboard", "output": str(workspace / "board")}
+    changes = {
+        "training.processes": 1,
+        "training.report_to": "tensorboard",
+        "output": str(workspace / "board"),
+    }
     shutil.copytree(workspace / "run" / "pairs", workspace / "board" / "pairs")
     profile, file = tiny_profile(workspace, **changes), workspace / "mine.yaml"
     profile.save(file)
-    words = [sys.executable, "-m", "mmedpo_utils.launch", "--profile", str(file), "--variant", "dpo"]
+    words = [
+        sys.executable,
+        "-m",
+        "mmedpo_utils.launch",
+        "--profile",
+        str(file),
+        "--variant",
+        "dpo",
+    ]
     terminal = subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
     assert terminal.returncode == 0 and "step 4/4  loss" in terminal.stdout, terminal.stderr
     run = train(profile, "dpo", live=False)
@@ -273,20 +370,35 @@ def test_a_terminal_and_a_cell_start_the_same_run_and_tensorboard_is_filled(work
 
     board = EventAccumulator(str(run.folder / "tensorboard")).Reload()
     logged = [event["loss"] for event in run.events if "loss" in event]
-    assert [point.value for point in board.Scalars("train/loss")] == pytest.approx(logged, abs=1e-5) and len(logged) == 4
-    pasted = next(line[2:] for line in terminal.stdout.splitlines() if line.startswith("$ ")).replace("python", sys.executable, 1)
-    again = subprocess.run(shlex.split(pasted), cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+    assert [point.value for point in board.Scalars("train/loss")] == pytest.approx(
+        logged, abs=1e-5
+    ) and len(logged) == 4
+    pasted = next(
+        line[2:] for line in terminal.stdout.splitlines() if line.startswith("$ ")
+    ).replace("python", sys.executable, 1)
+    again = subprocess.run(
+        shlex.split(pasted), cwd=REPOSITORY, capture_output=True, text=True, timeout=300
+    )
     assert again.returncode == 0 and "finished already" in again.stdout
     for package in ("wandb", "trackio"):
-        with pytest.raises(InputError, match=f"report_to.*{package} is not installed; run `pip install {package}`"):
-            train(tiny_profile(workspace, **{**changes, "training.report_to": package}), "dpo", live=False)
+        with pytest.raises(
+            InputError, match=f"report_to.*{package} is not installed; run `pip install {package}`"
+        ):
+            train(
+                tiny_profile(workspace, **{**changes, "training.report_to": package}),
+                "dpo",
+                live=False,
+            )
 
 
 def test_a_wrong_command_ends_with_one_line(workspace, monkeypatch, capsys):
     monkeypatch.setattr("signal.signal", lambda *_: None)
     monkeypatch.setattr("sys.argv", ["launch", "--profile", "phantom", "--variant", "grpo"])
     assert launch.main() == 2
-    assert capsys.readouterr().err.startswith("error: variant 'grpo': unknown") and not capsys.readouterr().out
+    assert (
+        capsys.readouterr().err.startswith("error: variant 'grpo': unknown")
+        and not capsys.readouterr().out
+    )
 
 
 def test_cores_are_those_that_other_trainings_leave(monkeypatch):
@@ -294,9 +406,21 @@ def test_cores_are_those_that_other_trainings_leave(monkeypatch):
         def __init__(self, pid: int, *words: str) -> None:
             self.pid, self.info = pid, {"cmdline": list(words)}
 
-    running = [Process(10, "python", "-m", "deepspeed.launcher.runner", "--module", "mmedpo_utils.train", "--cores", "3"),
-               Process(11, "python", "-m", "mmedpo_utils.train", "--cores", "3"),
-               Process(20, "python", "-m", "mmedpo_utils.train", "--cores", "2"), Process(30, "vim", "mmedpo_utils.train")]
+    running = [
+        Process(
+            10,
+            "python",
+            "-m",
+            "deepspeed.launcher.runner",
+            "--module",
+            "mmedpo_utils.train",
+            "--cores",
+            "3",
+        ),
+        Process(11, "python", "-m", "mmedpo_utils.train", "--cores", "3"),
+        Process(20, "python", "-m", "mmedpo_utils.train", "--cores", "2"),
+        Process(30, "vim", "mmedpo_utils.train"),
+    ]
     monkeypatch.setattr("psutil.process_iter", lambda attributes: running)
     monkeypatch.setattr("os.getpgid", lambda pid: pid // 10)
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: range(8))
@@ -326,7 +450,13 @@ def test_two_runs_at_once_do_not_collide(workspace):
     profile = tiny_profile(workspace, output=str(workspace / "twice"))
     runs, threads = {}, []
     for seed in (0, 1):
-        threads.append(threading.Thread(target=lambda seed=seed: runs.update({seed: train(profile, "mmedpo", seed, live=False)})))
+        threads.append(
+            threading.Thread(
+                target=lambda seed=seed: runs.update(
+                    {seed: train(profile, "mmedpo", seed, live=False)}
+                )
+            )
+        )
         threads[-1].start()
     for thread in threads:
         thread.join()
@@ -373,9 +503,19 @@ def test_two_nodes_over_loopback_train_what_one_node_trains(workspace, monkeypat
 @pytest.mark.parametrize("objective", ["mmedpo", "sft", "dpo"])
 def test_every_zero_stage_trains_the_same_adapter(workspace, objective):
     runs = {}
-    for stage, offload in ((0, "none"), (1, "none"), (2, "none"), (3, "none"), (2, "cpu"), (3, "cpu")):
-        profile = tiny_profile(workspace, output=str(workspace / f"zero{stage}{offload}"),
-                               **{"training.zero_stage": stage, "training.offload": offload})
+    for stage, offload in (
+        (0, "none"),
+        (1, "none"),
+        (2, "none"),
+        (3, "none"),
+        (2, "cpu"),
+        (3, "cpu"),
+    ):
+        profile = tiny_profile(
+            workspace,
+            output=str(workspace / f"zero{stage}{offload}"),
+            **{"training.zero_stage": stage, "training.offload": offload},
+        )
         if not profile.output.exists():
             shutil.copytree(workspace / "run" / "pairs", profile.output / "pairs")
         runs[stage, offload] = train(profile, objective, live=False)
@@ -383,14 +523,27 @@ def test_every_zero_stage_trains_the_same_adapter(workspace, objective):
         assert_equal_adapters(run, runs[0, "none"], 1e-5)
 
 
-LEFTOVER = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29613",
-            "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_USE_FSDP": "true", "ACCELERATE_MIXED_PRECISION": "fp8",
-            "ACCELERATE_TORCH_DEVICE": "cuda", "FSDP_SHARDING_STRATEGY": "1"}
+LEFTOVER = {
+    "WORLD_SIZE": "2",
+    "RANK": "0",
+    "LOCAL_RANK": "0",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "29613",
+    "ACCELERATE_USE_DEEPSPEED": "true",
+    "ACCELERATE_USE_FSDP": "true",
+    "ACCELERATE_MIXED_PRECISION": "fp8",
+    "ACCELERATE_TORCH_DEVICE": "cuda",
+    "FSDP_SHARDING_STRATEGY": "1",
+}
 
 
 def test_what_another_job_left_in_the_environment_decides_nothing(workspace, tmp_path, monkeypatch):
-    """A pod's WORLD_SIZE would make one process wait for a second; accelerate's own settings would replace the profile's."""
-    profile = tiny_profile(workspace, name="leftover", **{"training.processes": 1, "training.max_steps": 1})
+    """A pod's WORLD_SIZE would make one process wait for a second; accelerate's own settings would
+    replace the profile's.
+    """
+    profile = tiny_profile(
+        workspace, name="leftover", **{"training.processes": 1, "training.max_steps": 1}
+    )
     for name, value in LEFTOVER.items():
         monkeypatch.setenv(name, value)
     result = train(profile, "sft", live=False).result
@@ -409,7 +562,10 @@ def test_only_a_process_that_trains_alone_forgets_the_others(monkeypatch, proces
     assert left == (set() if processes == 1 else of_several)
 
 
-@pytest.mark.parametrize(("value", "cores"), [("4,2", 2), ("1,2", 1), (" 1 ", 1), ("", 2), ("many", 2), ("0", 2), ("-1", 2)])
+@pytest.mark.parametrize(
+    ("value", "cores"),
+    [("4,2", 2), ("1,2", 1), (" 1 ", 1), ("", 2), ("many", 2), ("0", 2), ("-1", 2)],
+)
 def test_the_first_number_of_threads_counts(monkeypatch, value, cores):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
     monkeypatch.setattr(psutil, "process_iter", lambda *_: iter(()))
@@ -423,19 +579,34 @@ def test_master_port_is_for_several_nodes_and_a_port(workspace, monkeypatch):
     (line,) = commands(tiny_profile(workspace), "dpo", 0, folder, ssh=False)
     assert line[line.index("--master_port") + 1] != "29613", "a pod's leftover may be taken"
     several = tiny_profile(workspace, **{"training.nodes": 2, "training.processes": 2})
-    assert all("29613" in line for line in commands(several, "dpo", 0, folder, ssh=False, dry_run=True))
+    assert all(
+        "29613" in line for line in commands(several, "dpo", 0, folder, ssh=False, dry_run=True)
+    )
     monkeypatch.setenv("MASTER_PORT", "tcp://10.0.0.1:29613")
     with pytest.raises(InputError, match="MASTER_PORT: expected a port"):
         commands(several, "dpo", 0, folder, ssh=False, dry_run=True)
 
 
-@pytest.mark.parametrize(("text", "told"), [
-    (None, "cannot be read"), ("", "lists 0 nodes with 0 slots"), ("a slots=1\n", "lists 1 nodes with 1 slots"),
-    ("a slots=2\nb slots=2\n", "4 slots; expected the profile's `training.nodes` .2. and `training.processes` .2."),
-    ("-oProxyCommand=touch slots=1\nb slots=1\n", "row 0: expected NAME slots=NUMBER"), ("a\nb slots=1\n", "row 0: expected"),
-])
-def test_a_hostfile_that_is_not_the_profiles_starts_nothing(workspace, tmp_path, monkeypatch, text, told):
-    """The launcher takes a missing list for one machine, and a longer one for more processes than the profile says."""
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (None, "cannot be read"),
+        ("", "lists 0 nodes with 0 slots"),
+        ("a slots=1\n", "lists 1 nodes with 1 slots"),
+        (
+            "a slots=2\nb slots=2\n",
+            "4 slots; expected the profile's `training.nodes` .2. and `training.processes` .2.",
+        ),
+        ("-oProxyCommand=touch slots=1\nb slots=1\n", "row 0: expected NAME slots=NUMBER"),
+        ("a\nb slots=1\n", "row 0: expected"),
+    ],
+)
+def test_a_hostfile_that_is_not_the_profiles_starts_nothing(
+    workspace, tmp_path, monkeypatch, text, told
+):
+    """The launcher takes a missing list for one machine, and a longer one for more processes than
+    the profile says.
+    """
     monkeypatch.setattr(shutil, "which", lambda name: name)
     hosts = tmp_path / "hosts"
     if text is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.util
 import json
 import os
 import shutil
@@ -15,7 +14,6 @@ import time
 import warnings
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from huggingface_hub import constants
@@ -42,79 +40,17 @@ from mmedpo_utils.manifests import pair_row
 from mmedpo_utils.trainer import preference_dataset
 
 from .conftest import REPOSITORY
-from .original_llava import TOWER, byte_tokenizer, write_original, write_tower
+from .original_llava import (
+    CLIP,
+    CONFIG,
+    TOWER,
+    byte_tokenizer,
+    random_state,
+    write_original,
+    write_tower,
+)
 
-CONFIG = {"model_type": "llava_mistral", "architectures": ["LlavaMistralForCausalLM"], "hidden_size": 32, "intermediate_size": 48,
-          "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 320, "rms_norm_eps": 1e-5,
-          "rope_theta": 1e6, "sliding_window": None, "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": "float32",
-          "mm_projector_type": "mlp2x_gelu", "mm_vision_select_layer": -2, "mm_vision_select_feature": "patch",
-          "mm_use_im_start_end": False, "mm_use_im_patch_token": False, "image_aspect_ratio": "pad", "mm_vision_tower": "clip"}
-CLIP = {"model_type": "clip_vision_model", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3,
-        "num_attention_heads": 2, "image_size": 28, "patch_size": 14, "hidden_act": "quick_gelu"}
-
-
-def random_state(config: dict, clip: dict) -> dict[str, torch.Tensor]:
-    """Random tensors under the original layout's names, shapes from the two configurations."""
-    width, inner = config["hidden_size"], config["intermediate_size"]
-    vision, mlp = clip["hidden_size"], clip["intermediate_size"]
-    keys = width // config["num_attention_heads"] * config["num_key_value_heads"]
-    shapes = {"model.embed_tokens.weight": (config["vocab_size"], width), "lm_head.weight": (config["vocab_size"], width),
-              "model.norm.weight": (width,),
-              "model.mm_projector.0.weight": (width, vision), "model.mm_projector.0.bias": (width,),
-              "model.mm_projector.2.weight": (width, width), "model.mm_projector.2.bias": (width,)}
-    for layer in range(config["num_hidden_layers"]):
-        parts = {"self_attn.q_proj": (width, width), "self_attn.k_proj": (keys, width), "self_attn.v_proj": (keys, width),
-                 "self_attn.o_proj": (width, width), "mlp.gate_proj": (inner, width), "mlp.up_proj": (inner, width),
-                 "mlp.down_proj": (width, inner), "input_layernorm": (width,), "post_attention_layernorm": (width,)}
-        shapes |= {f"model.layers.{layer}.{part}.weight": shape for part, shape in parts.items()}
-    patches = (clip["image_size"] // clip["patch_size"]) ** 2
-    tower = {"embeddings.class_embedding": (vision,), "embeddings.position_embedding.weight": (patches + 1, vision),
-             "embeddings.patch_embedding.weight": (vision, 3, clip["patch_size"], clip["patch_size"])}
-    norms = ["pre_layrnorm", "post_layernorm"]
-    for layer in range(clip["num_hidden_layers"]):
-        start = f"encoder.layers.{layer}."
-        norms += [f"{start}layer_norm1", f"{start}layer_norm2"]
-        linear = {f"self_attn.{name}": (vision, vision) for name in ("q_proj", "k_proj", "v_proj", "out_proj")}
-        for name, shape in (linear | {"mlp.fc1": (mlp, vision), "mlp.fc2": (vision, mlp)}).items():
-            tower |= {f"{start}{name}.weight": shape, f"{start}{name}.bias": shape[:1]}
-    tower |= {f"{norm}.{part}": (vision,) for norm in norms for part in ("weight", "bias")}
-    generator = torch.Generator().manual_seed(0)
-    return {name: torch.randn(shape, generator=generator) * 0.2
-            for name, shape in (shapes | {TOWER + name: shape for name, shape in tower.items()}).items()}
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch) -> Path:
-    """Converted folders of a test lie in its own folder."""
-    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "mmedpo"
-
-
-@pytest.fixture
-def state() -> dict[str, torch.Tensor]:
-    return random_state(CONFIG, CLIP)
-
-
-@pytest.fixture
-def original(tmp_path, state) -> Path:
-    """A checkpoint in two shards, its tower beside it."""
-    write_tower(tmp_path / "clip", CLIP, state)
-    return write_original(tmp_path / "original", CONFIG, state, 2)
-
-
-@pytest.fixture
-def golden(shared, tmp_path):
-    """The golden checkpoint in the original layout (three shards, tower beside it), its folder, its outputs and cases."""
-    folder = shared / "golden" / "llavamed"
-    spec = importlib.util.spec_from_file_location("recipe", shared / "golden" / "recipe.py")
-    recipe = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(recipe)
-    weights = {key: torch.from_numpy(value) for key, value in recipe.state_dict(folder / "keys.json").items()}
-    tower = write_tower(tmp_path / "tiny-clip", json.loads((folder / "tiny_clip_config.json").read_text()), weights,
-                        ["text_model.embeddings.position_ids", "logit_scale"])
-    shutil.copy(folder / "tiny_clip_preprocessor_config.json", tower / "preprocessor_config.json")
-    source = write_original(tmp_path / "tiny", json.loads((folder / "config.json").read_text()), weights, 3)
-    return source, shared / "golden", np.load(folder / "expected.npz"), json.loads((folder / "cases.json").read_text())
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 def inputs(lvlm: MedLVLM, image: Image.Image, case: dict) -> dict[str, torch.Tensor]:

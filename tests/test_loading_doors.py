@@ -1,4 +1,6 @@
-"""A model that would answer without its image, or bring code of its own, is refused when it is loaded."""
+"""A model that would answer without its image, or bring code of its own, is refused when it is
+loaded.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,6 @@ from mmedpo_utils.profiles import LanguageModel, load_profile
 
 from .foreign_code import CLASSES, bring_code
 from .test_adapters import Mark
-from .test_llava_checkpoint import cache, original, state  # noqa: F401 (fixtures)
 
 
 @pytest.fixture
@@ -43,7 +44,10 @@ def change(file: Path, **values: Any) -> None:
 
 
 TEMPLATES = {
-    "no mark": ("{{ bos_token }}[INST] {{ messages[0].content[1].text }} [/INST]", "writes 0 <image> marks"),
+    "no mark": (
+        "{{ bos_token }}[INST] {{ messages[0].content[1].text }} [/INST]",
+        "writes 0 <image> marks",
+    ),
     "two marks": ("<image><image>{{ messages[0].content[1].text }}", "writes 2 <image> marks"),
     "fails": ("{{ messages[7].content[0].text }}", "cannot write a prompt"),
     "is no template": ("{% if %}", "cannot write a prompt"),
@@ -61,7 +65,10 @@ def test_a_template_without_the_image_is_refused(folder, fault):
 
 def test_another_image_token_than_the_tokenizers_is_refused(folder):
     change(folder / "config.json", image_token_index=5, image_token_id=5)
-    with pytest.raises(InputError, match=r"config\.json: `image_token_index` is 5, and the tokenizer's <image> is 4"):
+    with pytest.raises(
+        InputError,
+        match=r"config\.json: `image_token_index` is 5, and the tokenizer's <image> is 4",
+    ):
         load_lvlm(folder, "cpu")
 
 
@@ -69,7 +76,10 @@ def test_a_template_that_is_changed_after_loading_is_refused_too():
     lvlm = load_lvlm("phantom", "cpu")
     lvlm.processor.chat_template = TEMPLATES["no mark"][0]
     film, question = [Image.new("L", (64, 64))], ["Is there a nodule?"]
-    for ask in (lambda: generate(lvlm, film, question, 4, 1), lambda: image_attention(lvlm, film, question, 1)):
+    for ask in (
+        lambda: generate(lvlm, film, question, 4, 1),
+        lambda: image_attention(lvlm, film, question, 1),
+    ):
         with pytest.raises(InputError, match=r"holds \[0\] image tokens, and an image has 64"):
             ask()
 
@@ -84,13 +94,21 @@ def test_what_the_processor_leaves_out_comes_from_the_configuration(folder, abse
     lvlm = load_lvlm(folder, "cpu")
     whole = load_lvlm("phantom", "cpu")
     assert image_token_count(lvlm.processor) == image_token_count(whole.processor) == 64
-    batch = lvlm.processor(images=Image.new("RGB", (64, 64)), text="<image> Is there a nodule?", return_tensors="pt")
+    batch = lvlm.processor(
+        images=Image.new("RGB", (64, 64)), text="<image> Is there a nodule?", return_tensors="pt"
+    )
     with torch.no_grad():
         assert torch.equal(lvlm.model(**batch).logits, whole.model(**batch).logits)
 
 
-@pytest.mark.parametrize(("key", "value"), [("patch_size", 14), ("vision_feature_select_strategy", "full"),
-                                            ("num_additional_image_tokens", 0)])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("patch_size", 14),
+        ("vision_feature_select_strategy", "full"),
+        ("num_additional_image_tokens", 0),
+    ],
+)
 def test_a_processor_of_another_model_is_refused(folder, key, value):
     change(folder / "processor_config.json", **{key: value})
     with pytest.raises(InputError, match=rf"processor_config\.json: `{key}` is .*needs"):
@@ -103,7 +121,9 @@ def test_images_of_another_size_are_refused(folder):
     for key in ("crop_size", "size"):
         images[key] = {name: 112 for name in images[key]}
     change(file, image_processor=images)
-    with pytest.raises(InputError, match="makes 16 tokens of an image, and config.json's vision tower 64"):
+    with pytest.raises(
+        InputError, match="makes 16 tokens of an image, and config.json's vision tower 64"
+    ):
         load_lvlm(folder, "cpu")
 
 
@@ -129,7 +149,9 @@ def says_yes(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("file", CLASSES)
-def test_code_that_a_model_brings_is_never_run_nor_asked_for(folder, tmp_path, says_yes, capsys, file):
+def test_code_that_a_model_brings_is_never_run_nor_asked_for(
+    folder, tmp_path, says_yes, capsys, file
+):
     bring_code(folder, file, tmp_path / "ran")
     profile = load_profile("phantom", {"lvlm.model": str(folder)})
     model_config(str(folder))  # the plan of a dry run
@@ -145,7 +167,7 @@ def test_code_that_a_model_brings_is_never_run_nor_asked_for(folder, tmp_path, s
         assert "\n" not in str(refused.value) and "trust_remote_code=True" not in str(refused.value)
 
 
-def test_nor_by_a_checkpoint_in_the_original_layout(original, tmp_path, says_yes, capsys):  # noqa: F811
+def test_nor_by_a_checkpoint_in_the_original_layout(original, tmp_path, says_yes, capsys):
     bring_code(original, "tokenizer_config.json", tmp_path / "ran")
     with contextlib.suppress(InputError):
         load_lvlm(original, "cpu")
@@ -158,21 +180,27 @@ def test_nor_by_a_judge_or_a_text_encoder(tmp_path, says_yes, capsys):
     descriptions = tmp_path / "descriptions.json"
     descriptions.write_text(json.dumps(dict.fromkeys(OFFICIAL_QUERIES, "a finding")))
     local = LanguageModel("transformers", str(theirs), None, None, "none", 0.0, 0.0)
-    for load in (lambda: LocalModel(local, "cpu"), lambda: query_embeddings(descriptions, str(theirs))):
+    for load in (
+        lambda: LocalModel(local, "cpu"),
+        lambda: query_embeddings(descriptions, str(theirs)),
+    ):
         with pytest.raises(InputError, match="cannot be loaded") as refused:
             load()
         assert "\n" not in str(refused.value) and "trust_remote_code" not in str(refused.value)
     assert "[y/N]" not in capsys.readouterr().out and not (tmp_path / "ran").exists()
 
 
-def test_an_error_never_advises_to_switch_a_safeguard_off(tmp_path, original):  # noqa: F811
+def test_an_error_never_advises_to_switch_a_safeguard_off(tmp_path, original):
     """Pickles that hold more than tensors, at each door where one may come in."""
     bad = {"model": {"a": Mark(tmp_path / "ran")}}
     torch.save(bad, tmp_path / "medklip.pth")
     for file in original.glob("*.safetensors*"):
         file.unlink()
     torch.save(bad, original / "pytorch_model.bin")
-    for load in (lambda: load_medklip(tmp_path / "medklip.pth"), lambda: load_lvlm(original, "cpu")):
+    for load in (
+        lambda: load_medklip(tmp_path / "medklip.pth"),
+        lambda: load_lvlm(original, "cpu"),
+    ):
         with pytest.raises(InputError, match="more than tensors") as refused:
             load()
         assert "weights_only" not in str(refused.value) and "\n" not in str(refused.value)

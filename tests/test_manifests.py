@@ -1,4 +1,6 @@
-"""Manifests: the released files read without a complaint, audited and repaired; rows and images survive the way."""
+"""Manifests: the released files read without a complaint, audited and repaired; rows and images
+survive the way.
+"""
 
 from __future__ import annotations
 
@@ -35,8 +37,16 @@ from mmedpo_utils.profiles import load_profile
 from mmedpo_utils.relevance import normalise
 from mmedpo_utils.train import training_weights
 
-QUESTION = {"question_id": "q1", "image": "a.png", "text": "Is there a nodule?\n<image>", "gpt4_answer": "yes",
-            "answer_type": "CLOSED", "patient_id": "p1", "finding": "nodule", "question_type": "presence"}
+QUESTION = {
+    "question_id": "q1",
+    "image": "a.png",
+    "text": "Is there a nodule?\n<image>",
+    "gpt4_answer": "yes",
+    "answer_type": "CLOSED",
+    "patient_id": "p1",
+    "finding": "nodule",
+    "question_type": "presence",
+}
 
 
 def good_row() -> dict:
@@ -61,11 +71,16 @@ def test_written_rows_read_back(tmp_path: Path, images: Path) -> None:
     (images / "a.png").unlink()
     assert read_manifest(tmp_path / "pairs.json") == rows, "without roots no image is looked at"
     assert [row_source(row) for row in rows] == ["text", "visual", "text"]
-    assert row_sha(rows) == row_sha([dict(reversed(row.items())) for row in rows]) != row_sha(rows[:1])
+    assert (
+        row_sha(rows) == row_sha([dict(reversed(row.items())) for row in rows]) != row_sha(rows[:1])
+    )
 
 
 def test_identical_pairs_are_warned_of_and_counted(tmp_path: Path, images: Path) -> None:
-    same, visual = pair_row(QUESTION, " yes", 0.0), pair_row(QUESTION, "yes", 0.5, rejected_image="b.jpg")
+    same, visual = (
+        pair_row(QUESTION, " yes", 0.0),
+        pair_row(QUESTION, "yes", 0.5, rejected_image="b.jpg"),
+    )
     copied = pair_row(QUESTION, "yes", 0.5, rejected_image="a.png")
     write_manifest(tmp_path / "pairs.json", [same, visual, copied, good_row()])
     with pytest.warns(UserWarning, match="2 of 4 rows have identical"):
@@ -73,26 +88,44 @@ def test_identical_pairs_are_warned_of_and_counted(tmp_path: Path, images: Path)
     assert [is_identical(row, images, images) for row in rows] == [True, False, True, False]
     audit = audit_manifest(rows)
     assert (audit["identical_pairs"], audit["zero_weights"], audit["duplicate_ids"]) == (1, 1, 2)
-    assert audit["sources"] == {"text": 2, "visual": 2} and audit["score_mean"] == pytest.approx(0.375)
+    assert audit["sources"] == {"text": 2, "visual": 2} and audit["score_mean"] == pytest.approx(
+        0.375
+    )
 
 
 def test_audit_counts_leaks_and_repair_drops_by_choice() -> None:
-    def pair(question: str, chosen: str, rejected: str, score: float = 0.5, **optional: str) -> dict:
-        return pair_row(QUESTION | {"text": f"{question}\n<image>", "gpt4_answer": chosen}, rejected, score, **optional)
+    def pair(
+        question: str, chosen: str, rejected: str, score: float = 0.5, **optional: str
+    ) -> dict:
+        return pair_row(
+            QUESTION | {"text": f"{question}\n<image>", "gpt4_answer": chosen},
+            rejected,
+            score,
+            **optional,
+        )
 
     rows = [
-        pair("Is there a nodule?", "Yes", "No, the lungs are clear."), pair("is there a  NODULE?", "yes", "No"),
-        pair("Is there a mass?", "no", "  There is one."), pair("Where?", "No lesion is seen", "None, nowhere"),
-        pair("Which lobe?", "upper", "upper", 0.0), pair("Which side?", "the left lung", "right", 0.0),
+        pair("Is there a nodule?", "Yes", "No, the lungs are clear."),
+        pair("is there a  NODULE?", "yes", "No"),
+        pair("Is there a mass?", "no", "  There is one."),
+        pair("Where?", "No lesion is seen", "None, nowhere"),
+        pair("Which lobe?", "upper", "upper", 0.0),
+        pair("Which side?", "the left lung", "right", 0.0),
         pair("Is there a nodule?", "Yes", "Yes", rejected_image="b.png"),
     ]
     audit = audit_manifest(rows)
     assert audit["duplicate_prompts"] == 1, "the visual row is of another source"
-    assert (audit["rejected_longer"], audit["rejected_shorter"]) == (2, 2), "words; two rows have the same answer twice"
-    assert (audit["opposite_openers"], audit["one_sided_openers"]) == (2, 2), "`None` does not begin with the word no"
+    assert (audit["rejected_longer"], audit["rejected_shorter"]) == (2, 2), (
+        "words; two rows have the same answer twice"
+    )
+    assert (audit["opposite_openers"], audit["one_sided_openers"]) == (2, 2), (
+        "`None` does not begin with the word no"
+    )
     everything = ("drop_zero_weight", "drop_identical", "drop_duplicates")
-    assert repair_manifest(rows, everything) == ([rows[0], *rows[2:4], rows[6]],
-                                                 {"drop_zero_weight": 2, "drop_identical": 0, "drop_duplicates": 1})
+    assert repair_manifest(rows, everything) == (
+        [rows[0], *rows[2:4], rows[6]],
+        {"drop_zero_weight": 2, "drop_identical": 0, "drop_duplicates": 1},
+    )
     assert repair_manifest(rows, everything[1:2]) == (rows[:4] + rows[5:], {"drop_identical": 1})
     assert repair_manifest(rows, ()) == (rows, {}) and len(rows) == 7
     with pytest.raises(InputError, match="'drop_all': unknown; choose among drop_zero_weight"):
@@ -100,28 +133,49 @@ def test_audit_counts_leaks_and_repair_drops_by_choice() -> None:
 
 
 @pytest.mark.parametrize(("file", "zero", "pairs"), [("vqa-rad", 12, 1797), ("iuxray", 34, 2069)])
-def test_released_files_are_audited_repaired_and_weighed(shared: Path, file: str, zero: int, pairs: int) -> None:
+def test_released_files_are_audited_repaired_and_weighed(
+    shared: Path, file: str, zero: int, pairs: int
+) -> None:
     """The counts are made a second time here, from the JSON alone."""
     path = shared / f"data/released/{file}_dpo_weighted.json"
     raw = json.loads(path.read_text(encoding="utf-8"))
-    texts = [[turns[-1]["value"] for turns in (row["conversations"], row["rejected_conversations"])] for row in raw]
+    texts = [
+        [turns[-1]["value"] for turns in (row["conversations"], row["rejected_conversations"])]
+        for row in raw
+    ]
     sides = [[text.split() for text in pair] for pair in texts]
     first = [[re.findall("[a-z]+|$", text.lower())[0] for text in pair] for pair in texts]
     prompts = {(row["image"], row["conversations"][0]["value"].lower()) for row in raw}
     audit = audit_manifest(rows := read_manifest(path))
-    assert (audit["rows"], audit["zero_weights"]) == (pairs, zero) == (len(raw), sum(not row["weighted_score"] for row in raw))
+    assert (
+        (audit["rows"], audit["zero_weights"])
+        == (pairs, zero)
+        == (len(raw), sum(not row["weighted_score"] for row in raw))
+    )
     assert audit["duplicate_prompts"] == len(raw) - len(prompts)
-    assert audit["rejected_longer"] == sum(len(chosen) < len(rejected) for chosen, rejected in sides)
-    assert audit["rejected_shorter"] == sum(len(chosen) > len(rejected) for chosen, rejected in sides)
+    assert audit["rejected_longer"] == sum(
+        len(chosen) < len(rejected) for chosen, rejected in sides
+    )
+    assert audit["rejected_shorter"] == sum(
+        len(chosen) > len(rejected) for chosen, rejected in sides
+    )
     assert audit["opposite_openers"] == sum(sorted(pair) == ["no", "yes"] for pair in first)
-    assert audit["one_sided_openers"] == sum((pair[0] in ("yes", "no")) != (pair[1] in ("yes", "no")) for pair in first)
+    assert audit["one_sided_openers"] == sum(
+        (pair[0] in ("yes", "no")) != (pair[1] in ("yes", "no")) for pair in first
+    )
     left, counts = repair_manifest(rows, ("drop_zero_weight", "drop_duplicates"))
     assert counts["drop_zero_weight"] == zero and len(left) == pairs - sum(counts.values())
     again = audit_manifest(left)
     assert again["zero_weights"] == again["duplicate_prompts"] == 0 and again["score_range"][0] > 0
-    weights = {method: normalise([row["weighted_score"] for row in rows], method) for method in ("none", "literal", "rescaled")}
+    weights = {
+        method: normalise([row["weighted_score"] for row in rows], method)
+        for method in ("none", "literal", "rescaled")
+    }
     assert (weights["literal"] == 0.75).all(), "every score of at most 1 falls to the lower bound"
-    assert weights["none"].min() == 0 and (weights["none"] == [row["weighted_score"] for row in raw]).all()
+    assert (
+        weights["none"].min() == 0
+        and (weights["none"] == [row["weighted_score"] for row in raw]).all()
+    )
     assert 0.75 <= weights["rescaled"].min() < 1 < weights["rescaled"].max() <= 1.25
     figure = weight_histograms(weights)
     for panel, (name, values) in zip(figure.axes, weights.items(), strict=True):
@@ -130,13 +184,22 @@ def test_released_files_are_audited_repaired_and_weighed(shared: Path, file: str
 
 
 def test_texts_without_the_mark() -> None:
-    assert question_text(QUESTION) == question_text(good_row()) == question_text("<image> Is there a nodule?")
+    assert (
+        question_text(QUESTION)
+        == question_text(good_row())
+        == question_text("<image> Is there a nodule?")
+    )
     assert answer_text(good_row()) == "yes" and answer_text(good_row(), rejected=True) == "no"
 
 
 def test_rows_and_questions_are_inverse() -> None:
     assert rows_to_questions([good_row()]) == [QUESTION]
-    assert rows_to_questions([pair_row(QUESTION | {"gpt4_answer": "Free air"}, "no", 1)])[0]["answer_type"] == "OPEN"
+    assert (
+        rows_to_questions([pair_row(QUESTION | {"gpt4_answer": "Free air"}, "no", 1)])[0][
+            "answer_type"
+        ]
+        == "OPEN"
+    )
 
 
 def test_open_image_makes_every_mode_grey_or_rgb(tmp_path: Path) -> None:
@@ -145,7 +208,9 @@ def test_open_image_makes_every_mode_grey_or_rgb(tmp_path: Path) -> None:
     Image.fromarray((1000 + ramp * 3000).astype(np.uint16)).save(tmp_path / "deep.png")
     deep = open_image(tmp_path / "deep.png")
     assert deep.mode == "L" and np.abs(np.asarray(deep, int) - grey).max() <= 1
-    colour = Image.merge("RGB", [Image.fromarray(grey), Image.fromarray(255 - grey), Image.fromarray(grey)])
+    colour = Image.merge(
+        "RGB", [Image.fromarray(grey), Image.fromarray(255 - grey), Image.fromarray(grey)]
+    )
     for mode in ("1", "L", "P", "LA", "RGBA", "CMYK", "RGB"):
         colour.convert(mode).save(tmp_path / f"{mode}.tiff")
         assert open_image(tmp_path / f"{mode}.tiff").mode == ("L" if mode in ("1", "L") else "RGB")
@@ -189,7 +254,11 @@ def published(tmp_path: Path, *rows: dict) -> Path:
 
 def test_question_files_of_other_makers_are_mended(tmp_path: Path) -> None:
     """Each row says in another way what QUESTION says."""
-    rows = [QUESTION | {"gpt4_answer": 4}, QUESTION | {"answer_type": " closed "}, QUESTION | {"text": "Is there a nodule?"}]
+    rows = [
+        QUESTION | {"gpt4_answer": 4},
+        QUESTION | {"answer_type": " closed "},
+        QUESTION | {"text": "Is there a nodule?"},
+    ]
     path = tmp_path / "questions.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert read_questions(path) == [QUESTION | {"gpt4_answer": "4"}, QUESTION, QUESTION]
@@ -198,18 +267,39 @@ def test_question_files_of_other_makers_are_mended(tmp_path: Path) -> None:
 def test_pairs_of_other_makers_are_mended_alike(tmp_path: Path) -> None:
     row = good_row()
     for key, answer in (("conversations", 4), ("rejected_conversations", 2.5)):
-        row[key] = [{"from": "human", "value": " Is there a nodule? "}, {"from": "gpt", "value": answer}]
+        row[key] = [
+            {"from": "human", "value": " Is there a nodule? "},
+            {"from": "gpt", "value": answer},
+        ]
     (read,) = read_manifest(published(tmp_path, row))
-    assert read["conversations"][0]["value"] == read["rejected_conversations"][0]["value"] == "<image>\nIs there a nodule?"
+    assert (
+        read["conversations"][0]["value"]
+        == read["rejected_conversations"][0]["value"]
+        == "<image>\nIs there a nodule?"
+    )
     assert (answer_text(read), answer_text(read, rejected=True)) == ("4", "2.5")
     write_manifest(tmp_path / "ours.json", [read])
     with pytest.raises(InputError, match="one <image> mark"):
-        write_manifest(tmp_path / "ours.json", [row | {"conversations": [{"from": "human", "value": "Is?"},
-                                                                         {"from": "gpt", "value": "yes"}]}])
+        write_manifest(
+            tmp_path / "ours.json",
+            [
+                row
+                | {
+                    "conversations": [
+                        {"from": "human", "value": "Is?"},
+                        {"from": "gpt", "value": "yes"},
+                    ]
+                }
+            ],
+        )
 
 
 def test_keys_that_are_not_read_are_named_once(tmp_path: Path) -> None:
-    rows = [good_row() | {"image_root": "/films", "lang": "en"}, good_row() | {"image_root": "/films"}, good_row()]
+    rows = [
+        good_row() | {"image_root": "/films", "lang": "en"},
+        good_row() | {"image_root": "/films"},
+        good_row(),
+    ]
     with pytest.warns(UserWarning) as said:
         assert len(read_manifest(published(tmp_path, *rows))) == 3
     (warning,) = said
@@ -218,18 +308,28 @@ def test_keys_that_are_not_read_are_named_once(tmp_path: Path) -> None:
 
 def test_a_noised_rejected_side_is_never_a_text_pair(tmp_path: Path) -> None:
     flagged = good_row() | {"rejected_noised": 1}
-    rows = [flagged, flagged, good_row() | {"rejected_noised": 0}, flagged | {"rejected_image": "b.jpg"}]
+    rows = [
+        flagged,
+        flagged,
+        good_row() | {"rejected_noised": 0},
+        flagged | {"rejected_image": "b.jpg"},
+    ]
     with pytest.warns(UserWarning, match="2 of 4 rows left out.*`rejected_noised` is 1"):
         kept = read_manifest(published(tmp_path, *rows))
     assert [row_source(row) for row in kept] == ["text", "visual"]
 
 
-def test_pairs_without_a_score_are_read_counted_and_trained_on_where_none_is_asked_for(tmp_path: Path) -> None:
+def test_pairs_without_a_score_are_read_counted_and_trained_on_where_none_is_asked_for(
+    tmp_path: Path,
+) -> None:
     bare = {key: value for key, value in good_row().items() if key != "weighted_score"}
     rows = read_manifest(published(tmp_path, bare, bare | {"weighted_score": None}, good_row()))
     audit = audit_manifest(rows)
     assert (audit["without_weight"], audit["score_mean"], audit["zero_weights"]) == (2, 0.5, 0)
-    assert audit_manifest(rows[:1])["score_mean"] is None and audit_manifest(rows[:1])["score_range"] is None
+    assert (
+        audit_manifest(rows[:1])["score_mean"] is None
+        and audit_manifest(rows[:1])["score_range"] is None
+    )
     assert len(repair_manifest(rows, ["drop_zero_weight"])[0]) == 3
     write_manifest(tmp_path / "again.json", rows)
     profile = load_profile("phantom-smoke")
@@ -237,7 +337,9 @@ def test_pairs_without_a_score_are_read_counted_and_trained_on_where_none_is_ask
         if variant.weights == "uniform" or variant.objective == "sft":
             assert (training_weights(rows, variant, profile) == 1).all(), name
         else:
-            with pytest.raises(InputError, match="2 of 3 preference rows .id 'q1' first.*write `weights: uniform`"):
+            with pytest.raises(
+                InputError, match="2 of 3 preference rows .id 'q1' first.*write `weights: uniform`"
+            ):
                 training_weights(rows, variant, profile)
 
 

@@ -12,24 +12,46 @@ from sacrebleu.metrics import BLEU
 
 from mmedpo_utils import metrics
 
-REPORTS = [("The heart is normal in size. There is a nodule in the left upper zone.",
-            "The heart is normal in size. There is an effusion in the left base zone."),
-           ("There is cardiomegaly. There is no effusion.", "the heart is enlarged."),
-           ("The film shows an opacity.", "The film shows an opacity.")]
+REPORTS = [
+    (
+        "The heart is normal in size. There is a nodule in the left upper zone.",
+        "The heart is normal in size. There is an effusion in the left base zone.",
+    ),
+    ("There is cardiomegaly. There is no effusion.", "the heart is enlarged."),
+    ("The film shows an opacity.", "The film shows an opacity."),
+]
 
 
 def row(kind, answer, prediction, **more):
-    return {"question_id": 0, "image": "a.png", "answer_type": kind, "answer": answer, "prediction": prediction, **more}
+    return {
+        "question_id": 0,
+        "image": "a.png",
+        "answer_type": kind,
+        "answer": answer,
+        "prediction": prediction,
+        **more,
+    }
 
 
 def report_rows():
     return [row("REPORT", *pair) for pair in REPORTS]
 
 
-@pytest.mark.parametrize("answer, prediction, right", [
-    ("yes", "Yes.", True), ("Yes", "yes, there is a nodule", True), ("no", "Yes", False), ("No", "", False),
-    ("no", "There is no nodule", False), ("no", "nodule", False), ("yes", "yesterday", False),
-    ("right side", "Right side of the chest", True), ("right side", "right", False), ("?", "", False)])
+@pytest.mark.parametrize(
+    "answer, prediction, right",
+    [
+        ("yes", "Yes.", True),
+        ("Yes", "yes, there is a nodule", True),
+        ("no", "Yes", False),
+        ("No", "", False),
+        ("no", "There is no nodule", False),
+        ("no", "nodule", False),
+        ("yes", "yesterday", False),
+        ("right side", "Right side of the chest", True),
+        ("right side", "right", False),
+        ("?", "", False),
+    ],
+)
 def test_closed_rule(answer, prediction, right):
     assert metrics.closed_correct(answer, prediction) is right
 
@@ -42,37 +64,102 @@ def test_recall_counts_words_with_multiplicity():
 
 
 def test_punctuation_parts_words():
-    """Whatever the mark between two words is: with a blank beside it and without, the words are the same."""
-    for mark in (",", ".", ";", "/", "-", "\u2013", "\u2014", "\u3002", "\uff0c", "(", "\u201c", "\u2026", "_", "|"):
-        assert metrics.words(f"Small{mark}Bowel") == metrics.words(f"small {mark} bowel") == ["small", "bowel"], mark
-        assert metrics.opener(f"Yes{mark}there is one") == "yes" and metrics.opener(f"\u201cNo{mark}clear") == "no", mark
-    assert metrics.words("3.5 cm, 1,200 ml, T1-weighted, don\u2019t") == ["3.5", "cm", "1200", "ml", "t1", "weighted", "dont"]
-    assert metrics.opener("Normal") == metrics.opener("Nothing") == metrics.opener("...") == metrics.opener("") == ""
-    assert metrics.is_yes_no("YES!") and not metrics.is_yes_no("No acute disease.") and not metrics.is_yes_no("?")
+    """Whatever the mark between two words is: with a blank beside it and without, the words are the
+    same.
+    """
+    for mark in (
+        ",",
+        ".",
+        ";",
+        "/",
+        "-",
+        "\u2013",
+        "\u2014",
+        "\u3002",
+        "\uff0c",
+        "(",
+        "\u201c",
+        "\u2026",
+        "_",
+        "|",
+    ):
+        assert (
+            metrics.words(f"Small{mark}Bowel")
+            == metrics.words(f"small {mark} bowel")
+            == ["small", "bowel"]
+        ), mark
+        assert (
+            metrics.opener(f"Yes{mark}there is one") == "yes"
+            and metrics.opener(f"\u201cNo{mark}clear") == "no"
+        ), mark
+    assert metrics.words("3.5 cm, 1,200 ml, T1-weighted, don\u2019t") == [
+        "3.5",
+        "cm",
+        "1200",
+        "ml",
+        "t1",
+        "weighted",
+        "dont",
+    ]
+    assert (
+        metrics.opener("Normal")
+        == metrics.opener("Nothing")
+        == metrics.opener("...")
+        == metrics.opener("")
+        == ""
+    )
+    assert (
+        metrics.is_yes_no("YES!")
+        and not metrics.is_yes_no("No acute disease.")
+        and not metrics.is_yes_no("?")
+    )
 
 
-@pytest.mark.parametrize("text", ["\u53cc\u80ba\u6e05\u6670\uff0c\u672a\u89c1\u7ed3\u8282\u3002",
-                                  "\u041b\u0435\u0433\u043a\u0438\u0435 \u0447\u0438\u0441\u0442\u044b\u0435 \u0438 \u043d\u0435\u0442 \u0443\u0437\u043b\u0430",
-                                  "\u80ba\u306f\u304d\u308c\u3044\u3067\u3059", "Lungen sind frei, kein Erguss"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\u53cc\u80ba\u6e05\u6670\uff0c\u672a\u89c1\u7ed3\u8282\u3002",
+        "\u041b\u0435\u0433\u043a\u0438\u0435 \u0447\u0438\u0441\u0442\u044b\u0435 \u0438 "
+        "\u043d\u0435\u0442 \u0443\u0437\u043b\u0430",
+        "\u80ba\u306f\u304d\u308c\u3044\u3067\u3059",
+        "Lungen sind frei, kein Erguss",
+    ],
+)
 def test_reports_in_any_script(text):
     """A copy scores 100 by ROUGE-L and BLEU and 1 by recall; half of it about half."""
     copy, half = row("REPORT", text, text), row("REPORT", text, text[: len(text) // 2])
-    assert metrics.rouge_l([copy]) == pytest.approx(100) and metrics.bleu([copy]) == pytest.approx(100)
+    assert metrics.rouge_l([copy]) == pytest.approx(100) and metrics.bleu([copy]) == pytest.approx(
+        100
+    )
     assert metrics.recall(text, text) == 1
     assert 20 < metrics.rouge_l([half]) < 90
     assert metrics.rouge_l([row("REPORT", text, "Other words")]) == 0
 
 
 def test_who_the_patient_is():
-    """A row that names no patient counts by its image, however it fails to name one; 0 is a name."""
-    named = [metrics.patient_of({"image": "a.png", **row})
-             for row in ({}, {"patient_id": None}, {"patient_id": " "}, {"patient_id": 0}, {"patient_id": "p"})]
+    """A row that names no patient counts by its image, however it fails to name one; 0 is a
+    name.
+    """
+    named = [
+        metrics.patient_of({"image": "a.png", **row})
+        for row in (
+            {},
+            {"patient_id": None},
+            {"patient_id": " "},
+            {"patient_id": 0},
+            {"patient_id": "p"},
+        )
+    ]
     assert named == ["a.png", "a.png", "a.png", "0", "p"]
 
 
 def test_accuracy_and_recall_are_means_over_their_own_rows():
-    rows = [row("CLOSED", "yes", "yes"), row("CLOSED", "no", "yes"), row("OPEN", "left base", "left apex"),
-            row("OPEN", "left", "left")]
+    rows = [
+        row("CLOSED", "yes", "yes"),
+        row("CLOSED", "no", "yes"),
+        row("OPEN", "left base", "left apex"),
+        row("OPEN", "left", "left"),
+    ]
     assert metrics.closed_accuracy(rows) == 50
     assert metrics.open_recall(rows) == 75
     assert metrics.rouge_l(rows) is None and metrics.bleu(rows) is None
@@ -82,7 +169,10 @@ def test_accuracy_and_recall_are_means_over_their_own_rows():
 def test_bleu_equals_sacrebleu_on_the_corpus():
     answers, predictions = (list(side) for side in zip(*REPORTS))
     own = [metrics.score(report_rows(), f"bleu{n}") for n in metrics.BLEU_ORDERS]
-    library = [BLEU(lowercase=True, max_ngram_order=n).corpus_score(predictions, [answers]).score for n in (1, 2, 3, 4)]
+    library = [
+        BLEU(lowercase=True, max_ngram_order=n).corpus_score(predictions, [answers]).score
+        for n in (1, 2, 3, 4)
+    ]
     assert own == pytest.approx(library)
     assert metrics.bleu(report_rows()) == pytest.approx(np.mean(library))
     assert metrics.bleu([row("REPORT", "a b c d e", "a b c d e")]) == pytest.approx(100)
@@ -106,15 +196,23 @@ def test_score_predictions_names_every_metric_and_its_rows():
     rows = [*report_rows(), row("CLOSED", "yes", "yes"), row("OPEN", "left", "right")]
     table = metrics.score_predictions(rows)
     assert tuple(table) == metrics.SCORES
-    assert table["closed_accuracy"] == {"score": 100, "n": 1} and table["open_recall"] == {"score": 0, "n": 1}
-    assert table["bleu"]["score"] == pytest.approx(np.mean([table[f"bleu{n}"]["score"] for n in (1, 2, 3, 4)]))
+    assert table["closed_accuracy"] == {"score": 100, "n": 1} and table["open_recall"] == {
+        "score": 0,
+        "n": 1,
+    }
+    assert table["bleu"]["score"] == pytest.approx(
+        np.mean([table[f"bleu{n}"]["score"] for n in (1, 2, 3, 4)])
+    )
     assert table["rouge_l"]["n"] == table["meteor"]["n"] == 3
     assert set(metrics.METHODS) >= {"closed_accuracy", "open_recall", "bleu", "rouge_l", "meteor"}
 
 
 def test_scores_by_finding():
-    rows = [row("CLOSED", "yes", "yes", finding="nodule"), row("CLOSED", "no", "yes", finding="effusion"),
-            row("CLOSED", "no", "no")]
+    rows = [
+        row("CLOSED", "yes", "yes", finding="nodule"),
+        row("CLOSED", "no", "yes", finding="effusion"),
+        row("CLOSED", "no", "no"),
+    ]
     by_finding = metrics.scores_by(rows, "finding")
     assert list(by_finding) == ["(none)", "effusion", "nodule"]
     assert [scores["closed_accuracy"]["score"] for scores in by_finding.values()] == [100, 0, 100]
@@ -170,7 +268,9 @@ def test_released_questions_score_their_own_answers_fully(shared):
     import json
 
     lines = (shared / "data/released/vqa-rad_test_questions.jsonl").read_text().splitlines()
-    rows = [row(q["answer_type"], q["gpt4_answer"], q["gpt4_answer"]) for q in map(json.loads, lines)]
+    rows = [
+        row(q["answer_type"], q["gpt4_answer"], q["gpt4_answer"]) for q in map(json.loads, lines)
+    ]
     assert Counter(r["answer_type"] for r in rows) == {"CLOSED": 272, "OPEN": 179}
     assert metrics.closed_accuracy(rows) == 100 and metrics.open_recall(rows) == pytest.approx(100)
 
@@ -189,7 +289,9 @@ def test_a_word_list_that_arrived_in_part_leaves_the_other_scores(fault, tmp_pat
         (corpora / "wordnet").mkdir()
     if fault in ("a file missing", "half a file"):
         for name in WordNetCorpusReader._FILES[: -2 if fault == "a file missing" else None]:
-            (corpora / "wordnet" / name).write_text("00\tadj.all\t3\n" if name == "lexnames" else "half a line")
+            (corpora / "wordnet" / name).write_text(
+                "00\tadj.all\t3\n" if name == "lexnames" else "half a line"
+            )
     monkeypatch.setattr(nltk.data, "path", [str(tmp_path)])
     fresh = LazyCorpusLoader("wordnet", WordNetCorpusReader, None)
     monkeypatch.setattr("nltk.corpus.wordnet", fresh)
@@ -198,4 +300,8 @@ def test_a_word_list_that_arrived_in_part_leaves_the_other_scores(fault, tmp_pat
         value, reason = metrics.meteor(rows, released)
         assert value is None and "WordNet" in reason and "\n" not in reason
     table = metrics.score_predictions(rows)
-    assert table["rouge_l"]["score"] == 100 and table["meteor"]["score"] is None and table["meteor"]["reason"]
+    assert (
+        table["rouge_l"]["score"] == 100
+        and table["meteor"]["score"] is None
+        and table["meteor"]["reason"]
+    )

@@ -21,28 +21,54 @@ FILM = np.tile(np.linspace(0, 1, 64), (64, 1))
 MASK = np.zeros((64, 64), bool)
 MASK[10:30, 20:40] = True
 HEAT = RNG.random((14, 14))
-EVENTS = [{"step": n, "total_steps": 40, "loss": 0.7 - n / 100, "chosen_logp": -9.0, "rejected_logp": -9.0 - n,
-           "margin": n / 9, "accuracy": 0.5, "seconds_left": 40 - n} for n in range(1, 21)]
-TABLE = {name: {"closed_accuracy": {"mean": 50.0 + n, "low": 45.0, "high": 60.0, "seeds": 1}}
-         for n, name in enumerate(("base", "sft", "dpo", "stage1", "stage2", "mmedpo", "mmedpo_shuffled"))}
-TURNS = [{"round": 1, "member": name, "score": score, "agrees": False, "reason": ""}
-         for name, score in (("a $x", 0.2), ("b", 0.4), ("c", 0.4))]
+EVENTS = [
+    {
+        "step": n,
+        "total_steps": 40,
+        "loss": 0.7 - n / 100,
+        "chosen_logp": -9.0,
+        "rejected_logp": -9.0 - n,
+        "margin": n / 9,
+        "accuracy": 0.5,
+        "seconds_left": 40 - n,
+    }
+    for n in range(1, 21)
+]
+TABLE = {
+    name: {"closed_accuracy": {"mean": 50.0 + n, "low": 45.0, "high": 60.0, "seeds": 1}}
+    for n, name in enumerate(
+        ("base", "sft", "dpo", "stage1", "stage2", "mmedpo", "mmedpo_shuffled")
+    )
+}
+TURNS = [
+    {"round": 1, "member": name, "score": score, "agrees": False, "reason": ""}
+    for name, score in (("a $x", 0.2), ("b", 0.4), ("c", 0.4))
+]
 FIGURES = {
     "film_grid": lambda: plots.film_grid([FILM] * 5, ["a $b$ c"] * 5, [{"nodule": MASK}] * 5),
     "film_grid_plain": lambda: plots.film_grid([FILM], ["one"], columns=1),
-    "attention_overlay": lambda: plots.attention_overlay(FILM, HEAT, MASK, threshold=0.5, title="disease"),
+    "attention_overlay": lambda: plots.attention_overlay(
+        FILM, HEAT, MASK, threshold=0.5, title="disease"
+    ),
     "attention_grid": lambda: plots.attention_grid(FILM, RNG.random((2, 3, 14, 14)), MASK),
     "attention_before_after": lambda: plots.attention_before_after(FILM, HEAT, HEAT[::-1], MASK),
-    "noise_comparison": lambda: plots.noise_comparison(FILM, MASK, {"paper": FILM, "released": FILM, "global": FILM}),
+    "noise_comparison": lambda: plots.noise_comparison(
+        FILM, MASK, {"paper": FILM, "released": FILM, "global": FILM}
+    ),
     "noise_ladder": lambda: plots.noise_ladder({1.0: FILM, 0.5: FILM}),
     "weight_histograms": lambda: plots.weight_histograms(
-        {"rescaled": RNG.random(50) + 0.5, "literal": np.full(50, 0.75), "none": RNG.random(50)}),
-    "pair_card": lambda: plots.pair_card(FILM, None, "Is there $a nodule?", "yes", "no " * 200, 0.5),
+        {"rescaled": RNG.random(50) + 0.5, "literal": np.full(50, 0.75), "none": RNG.random(50)}
+    ),
+    "pair_card": lambda: plots.pair_card(
+        FILM, None, "Is there $a nodule?", "yes", "no " * 200, 0.5
+    ),
     "debate_plot": lambda: plots.debate_plot(TURNS),
     "training_curves": lambda: plots.training_curves(EVENTS),
     "training_curves_empty": lambda: plots.training_curves([]),
     "result_bars": lambda: plots.result_bars(TABLE),
-    "pointing_game_bars": lambda: plots.pointing_game_bars({"nodule": 0.6, "b": 0.9}, {"nodule": 0.01, "b": 0.1}),
+    "pointing_game_bars": lambda: plots.pointing_game_bars(
+        {"nodule": 0.6, "b": 0.9}, {"nodule": 0.01, "b": 0.1}
+    ),
 }
 
 
@@ -87,14 +113,31 @@ def test_result_bars_show_mean_and_interval():
 
 def test_weight_titles_state_mean_and_share_at_the_bounds():
     axes = plots.weight_histograms({"literal": np.full(9, 0.75), "none": np.full(9, 0.5)}).axes
-    assert [a.get_title() for a in axes] == ["literal: mean 0.75, 100% at a bound", "none: mean 0.50, 0% at a bound"]
+    assert [a.get_title() for a in axes] == [
+        "literal: mean 0.75, 100% at a bound",
+        "none: mean 0.50, 0% at a bound",
+    ]
 
 
 def test_table_escapes_and_formats():
-    table = plots.results_table([{"model": "<script>x</script>", "closed": {"mean": 50.04, "low": 45, "high": 55}},
-                                 {"model": "b & c", "bleu": 12.345}], "a <b>")
-    assert "<script>" not in table and "&lt;script&gt;" in table and "b &amp; c" in table and "a &lt;b&gt;" in table
-    assert "<td>50.0 (45.0 to 55.0)</td>" in table and "<td>-</td>" in table and "<td>12.3</td>" in table
+    table = plots.results_table(
+        [
+            {"model": "<script>x</script>", "closed": {"mean": 50.04, "low": 45, "high": 55}},
+            {"model": "b & c", "bleu": 12.345},
+        ],
+        "a <b>",
+    )
+    assert (
+        "<script>" not in table
+        and "&lt;script&gt;" in table
+        and "b &amp; c" in table
+        and "a &lt;b&gt;" in table
+    )
+    assert (
+        "<td>50.0 (45.0 to 55.0)</td>" in table
+        and "<td>-</td>" in table
+        and "<td>12.3</td>" in table
+    )
     assert ">no rows<" in plots.results_table([], "empty")
     assert "<td>12.35</td>" in plots.results_table([{"bleu": 12.346}], decimals=2)
 
@@ -102,7 +145,9 @@ def test_table_escapes_and_formats():
 def test_published_numbers_are_the_papers(shared):
     published = json.loads((DATA_MANIFESTS / "published_results.json").read_text())
     source = json.loads((shared / "paper/tables.json").read_text())
-    assert published["title"] == source["source"]["title"] and published["arxiv"].startswith("2412.06141")
+    assert published["title"] == source["source"]["title"] and published["arxiv"].startswith(
+        "2412.06141"
+    )
     for number, table in published["tables"].items():
         origin = source[f"table{number}"]
         assert [list(row.values())[1:] for row in table["rows"]] == list(origin["rows"].values())
@@ -112,7 +157,10 @@ def test_published_numbers_are_the_papers(shared):
 
 
 def test_undone_dots_stand_at_their_numbers():
-    rows = [{"method": "a $b$", "printed": 20.0, "undone": 8.5}, {"method": "c", "printed": 14.5, "undone": 2.2}]
+    rows = [
+        {"method": "a $b$", "printed": 20.0, "undone": 8.5},
+        {"method": "c", "printed": 14.5, "undone": 2.2},
+    ]
     (axes,) = plots.undone_dots(rows, "method", 12.3).axes
     marks = {line.get_label(): list(line.get_xdata()) for line in axes.lines}
     assert marks["printed"] == [20.0, 14.5] and marks["smoothing undone"] == [8.5, 2.2]
@@ -126,14 +174,24 @@ def test_pair_schema_accepts_the_released_files_and_refuses_broken_rows(shared):
     validator = jsonschema.Draft202012Validator(schema)
     assert validator.is_valid(rows)
     human, gpt = rows[0]["conversations"]
-    for broken in ({"weighted_score": "1"}, {"weighted_score": -0.1}, {"image": ""}, {"conversations": [human]},
-                   {"conversations": [{"from": "human", "value": "no mark"}, gpt]}):
+    for broken in (
+        {"weighted_score": "1"},
+        {"weighted_score": -0.1},
+        {"image": ""},
+        {"conversations": [human]},
+        {"conversations": [{"from": "human", "value": "no mark"}, gpt]},
+    ):
         assert not validator.is_valid([{**rows[0], **broken}])
     assert not validator.is_valid([])
 
 
 def test_memory_bars_are_as_long_as_their_parts_together() -> None:
-    figure = plots.memory_bars({"one": {"weights": 3.0, "optimiser": 1.0}, "two": {"weights": 1.0, "optimiser": 0.5}})
-    ends = [max(bar.get_x() + bar.get_width() for bar in bars) for bars in zip(*figure.axes[0].containers)]
+    figure = plots.memory_bars(
+        {"one": {"weights": 3.0, "optimiser": 1.0}, "two": {"weights": 1.0, "optimiser": 0.5}}
+    )
+    ends = [
+        max(bar.get_x() + bar.get_width() for bar in bars)
+        for bars in zip(*figure.axes[0].containers)
+    ]
     assert ends == [4.0, 1.5]
     assert [text.get_text().strip() for text in figure.axes[0].texts] == ["4.0", "1.5"]

@@ -1,4 +1,6 @@
-"""The authors' released scores: equal to what their code gave, item by item; and what one may not expect of them."""
+"""The authors' released scores: equal to what their code gave, item by item; and what one may not
+expect of them.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +16,15 @@ from mmedpo_utils import metrics, released_metrics
 from mmedpo_utils.released_metrics import bleu, bleu_n, normalise, word_overlap
 
 DEBIAN_WORDNET = Path("/usr/share/wordnet")
-LEXICOGRAPHERS = """adj.all adj.pert adv.all noun.Tops noun.act noun.animal noun.artifact noun.attribute
-    noun.body noun.cognition noun.communication noun.event noun.feeling noun.food noun.group noun.location
-    noun.motive noun.object noun.person noun.phenomenon noun.plant noun.possession noun.process
-    noun.quantity noun.relation noun.shape noun.state noun.substance noun.time verb.body verb.change
-    verb.cognition verb.communication verb.competition verb.consumption verb.contact verb.creation
-    verb.emotion verb.motion verb.perception verb.possession verb.social verb.stative verb.weather
-    adj.ppl""".split()
+LEXICOGRAPHERS = """
+    adj.all adj.pert adv.all noun.Tops noun.act noun.animal noun.artifact noun.attribute
+    noun.body noun.cognition noun.communication noun.event noun.feeling noun.food noun.group
+    noun.location noun.motive noun.object noun.person noun.phenomenon noun.plant noun.possession
+    noun.process noun.quantity noun.relation noun.shape noun.state noun.substance noun.time
+    verb.body verb.change verb.cognition verb.communication verb.competition verb.consumption
+    verb.contact verb.creation verb.emotion verb.motion verb.perception verb.possession
+    verb.social verb.stative verb.weather adj.ppl
+""".split()
 
 
 @pytest.fixture(scope="module")
@@ -33,14 +37,22 @@ def items(file: Path) -> list[dict]:
 
 
 def row(item: dict, kind: str) -> dict:
-    return {"question_id": item["question_id"], "image": "a.png", "answer_type": kind,
-            "answer": item["answer"], "prediction": item["prediction"]}
+    return {
+        "question_id": item["question_id"],
+        "image": "a.png",
+        "answer_type": kind,
+        "answer": item["answer"],
+        "prediction": item["prediction"],
+    }
 
 
 def test_normalisation(golden):
     for case in json.loads((golden / "normalise_cases.json").read_text(encoding="utf-8")):
         assert normalise(case["text"]) == case["normalised"], case["text"]
-    assert json.loads((golden / "normalisation.json").read_text()).items() <= released_metrics.TABLES.items()
+    assert (
+        json.loads((golden / "normalisation.json").read_text()).items()
+        <= released_metrics.TABLES.items()
+    )
 
 
 def test_every_question(golden):
@@ -56,8 +68,12 @@ def test_every_question(golden):
             for key, value in word_overlap(answer, prediction).items():
                 assert value == pytest.approx(item[key], abs=1e-9), (item["question_id"], key)
     totals = json.loads((golden / "vqa.json").read_text())["totals"]
-    table = metrics.score_predictions([row(item, item["answer_type"]) for item in found], metrics.RELEASED_SCORES)
-    assert table["released_closed_accuracy"]["score"] == pytest.approx(totals["yes_no_accuracy"], abs=1e-9)
+    table = metrics.score_predictions(
+        [row(item, item["answer_type"]) for item in found], metrics.RELEASED_SCORES
+    )
+    assert table["released_closed_accuracy"]["score"] == pytest.approx(
+        totals["yes_no_accuracy"], abs=1e-9
+    )
     assert table["released_open_recall"]["score"] == pytest.approx(totals["recall"], abs=1e-9)
 
 
@@ -68,15 +84,24 @@ def test_every_report(golden):
     for item in found:
         pair = item["answer"], item["prediction"]
         overlap = word_overlap(*pair)
-        given = {"exact_match_score": overlap["exact_match"], "f1_score": overlap["f1"],
-                 "precision": overlap["precision"], "recall": overlap["recall"],
-                 "bleu_score": bleu(*pair, (0.25, 0.25, 0.25, 0.25)), "rouge_l": released_metrics.rouge_l(*pair)}
+        given = {
+            "exact_match_score": overlap["exact_match"],
+            "f1_score": overlap["f1"],
+            "precision": overlap["precision"],
+            "recall": overlap["recall"],
+            "bleu_score": bleu(*pair, (0.25, 0.25, 0.25, 0.25)),
+            "rouge_l": released_metrics.rouge_l(*pair),
+        }
         given |= {f"bleu_score_{n}": bleu_n(*pair, n) for n in (1, 2, 3, 4)}
         for key, value in given.items():
             assert value == pytest.approx(item[key], abs=1e-9), (item["question_id"], key)
-    table = metrics.score_predictions([row(item, "REPORT") for item in found], metrics.RELEASED_SCORES)
+    table = metrics.score_predictions(
+        [row(item, "REPORT") for item in found], metrics.RELEASED_SCORES
+    )
     for n in (1, 2, 3, 4):
-        assert table[f"released_bleu_{n}"]["score"] == pytest.approx(totals[f"bleu_score_{n}"], abs=1e-9)
+        assert table[f"released_bleu_{n}"]["score"] == pytest.approx(
+            totals[f"bleu_score_{n}"], abs=1e-9
+        )
     mean = np.mean([totals[f"bleu_score_{n}"] for n in (1, 2, 3, 4)])
     assert table["released_bleu"]["score"] == pytest.approx(mean, abs=1e-9)
     assert table["released_rouge_l"]["score"] == pytest.approx(totals["rouge_l"], abs=1e-9)
@@ -84,14 +109,18 @@ def test_every_report(golden):
 
 @pytest.fixture(scope="module")
 def wordnet(tmp_path_factory):
-    """WordNet 3.0 as Debian ships it, with the list of lexicographers' names that nltk's reader wants."""
+    """WordNet 3.0 as Debian ships it, with the list of lexicographers' names that nltk's reader
+    wants.
+    """
     if not (DEBIAN_WORDNET / "data.noun").is_file():
         pytest.skip(f"no WordNet 3.0 in {DEBIAN_WORDNET}: Debian's package wordnet-base has it")
     import nltk
     from nltk.corpus.reader.wordnet import WordNetCorpusReader
 
     class WithoutSenseKeys(WordNetCorpusReader):
-        """The mapping between versions needs sense keys, which the package lacks; METEOR does not need it."""
+        """The mapping between versions needs sense keys, which the package lacks; METEOR does not
+        need it.
+        """
 
         def map_wn(self, *_):
             return None
@@ -100,7 +129,10 @@ def wordnet(tmp_path_factory):
     for file in DEBIAN_WORDNET.glob("*.*"):
         shutil.copy(file, folder)
     kinds = {"noun": 1, "verb": 2, "adj": 3, "adv": 4}
-    lines = [f"{number:02d}\t{name}\t{kinds[name.partition('.')[0]]}" for number, name in enumerate(LEXICOGRAPHERS)]
+    lines = [
+        f"{number:02d}\t{name}\t{kinds[name.partition('.')[0]]}"
+        for number, name in enumerate(LEXICOGRAPHERS)
+    ]
     (folder / "lexnames").write_text("\n".join(lines) + "\n")
     nltk.data.path.append(str(folder))  # nltk reads nowhere else
     with warnings.catch_warnings():
@@ -128,27 +160,54 @@ def test_what_one_may_not_expect():
     hardly = [100 * bleu_n(report + " " + "longer " * 15, one_of_26, n) for n in (1, 2, 3, 4)]
     assert hardly == pytest.approx([36.3, 12.8, 4.6, 1.7], abs=0.1)
     assert bleu_n(report, "nothing matches", 1) == 0
-    assert [bleu_n(report, "...", 1), released_metrics.rouge_l(report, "..."), word_overlap("", report)["f1"]] == [0, 0, 0]
+    assert [
+        bleu_n(report, "...", 1),
+        released_metrics.rouge_l(report, "..."),
+        word_overlap("", report)["f1"],
+    ] == [0, 0, 0]
 
 
 def test_the_two_rules_side_by_side():
-    texts = [("CLOSED", "no", "abnormal"), ("OPEN", "left", "left"), ("REPORT", "clear lungs today", "clear lungs today")]
-    rows = [{"question_id": n, "image": "a", "answer_type": kind, "answer": answer, "prediction": said}
-            for n, (kind, answer, said) in enumerate(texts)]
+    texts = [
+        ("CLOSED", "no", "abnormal"),
+        ("OPEN", "left", "left"),
+        ("REPORT", "clear lungs today", "clear lungs today"),
+    ]
+    rows = [
+        {"question_id": n, "image": "a", "answer_type": kind, "answer": answer, "prediction": said}
+        for n, (kind, answer, said) in enumerate(texts)
+    ]
     table = {line["score"]: line for line in metrics.both_rules({"base": rows})}
-    assert (table["closed accuracy"]["our rule"], table["closed accuracy"]["released rule"]) == (0, 100)
+    assert (table["closed accuracy"]["our rule"], table["closed accuracy"]["released rule"]) == (
+        0,
+        100,
+    )
     assert (table["open recall"]["our rule"], table["open recall"]["released rule"]) == (100, 100)
-    assert table["rouge l"]["our rule"] == pytest.approx(table["rouge l"]["released rule"]) == pytest.approx(100)
+    assert (
+        table["rouge l"]["our rule"]
+        == pytest.approx(table["rouge l"]["released rule"])
+        == pytest.approx(100)
+    )
     assert table["bleu"]["released rule"] > table["bleu"]["our rule"]
     only_closed = metrics.both_rules({"base": rows[:1]})
     assert [line["score"] for line in only_closed] == ["closed accuracy"]
 
 
 def test_a_released_score_has_an_interval_too():
-    rows = [{"question_id": n, "image": f"{n}.png", "answer_type": "REPORT", "answer": "clear lungs and heart",
-             "prediction": "clear lungs" if n % 2 else "large effusion left"} for n in range(40)]
+    rows = [
+        {
+            "question_id": n,
+            "image": f"{n}.png",
+            "answer_type": "REPORT",
+            "answer": "clear lungs and heart",
+            "prediction": "clear lungs" if n % 2 else "large effusion left",
+        }
+        for n in range(40)
+    ]
     statistics, statistic, used = metrics.row_statistics(rows, "released_bleu_1")
-    mean, low, high = metrics.bootstrap_interval(statistics, [row["image"] for row in used], statistic=statistic)
+    mean, low, high = metrics.bootstrap_interval(
+        statistics, [row["image"] for row in used], statistic=statistic
+    )
     scores = [100 * bleu_n(row["answer"], row["prediction"], 1) for row in rows]
     assert mean == pytest.approx(np.mean(scores)) and low < mean < high
     assert high - low == pytest.approx(2 * 1.96 * np.std(scores) / 40**0.5, rel=0.15)
