@@ -67,7 +67,7 @@ def curate_visual(profile: Profile, dataset: Dataset, model: MedKLIP) -> list[Ro
                       profile.visual_tool.batch_size, digest)
 
     once(folder / "visual.json", digest, compute)
-    return read_manifest(folder / "visual.json", dataset.image_root, folder / "noised")
+    return read_manifest(folder / "visual.json", dataset.image_root, folder / "noised", strict=True)
 
 
 def curate_folder(questions: Sequence[Row], image_root: str | Path, folder: str | Path, look: Look, noise: Noise,
@@ -167,7 +167,8 @@ def curate_text(profile: Profile, dataset: Dataset, lvlm: MedLVLM, judge: Judge,
 
     digest = f"{inputs_digest(profile, questions, 'seed', 'data', 'lvlm', 'curation', 'judge')} {model_digest(lvlm.model)}"
     once(folder / "text.json", digest, compute)
-    return read_manifest(folder / "text.json", dataset.image_root), json.loads((folder / "debates.json").read_text())
+    rows = read_manifest(folder / "text.json", dataset.image_root, strict=True)
+    return rows, json.loads((folder / "debates.json").read_text())
 
 
 def merge(profile: Profile, text_rows: list[Row], visual_rows: list[Row]) -> list[Row]:

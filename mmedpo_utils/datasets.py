@@ -63,14 +63,20 @@ def prepare_dataset(profile: Profile) -> Dataset:
     """Return the profile's data set. Films of the phantom world are drawn once, then read back.
 
     Raises:
-        InputError: the folder of a real data set is not there, or not in its layout, or figures of
-            credentialed data would leave the run folder.
+        InputError: the folder of a real data set is not there, not in its layout, or without a
+            test question; MIMIC-CXR's rows lie under another card; or figures of credentialed data
+            would leave the run folder.
     """
     card = load_card(profile.data.card)
     check_outputs(card, profile.output, profile.figures, in_place=False)
     if profile.data.source == "phantom":
         return _phantom(profile)
     dataset = _folder(profile) if profile.data.source == "folder" else _layout(profile)
+    if not dataset.questions.get("test"):
+        raise InputError(
+            f"{profile.data.root}: has no test question that can be used, and models are compared "
+            "on them; the warnings above, or the data set's card, say what is missing"
+        )
     for split, rows in dataset.questions.items():
         check_origin(card, (row["image"] for row in rows), f"{profile.data.root}, split {split}")
     if dataset.released_pairs is not None:

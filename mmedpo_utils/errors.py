@@ -26,15 +26,30 @@ class Unusable:
 
     Args:
         source: the file.
+        private: name rows by number and field alone, without ids and values: for credentialed data.
     """
 
-    def __init__(self, source: object) -> None:
-        self.source = source
-        self.errors: list[InputError] = []
+    def __init__(self, source: object, private: bool = False) -> None:
+        self.source, self.private = source, private
+        self.count = 0
+        self.named: list[str] = []
 
     def note(self, error: InputError) -> None:
-        """Leave a row out; ``error`` names it and says why."""
-        self.errors.append(error)
+        """Leave a row out; ``error`` names it and says why.
+
+        Its text alone is kept, and of the first few: the error itself holds on to all that was
+        read, and a data set that is here in part lacks some hundred thousand images.
+        """
+        self.count += 1
+        if len(self.named) < NAMED:
+            self.named.append(self._without_values(str(error)) if self.private else str(error))
+
+    def _without_values(self, text: str) -> str:
+        """Of an error about a row: file, row number and field."""
+        place = re.search(r"row \d+", text.removeprefix(f"{self.source}: "))
+        field = re.search(r"`\w+`", text)
+        known = [found[0] for found in (place, field) if found]
+        return ": ".join([str(self.source), *known, "cannot be used (credentialed: not shown)"])
 
     def tell(self, used: int) -> None:
         """Warn once of what was left out of a file of which ``used`` rows are used.
@@ -42,16 +57,15 @@ class Unusable:
         Raises:
             InputError: rows were left out and none is used: then the first one's error.
         """
-        if not self.errors:
+        if not self.count:
             return
         if not used:
-            raise self.errors[0]
-        count = len(self.errors)
-        named = "; ".join(str(error) for error in self.errors[:NAMED])
-        more = f"; and {count - NAMED} more" if count > NAMED else ""
+            raise InputError(self.named[0])
+        named = "; ".join(self.named)
+        more = f"; and {self.count - NAMED} more" if self.count > NAMED else ""
         warnings.warn(
-            f"{self.source}: {count} of {used + count} rows left out, since they cannot be used: "
-            f"{named}{more}",
+            f"{self.source}: {self.count} of {used + self.count} rows left out, since they cannot "
+            f"be used: {named}{more}",
             stacklevel=4,
         )
 

@@ -539,49 +539,59 @@ def _mimic_report(files: Path, study: str) -> str:
     return _findings(resolve_image(files, name)) if (files / name).is_file() else ""
 
 
-# A heading begins a line: capitals, blanks, ( ) / , - and a colon. The other two stand between two
-# readings.
-HEADING = re.compile(r"^[ \t]*(?:([A-Z][A-Z0-9 ()/,-]*):|FINAL REPORT[ \t]*$|_{4,})", re.MULTILINE)
+# Sections of a report, however a heading is completed: IMPRESSION(S), REASON FOR EXAMINATION.
+SECTIONS = re.compile(
+    r"IMPRESSION|CONCLUSION|RECOMMENDATION|NOTIFICATION|ADDENDUM|(CLINICAL )?(HISTORY|INDICATION|"
+    r"INFORMATION)|TECHNIQUE|COMPARISON|EXAM|REASON|PROCEDURE|WET READ|DOSE|OPINION|SUMMARY"
+)
+VIEWS = re.compile(r"\b(CHEST|AP|PA|LATERAL|FRONTAL|PORTABLE|SUPINE|UPRIGHT|VIEWS?|RADIOGRAPHS?)\b")
+BETWEEN_READINGS = re.compile(r"_{4,}|FINAL REPORT$")
+
+
+def _heading(line: str) -> str:
+    """The heading that a line of a report begins with, in capitals; empty where it has none.
+
+    A heading is capitals, digits, blanks and ( ) / , - before a colon. Two are known in any case,
+    since a report that has them so has no other: Findings and Impression.
+    """
+    name = line.partition(":")[0].strip() if ":" in line else ""
+    if name.lower() in ("findings", "impression"):
+        return name.upper()
+    return name if re.fullmatch(r"[A-Z][A-Z0-9 ()/,-]*", name) else ""
 
 
 def _findings(path: Path) -> str:
-    """The last FINDINGS section of a report file, its white space joined; empty where there is
-    none.
+    """The last FINDINGS section of a report file that says something, its white space joined; empty
+    where there is none.
 
-    A report that was read twice has two: a wet read first, then the final one. Where a heading
-    follows FINDINGS at once, it names the views, and the text under it belongs to the section.
+    A report that was read twice has two: a wet read first, then the final one. FINDINGS AND
+    IMPRESSION (or with a slash) is one, and so is what has FINDINGS last, as in CHEST, FINDINGS;
+    ADDITIONAL FINDINGS are a section of their own. Headings of views (PORTABLE AP CHEST) belong to
+    the section where they follow FINDINGS at once.
     """
-    text = read_text(path)
-    headings = list(HEADING.finditer(text))
-    ends = [heading.start() for heading in headings[1:]] + [len(text)]
-    found = ""
-    for number, heading in enumerate(headings):
-        if "FINDINGS" not in (heading[1] or "").split():
-            continue
-        section = text[heading.end() : ends[number]]
-        if not section.strip() and number + 1 < len(headings):
-            following = headings[number + 1]
-            if following[1] and following[1].strip() not in OTHER_SECTIONS:
-                section = text[following.start() : ends[number + 1]]
-        found = " ".join(section.split()) or found
+    found, section, of_views = "", None, False
+    for line in [*read_text(path).splitlines(), "____"]:
+        heading, between = _heading(line), BETWEEN_READINGS.match(line.strip())
+        views = heading and VIEWS.search(heading) and not SECTIONS.match(heading)
+        if section is not None and views and (of_views or not "".join(section).strip()):
+            of_views = True
+        elif section is not None and (heading or between):
+            found = " ".join(" ".join(section).split()) or found
+            section = None
+        if section is not None:
+            section.append(line)
+        elif _is_findings(heading):
+            section, of_views = [line.partition(":")[2]], False
     return found
 
 
-OTHER_SECTIONS = (
-    "IMPRESSION",
-    "CONCLUSION",
-    "RECOMMENDATION",
-    "RECOMMENDATION(S)",
-    "RECOMMENDATIONS",
-    "NOTIFICATION",
-    "NOTIFICATION(S)",
-    "HISTORY",
-    "INDICATION",
-    "TECHNIQUE",
-    "COMPARISON",
-    "EXAMINATION",
-    "REASON FOR EXAM",
-)
+def _is_findings(heading: str) -> bool:
+    """Whether a heading is that of the findings."""
+    names = re.split(r"[ /,]+", heading)
+    others = ("ADDITIONAL", "INCIDENTAL", "OTHER")
+    return names[0] == "FINDINGS" or (names[-1] == "FINDINGS" and names[0] not in others)
+
+
 MIMIC_SPLITS = ("mimic-cxr-2.0.0-split.csv", "mimic-cxr-2.0.0-split.csv.gz")
 LAYOUTS: dict[str, dict[str, Callable[[Path], Questions]]] = {
     "folder": {},

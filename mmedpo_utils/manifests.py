@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import warnings
@@ -21,6 +22,7 @@ from .dicom import is_dicom, open_dicom, scale_to_8_bits
 from .errors import InputError, Unusable, first_line
 from .files import write_json
 from .metrics import is_yes_no, opener
+from .privacy import is_mimic
 
 IMAGE_MARK = "<image>"
 ANSWER_TYPES = ("CLOSED", "OPEN", "REPORT")
@@ -46,6 +48,7 @@ def read_manifest(
     path: str | os.PathLike,
     image_root: str | os.PathLike | None = None,
     rejected_root: str | os.PathLike | None = None,
+    strict: bool = False,
 ) -> list[Row]:
     """Read preference pairs in the released MMedPO format and check every row.
 
@@ -56,17 +59,20 @@ def read_manifest(
         image_root: folder of the images; given, every ``image`` is opened and verified.
         rejected_root: folder of the rejected images; given, every ``rejected_image`` is opened and
             verified.
+        strict: a row that cannot be used is an error: for what the kit wrote itself, where it
+            means damage, and its other files count on every row.
 
     A row that cannot be used is left out; one warning counts such rows and names them. What is
     clear is mended: numbers among the answers become text, and a missing image mark is put first.
 
     Warns of keys that are not read, and where chosen and rejected are identical (these rows are
     kept), except in rows that have no rejected answer at all (``origin`` none, for the SFT
-    objective).
+    objective). Where images are named like MIMIC-CXR's, no message shows an id or a value.
 
     Raises:
-        InputError: the file is no list of pairs, or none of its rows can be used. It names the
-            file, the row, its id and the field, and says what was expected.
+        InputError: the file is no list of pairs, or none of its rows (``strict``: one of them)
+            cannot be used. It names the file, the row, its id and the field, and says what was
+            expected.
     """
     stored = load_json(path, "a list of preference pairs")
     if not isinstance(stored, list) or not stored:
@@ -75,7 +81,8 @@ def read_manifest(
             f"{'an empty list' if stored == [] else type(stored).__name__}"
         )
     verified: set[Path] = set()
-    rows, left_out = [], Unusable(path)
+    private = any(is_mimic(name) for name in _images(stored))
+    rows, left_out = [], Unusable(path, private)
     for number, row in enumerate(stored):
         where = place(path, number, row, "id")
         try:
@@ -86,6 +93,8 @@ def read_manifest(
                     _verify_image(root, row[key], f"{where}: `{key}`", verified)
         except InputError as error:
             left_out.note(error)
+            if strict:
+                left_out.tell(0)
         else:
             rows.append(row)
     left_out.tell(len(rows))
@@ -96,10 +105,10 @@ def read_manifest(
         if row.get("origin") != "none" and is_identical(row, image_root, rejected_root)
     ]
     if same:
+        ids = f" (ids {', '.join(map(repr, same[:5]))}{', ...' if len(same) > 5 else ''})"
         warnings.warn(
             f"{path}: {len(same)} of {len(rows)} rows have identical chosen and rejected sides and "
-            "teach "
-            f"nothing (ids {', '.join(map(repr, same[:5]))}{', ...' if len(same) > 5 else ''})",
+            f"teach nothing{'' if private else ids}",
             stacklevel=2,
         )
     return rows
@@ -111,7 +120,10 @@ def pair_images(path: str | os.PathLike) -> list[str]:
     """
     if not Path(path).is_file():
         return []
-    stored = load_json(path, "a list of preference pairs")
+    return _images(load_json(path, "a list of preference pairs"))
+
+
+def _images(stored: Any) -> list[str]:
     rows = [row for row in stored if isinstance(row, dict)] if isinstance(stored, list) else []
     return [row["image"] for row in rows if isinstance(row.get("image"), str)]
 
@@ -152,8 +164,9 @@ def read_questions(
     Raises:
         InputError: no line can be used; it names the file, the line, the question and the field.
     """
-    rows, verified, left_out = [], set(), Unusable(path)
-    for number, line in enumerate(read_text(path).split("\n")):
+    text = read_text(path)
+    rows, verified, left_out = [], set(), Unusable(path, private=is_mimic(text))
+    for number, line in enumerate(text.split("\n")):
         if not line.strip():
             continue
         try:
@@ -180,10 +193,15 @@ def read_questions(
 
 
 def mended_text(value: Any) -> Any:
-    """A number as the text that it means; anything else, NaN and true among it, as it is."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
+    """A number as the text that it means; anything else, NaN and true among it, as it is.
+
+    A table program writes the whole numbers of a column that has gaps as 2.0: that is "2".
+    """
+    if type(value) is int:
+        return str(value)
+    if type(value) is not float or not math.isfinite(value):
         return value
-    return str(value)
+    return str(int(value) if value.is_integer() else value)
 
 
 def mended_question(row: Any) -> Any:
@@ -479,15 +497,24 @@ def read_text(path: str | os.PathLike) -> str:
 
 
 def load_json(path: str | os.PathLike, expected: str) -> Any:
-    """The value of a JSON file. Raises InputError: cannot be read, or is not JSON (it says what was
-    ``expected``).
+    """The value of a JSON file.
+
+    Raises:
+        InputError: cannot be read, is not JSON (it says what was ``expected``), or names a key of
+            the whole file twice. A key that a row names twice is for `check_fields` to find.
     """
+    text = read_text(path)
     try:
-        return json.loads(read_text(path), object_pairs_hook=_object)
+        value = json.loads(text, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
         raise InputError(
             f"{path}: is not JSON ({first_line(error)}); expected {expected}"
         ) from error
+    if isinstance(value, WrittenTwice):
+        raise InputError(
+            f"{path}: `{value.key}` is written twice; expected each key once: take out the wrong one"
+        )
+    return value
 
 
 class WrittenTwice(dict):
@@ -577,6 +604,11 @@ def _check_pair(row: Any, where: str) -> None:
             f"{where}: `rejected_noised` is {row['rejected_noised']!r:.20}: the rejected side is a "
             "noised image, and no "
             "`rejected_image` names it; make the noised images (notebook 02) and name them there"
+        )
+    elif row.get("source") == "visual":
+        raise InputError(
+            f"{where}: `source` is visual, and no `rejected_image` names the rejected side's image; "
+            "name it there, or take `source` out"
         )
     for key in ("conversations", "rejected_conversations"):
         _check_conversation(row[key], f"{where}: `{key}`")

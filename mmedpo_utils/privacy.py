@@ -85,7 +85,17 @@ def check_endpoint(base_url: str, card: Card, agreement: str | None) -> None:
         )
 
 
-MIMIC_IMAGE = re.compile(r"(?:^|/)p1[0-9]/p1[0-9]{7}/s5[0-9]{7}/")
+# Patient and study as folders or, flattened, as parts of a name; or the name that MIMIC-CXR gives
+# an image: five groups of eight hexadecimal digits, a form that nothing else has.
+MIMIC_IMAGE = re.compile(
+    r"(?<![0-9A-Za-z])p1[0-9][/\\_]+p1[0-9]{7}[/\\_]+s5[0-9]{7}(?![0-9])"
+    r"|(?<![0-9a-f])[0-9a-f]{8}(?:-[0-9a-f]{8}){4}(?![0-9a-f])"
+)
+
+
+def is_mimic(text: str) -> bool:
+    """Whether an image's name, or a text that holds one, is named like MIMIC-CXR's images."""
+    return MIMIC_IMAGE.search(text) is not None
 
 
 def check_origin(card: Card, names: Iterable[str], source: object) -> None:
@@ -93,7 +103,7 @@ def check_origin(card: Card, names: Iterable[str], source: object) -> None:
     machine.
 
     A preference file of MIMIC-CXR is credentialed text wherever it was downloaded. Its images are
-    known by their names, ``p10/p10000032/s50414267/...``.
+    known by their names (`is_mimic`).
 
     Args:
         names: images, as the rows name them.
@@ -106,7 +116,7 @@ def check_origin(card: Card, names: Iterable[str], source: object) -> None:
     if card.credentialed is not False:
         return
     for name in names:
-        if MIMIC_IMAGE.search(name):
+        if is_mimic(name):
             raise InputError(
                 f"{source}: its images are named like MIMIC-CXR's ({name[:60]}), whose texts are "
                 "credentialed; "

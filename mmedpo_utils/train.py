@@ -109,6 +109,28 @@ def manifest_path(profile: Profile, variant: str) -> Path:
     return profile.output / "pairs" / f"{profile.training.variants[variant].pairs}.json"
 
 
+def training_rows(profile: Profile, name: str) -> list[dict[str, Any]]:
+    """The pairs that variant ``name`` trains on.
+
+    What the kit wrote, train.json or a manifest with a digest beside it, is read strictly: a bad
+    row there is damage. Of somebody's own manifest, rows and images that cannot be used are left
+    out with a warning.
+
+    Raises:
+        InputError: the manifest cannot be used, or has no pair of the variant's sources.
+    """
+    manifest, sources = manifest_path(profile, name), profile.training.variants[name].sources
+    own = manifest.stem == "train" or manifest.with_suffix(".sha256").is_file()
+    roots = () if own else (profile.image_root, profile.output / "pairs" / "noised")
+    rows = [row for row in read_manifest(manifest, *roots, strict=own) if row_source(row) in sources]
+    if not rows:
+        raise InputError(
+            f"{manifest}: has no pairs of the sources {', '.join(sources)} that variant {name!r} "
+            "trains on; run notebook 03, or change the variant's `sources`"
+        )
+    return rows
+
+
 def training_weights(
     rows: Sequence[dict[str, Any]], variant: Variant, profile: Profile
 ) -> np.ndarray:
@@ -415,13 +437,7 @@ def run(profile: Profile, name: str, seed: int, folder: Path) -> None:
         profile.training.variants[name],
         manifest_path(profile, name),
     )
-    rows = [row for row in read_manifest(manifest) if row_source(row) in variant.sources]
-    if not rows:
-        raise InputError(
-            f"{manifest}: has no pairs of the sources {', '.join(variant.sources)} that variant "
-            f"{name!r} trains on; "
-            "run notebook 03, or change the variant's `sources`"
-        )
+    rows = training_rows(profile, name)
     validation, digest = held_out(rows, seed), run_digest(profile, name, seed, manifest)
     # Before ZeRO stage 3 is switched on below: it would divide the model that is converted or
     # merged here.
