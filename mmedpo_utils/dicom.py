@@ -4,7 +4,10 @@
 
 from __future__ import annotations
 
+import io
 import os
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -13,6 +16,16 @@ from PIL import Image
 from .errors import InputError, first_line
 
 EXTRA = "pip install 'mmedpo-notebooks[dicom]'"
+# A damaged JPEG makes GDCM abort the process that it runs in, and no exception is to be caught.
+DECODE = """
+import sys, numpy
+from pydicom.pixels import pixel_array
+try:
+    numpy.save(sys.stdout.buffer, pixel_array(sys.argv[1]), allow_pickle=False)
+except Exception as error:
+    sys.exit(str(error).partition("\\n")[0] or type(error).__name__)
+"""
+DECODE_SECONDS = 300
 
 
 def is_dicom(path: str | os.PathLike) -> bool:
@@ -45,7 +58,9 @@ def open_dicom(path: str | os.PathLike) -> Image.Image:
         raise InputError(f"{path}: DICOM needs pydicom; install the extra: {EXTRA}") from error
     try:
         dataset = pydicom.dcmread(path)
-        pixels, kind = pixel_array(dataset), dataset.PhotometricInterpretation
+        compressed = dataset.file_meta.TransferSyntaxUID.is_encapsulated
+        pixels = _decoded_elsewhere(path) if compressed else pixel_array(dataset)
+        kind = dataset.PhotometricInterpretation
         if kind.startswith("MONOCHROME") and pixels.ndim == 2:
             return _grey(pixels, dataset)
     except InputError as error:
@@ -63,6 +78,27 @@ def open_dicom(path: str | os.PathLike) -> Image.Image:
             f"{list(pixels.shape)}; convert it to PNG, or remove its row"
         )
     return Image.fromarray(pixels)
+
+
+def _decoded_elsewhere(path: str | os.PathLike) -> np.ndarray:
+    """The pixels of a compressed film, decoded by a process of its own.
+
+    It costs about half a second a film; a damaged one does not end what reads it.
+
+    Raises:
+        RuntimeError: it cannot be decoded; says why in one line.
+    """
+    # -P: nothing in the working folder is imported in place of a library.
+    command = [sys.executable, "-P", "-W", "ignore", "-c", DECODE, os.path.abspath(path)]
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=DECODE_SECONDS)
+    except subprocess.TimeoutExpired as error:
+        raise RuntimeError(f"its decoder did not end in {DECODE_SECONDS} seconds") from error
+    if done.returncode == 1:
+        raise RuntimeError(done.stderr.decode(errors="replace").strip().rpartition("\n")[2])
+    if done.returncode:
+        raise RuntimeError("its decoder crashed: the compressed data is damaged")
+    return np.load(io.BytesIO(done.stdout), allow_pickle=False)
 
 
 def scale_to_8_bits(values: np.ndarray, counted: np.ndarray | None = None) -> np.ndarray:
@@ -91,18 +127,13 @@ def scale_to_8_bits(values: np.ndarray, counted: np.ndarray | None = None) -> np
 
 
 def _grey(pixels: np.ndarray, dataset: Any) -> Image.Image:
-    from pydicom.pixels import apply_modality_lut, apply_voi_lut
+    from pydicom.pixels import apply_modality_lut
 
     padding = _padding(pixels, dataset)
     values = np.asarray(apply_modality_lut(pixels, dataset))
     if dataset.get("VOILUTSequence"):
-        # A table's output has bits of its own; the window, where there is one too, is not applied
-        # then.
-        bits = dataset.VOILUTSequence[0].LUTDescriptor[2]
-        table = apply_voi_lut(values, dataset, prefer_lut=True)
-        grey = np.round(np.clip(table.astype(np.float64) / (2**bits - 1), 0, 1) * 255).astype(
-            np.uint8
-        )
+        # Where there is a window too, it is not applied then.
+        grey = np.round(_looked_up(values, dataset) * 255).astype(np.uint8)
     else:
         window = _windowed(values.astype(np.float64), dataset)
         grey = (
@@ -115,6 +146,23 @@ def _grey(pixels: np.ndarray, dataset: Any) -> Image.Image:
         grey = 255 - grey
     grey[padding] = 0
     return Image.fromarray(grey)
+
+
+def _looked_up(values: np.ndarray, dataset: Any) -> np.ndarray:
+    """Grey values in [0, 1] by the first VOI LUT. Shape: as given.
+
+    pydicom keeps places in the table as 8 bits where its entries have 8, so that a table of 4,096
+    such entries is read wrongly. It is asked with the same entries as 16 bits, and with whole
+    values inside the table's range.
+    """
+    from pydicom.pixels import apply_voi
+
+    table = dataset.VOILUTSequence[0]
+    entries, first, bits = table.LUTDescriptor
+    entries = entries or 2**16
+    table.LUTDescriptor = [entries % 2**16, first, max(bits, 16)]
+    inside = np.clip(np.round(values), first, first + entries - 1).astype(np.int64)
+    return np.clip(apply_voi(inside, dataset) / (2**bits - 1), 0, 1)
 
 
 def _padding(pixels: np.ndarray, dataset: Any) -> np.ndarray:

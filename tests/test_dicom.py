@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mmedpo_utils import dicom
 from mmedpo_utils.errors import InputError
 from mmedpo_utils.manifests import open_image
 
@@ -238,29 +239,29 @@ def test_values_that_are_no_numbers_do_not_blacken_a_film(tmp_path: Path, form: 
         open_image(path)
 
 
-def test_jpeg_lossless_is_decoded(tmp_path: Path) -> None:
-    """Encoded by GDCM, read back: every grey value is there."""
+def lossless(folder: Path) -> Path:
+    """RAMP as JPEG Lossless, encoded by GDCM."""
     gdcm = pytest.importorskip("gdcm", reason="the extra `dicom` brings it")
-    plain = save(tmp_path / "plain.dcm", RAMP)
-    reader, change, writer = (
-        gdcm.ImageReader(),
-        gdcm.ImageChangeTransferSyntax(),
-        gdcm.ImageWriter(),
-    )
-    reader.SetFileName(str(plain))
+    reader = gdcm.ImageReader()
+    reader.SetFileName(str(save(folder / "plain.dcm", RAMP)))
     assert reader.Read()
+    change = gdcm.ImageChangeTransferSyntax()
     change.SetTransferSyntax(gdcm.TransferSyntax(gdcm.TransferSyntax.JPEGLosslessProcess14_1))
     change.SetInput(reader.GetImage())
     assert change.Change()
-    writer.SetFileName(str(tmp_path / "lossless.dcm"))
+    writer = gdcm.ImageWriter()
+    writer.SetFileName(str(folder / "lossless.dcm"))
     writer.SetFile(reader.GetFile())
     writer.SetImage(change.GetOutput())
     assert writer.Write()
-    assert (
-        pydicom.dcmread(tmp_path / "lossless.dcm").file_meta.TransferSyntaxUID
-        == pydicom.uid.JPEGLosslessSV1
-    )
-    assert np.array_equal(grey(tmp_path / "lossless.dcm"), grey(plain))
+    return folder / "lossless.dcm"
+
+
+def test_jpeg_lossless_is_decoded(tmp_path: Path) -> None:
+    """Encoded by GDCM, read back: every grey value is there."""
+    path = lossless(tmp_path)
+    assert pydicom.dcmread(path).file_meta.TransferSyntaxUID == pydicom.uid.JPEGLosslessSV1
+    assert np.array_equal(grey(path), grey(tmp_path / "plain.dcm"))
 
 
 def test_a_decoder_that_is_missing_is_named_in_one_line(
@@ -277,3 +278,47 @@ def test_a_decoder_that_is_missing_is_named_in_one_line(
     assert "\n" not in str(refused.value) and "pip install 'mmedpo-notebooks[dicom]'" in str(
         refused.value
     )
+
+
+@pytest.mark.parametrize(("bits", "entries"), [(8, 4096), (8, 256), (10, 1024), (16, 65536)])
+def test_a_voi_lut_of_any_depth_is_looked_up_entry_by_entry(
+    tmp_path: Path, bits: int, entries: int
+) -> None:
+    """pydicom reads a table of more than 256 entries of 8 bits wrongly, so this is counted here."""
+    from pydicom.dataset import Dataset
+    from pydicom.sequence import Sequence
+
+    table = np.random.default_rng(bits).integers(0, 2**bits, entries)
+    curve = Dataset()
+    curve.LUTDescriptor = [entries % 65536, 100, bits]
+    curve.LUTData = table.astype("<u2").tobytes()
+    path = save(tmp_path / "film.dcm", RAMP, VOILUTSequence=Sequence([curve]))
+    places = np.clip(RAMP.astype(int) - 100, 0, entries - 1)
+    assert np.abs(grey(path) - table[places] / (2**bits - 1) * 255).max() <= 0.5
+
+
+def test_a_damaged_film_does_not_end_the_program(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some damage makes the decoder abort its process: here it is made to, and the next is read."""
+    path = lossless(tmp_path)
+    with monkeypatch.context() as crash:
+        crash.setattr(dicom, "DECODE", "import os; os.abort()")
+        with pytest.raises(InputError, match="film.*its decoder crashed.*remove its row"):
+            open_image(path)
+    with monkeypatch.context() as hang:
+        hang.setattr(dicom, "DECODE", "import time; time.sleep(60)")
+        hang.setattr(dicom, "DECODE_SECONDS", 0.2)
+        with pytest.raises(InputError, match="did not end in 0.2 seconds"):
+            open_image(path)
+    assert open_image(path).size == RAMP.shape
+
+
+def test_nothing_in_the_working_folder_decodes_a_film(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = lossless(tmp_path)
+    (tmp_path / "numpy.py").write_text("raise SystemExit('not this one')\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    assert open_image(path).size == RAMP.shape

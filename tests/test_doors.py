@@ -21,7 +21,7 @@ from mmedpo_utils.datasets import prepare_dataset
 from mmedpo_utils.errors import InputError
 from mmedpo_utils.judges import build_judges
 from mmedpo_utils.loaders import import_hugging_face
-from mmedpo_utils.manifests import open_image, pair_row, read_manifest
+from mmedpo_utils.manifests import open_image, pair_row, read_manifest, read_questions
 from mmedpo_utils.privacy import check_origin, check_outputs
 from mmedpo_utils.profiles import LanguageModel, load_profile
 
@@ -205,6 +205,55 @@ def test_mimics_preference_file_puts_the_privacy_gate_on(tmp_path):
         check_outputs(
             load_card("mimic-cxr"), tmp_path / "run", tmp_path / "figures", in_place=False
         )
+
+
+IMAGE = "02aa804e-bde0afdd-112c0b34-7bc16630-4e384014.jpg"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        f"p10/p10000032/s50414267/{IMAGE}",
+        f"mimic\\p10\\p10000032\\s50414267\\{IMAGE}",
+        f"p10_p10000032_s50414267_{IMAGE}",
+        IMAGE,
+    ],
+)
+def test_mimics_images_are_known_however_they_are_laid_out(name):
+    with pytest.raises(InputError, match="named like MIMIC-CXR's"):
+        check_origin(load_card("slake"), ["free.jpg", name], "file")
+
+
+def test_no_message_shows_a_word_of_mimics_rows(tmp_path):
+    """Whoever audits a preference file sees counts; a warning is kept with a notebook's output."""
+    image, words = "p10/p10000032/s50414267/film.jpg", "THE HEART IS ENLARGED"
+    question = {
+        "question_id": "known-only-here",
+        "image": image,
+        "text": "Describe it.\n<image>",
+        "gpt4_answer": words,
+        "answer_type": "REPORT",
+    }
+    good, same = pair_row(question, "An effusion.", 0.5), pair_row(question, words, 0.5)
+    bad = pair_row(question, "No.", 0.5)
+    bad["conversations"][1] = {"from": "human", "value": words}
+    path = tmp_path / "pairs.json"
+    path.write_text(json.dumps([good, same, bad]))
+    with pytest.warns(UserWarning) as said:
+        assert len(read_manifest(path)) == 2
+    texts = [str(warning.message) for warning in said]
+    path.write_text(json.dumps([bad]))
+    with pytest.raises(InputError) as refused:
+        read_manifest(path)
+    texts.append(str(refused.value))
+    lines = json.dumps(question) + "\n" + json.dumps(question | {"answer_type": words})
+    (tmp_path / "questions.jsonl").write_text(lines)
+    with pytest.warns(UserWarning) as said:
+        read_questions(tmp_path / "questions.jsonl")
+    texts.append(str(said[0].message))
+    assert len(texts) == 4
+    assert not any(secret in text for text in texts for secret in (words, "known-only-here"))
+    assert "row 2: `conversations`" in texts[0] and "row 1: `answer_type`" in texts[3]
 
 
 def test_other_data_sets_images_are_not_taken_for_mimics():

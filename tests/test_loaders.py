@@ -582,3 +582,42 @@ def test_a_report_that_is_a_link_out_of_the_folder_is_refused(tmp_path: Path) ->
     report.symlink_to(tmp_path / "elsewhere.txt")
     with pytest.warns(UserWarning, match="is a link that leads outside"):
         assert "test" not in read_layout("mimic-cxr", root)
+
+
+@pytest.mark.parametrize(
+    ("report", "findings"),
+    [
+        (" FINDINGS: Main.\n\n ADDITIONAL FINDINGS: Small.\n IMPRESSION: None.\n", "Main."),
+        (" FINDINGS:\n\n IMPRESSION AND PLAN: Normal.\n", ""),
+        (" FINDINGS:\n\n REASON FOR EXAMINATION: Cough.\n", ""),
+        (
+            " FINDINGS:\n\n FRONTAL VIEW: Clear.\n\n LATERAL VIEW: No effusion.\n\n COMPARISON: No.\n",
+            "FRONTAL VIEW: Clear. LATERAL VIEW: No effusion.",
+        ),
+        (" FINDINGS: Clear.\n\n PORTABLE CHEST: Of another day.\n", "Clear."),
+        (" FINDINGS AND IMPRESSION: All clear.\n", "All clear."),
+        (" FINDINGS/IMPRESSION: All clear.\n", "All clear."),
+        (" Findings: All clear.\n Impression: None.\n", "All clear."),
+        (" FINDINGS: Clear.\n Impression: Normal.\n", "Clear."),
+        (" FINDINGS: First.\n ______________\n FINAL REPORT\n HISTORY: Cough.\n", "First."),
+    ],
+)
+def test_the_findings_keep_to_their_section(tmp_path: Path, report: str, findings: str) -> None:
+    (tmp_path / "s1.txt").write_text(report)
+    assert loaders._findings(tmp_path / "s1.txt") == findings
+
+
+def test_a_split_that_is_named_twice_is_refused(tmp_path: Path) -> None:
+    root = iu_xray(tmp_path)
+    text = (root / "annotation.json").read_text()
+    (root / "annotation.json").write_text(text[:-1] + ', "test": []}')
+    with pytest.raises(InputError, match=r"annotation.json: `test` is written twice"):
+        read_layout("iu-xray", root)
+
+
+def test_a_data_set_without_a_test_question_is_refused(tmp_path: Path) -> None:
+    root = slake(tmp_path)
+    (root / "test.json").unlink()
+    values = {"data.source": "slake", "data.card": "slake", "data.root": str(root)}
+    with pytest.raises(InputError, match="has no test question that can be used"):
+        prepare_dataset(load_profile("vqa-rad-mini", values))

@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +37,7 @@ from mmedpo_utils.manifests import (
 from mmedpo_utils.plots import weight_histograms
 from mmedpo_utils.profiles import load_profile
 from mmedpo_utils.relevance import normalise
-from mmedpo_utils.train import training_weights
+from mmedpo_utils.train import training_rows, training_weights
 
 QUESTION = {
     "question_id": "q1",
@@ -346,3 +348,51 @@ def test_pairs_without_a_score_are_read_counted_and_trained_on_where_none_is_ask
 def test_the_schema_names_the_keys_that_are_read() -> None:
     schema = json.loads((card_folder() / "pair_schema.json").read_text(encoding="utf-8"))
     assert set(schema["items"]["properties"]) == set(PAIR_KEYS)
+
+
+def test_a_row_that_says_visual_without_an_image_is_left_out(tmp_path: Path) -> None:
+    rows = [good_row() | {"source": "visual"}, good_row() | {"source": "theirs"}]
+    with pytest.warns(UserWarning, match="1 of 2 rows left out.*`source` is visual"):
+        (kept,) = read_manifest(published(tmp_path, *rows))
+    assert row_source(kept) == "text"
+
+
+def test_numbers_that_are_no_answers_are_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "questions.jsonl"
+    whole = json.dumps(QUESTION | {"gpt4_answer": 2.0})
+    path.write_text(f"{whole}\n{whole.replace('2.0', '1e999')}\n")
+    with pytest.warns(UserWarning, match="1 of 2 rows left out.*found inf"):
+        assert [row["gpt4_answer"] for row in read_questions(path)] == ["2"]
+
+
+def test_the_kits_own_manifest_is_read_strictly(tmp_path: Path, images: Path) -> None:
+    """A bad row of somebody's own manifest is left out of the training, one of the kit's stops it."""
+    profile = load_profile("phantom-smoke", {"output": str(tmp_path / "run")})
+    lone = {"dpo": replace(profile.training.variants["dpo"], pairs="theirs")}
+    theirs = replace(profile, training=replace(profile.training, variants=lone))
+    folder = profile.output / "pairs"
+    folder.mkdir(parents=True)
+    profile.image_root.mkdir(parents=True)
+    shutil.copy(images / "a.png", profile.image_root)
+    rows = [good_row(), good_row() | {"id": "gone", "image": "none.png"}, good_row() | {"image": ""}]
+    for name in ("train", "theirs"):
+        (folder / f"{name}.json").write_text(json.dumps(rows))
+    with pytest.raises(InputError, match="train.json: row 2 .*`image`: expected a non-empty text"):
+        training_rows(profile, "dpo")
+    with pytest.warns(UserWarning, match="theirs.json: 2 of 3 rows left out"):
+        assert training_rows(theirs, "dpo") == rows[:1]
+    (folder / "theirs.sha256").write_text("made here")
+    with pytest.raises(InputError, match="theirs.json: row 2 "):
+        training_rows(theirs, "dpo")
+
+
+def test_many_rows_that_are_left_out_are_counted_and_few_are_kept(tmp_path: Path) -> None:
+    path = tmp_path / "questions.jsonl"
+    lines = [json.dumps(QUESTION | {"gpt4_answer": "" if number else "yes"}) for number in range(3000)]
+    path.write_text("\n".join(lines))
+    with pytest.warns(UserWarning) as said:
+        assert len(read_questions(path)) == 1
+    (warning,) = said
+    assert "2999 of 3000 rows left out" in str(warning.message)
+    assert str(warning.message).count("`gpt4_answer`") == 5
+    assert str(warning.message).endswith("; and 2994 more")
