@@ -512,7 +512,8 @@ def load_json(path: str | os.PathLike, expected: str) -> Any:
         ) from error
     if isinstance(value, WrittenTwice):
         raise InputError(
-            f"{path}: `{value.key}` is written twice; expected each key once: take out the wrong one"
+            f"{path}: `{value.key}` is written twice; expected each key once: take out the wrong "
+            "one"
         )
     return value
 
@@ -607,8 +608,8 @@ def _check_pair(row: Any, where: str) -> None:
         )
     elif row.get("source") == "visual":
         raise InputError(
-            f"{where}: `source` is visual, and no `rejected_image` names the rejected side's image; "
-            "name it there, or take `source` out"
+            f"{where}: `source` is visual, and no `rejected_image` names the rejected side's "
+            "image; name it there, or take `source` out"
         )
     for key in ("conversations", "rejected_conversations"):
         _check_conversation(row[key], f"{where}: `{key}`")

@@ -122,7 +122,8 @@ def training_rows(profile: Profile, name: str) -> list[dict[str, Any]]:
     manifest, sources = manifest_path(profile, name), profile.training.variants[name].sources
     own = manifest.stem == "train" or manifest.with_suffix(".sha256").is_file()
     roots = () if own else (profile.image_root, profile.output / "pairs" / "noised")
-    rows = [row for row in read_manifest(manifest, *roots, strict=own) if row_source(row) in sources]
+    stored = read_manifest(manifest, *roots, strict=own)
+    rows = [row for row in stored if row_source(row) in sources]
     if not rows:
         raise InputError(
             f"{manifest}: has no pairs of the sources {', '.join(sources)} that variant {name!r} "

@@ -591,10 +591,12 @@ def test_a_report_that_is_a_link_out_of_the_folder_is_refused(tmp_path: Path) ->
         (" FINDINGS:\n\n IMPRESSION AND PLAN: Normal.\n", ""),
         (" FINDINGS:\n\n REASON FOR EXAMINATION: Cough.\n", ""),
         (
-            " FINDINGS:\n\n FRONTAL VIEW: Clear.\n\n LATERAL VIEW: No effusion.\n\n COMPARISON: No.\n",
+            " FINDINGS:\n\n FRONTAL VIEW: Clear.\n\n LATERAL VIEW: No effusion.\n\n HISTORY: No.\n",
             "FRONTAL VIEW: Clear. LATERAL VIEW: No effusion.",
         ),
         (" FINDINGS: Clear.\n\n PORTABLE CHEST: Of another day.\n", "Clear."),
+        (" FINDINGS:\n\n IMPRESSION, PORTABLE CHEST: Normal.\n", ""),
+        (" FINDINGS:\n\n DISCUSSED WITH: The ward.\n", ""),
         (" FINDINGS AND IMPRESSION: All clear.\n", "All clear."),
         (" FINDINGS/IMPRESSION: All clear.\n", "All clear."),
         (" Findings: All clear.\n Impression: None.\n", "All clear."),
