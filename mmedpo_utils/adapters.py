@@ -99,8 +99,7 @@ def adapter_folder(name_or_path: str | Path, cached: bool = False) -> Path:
     if not (folder / CONFIG).is_file():
         raise InputError(
             f"{folder / CONFIG}: no such file; expected a PEFT adapter folder, as a training run "
-            "writes "
-            "it, or one of LLaVA's training scripts"
+            "writes it, or one of LLaVA's training scripts"
         )
     return folder
 
@@ -126,15 +125,13 @@ def _fetch(name: str, cached: bool) -> Path:
         if cached and repository:
             raise InputError(
                 f"adapter {name}: is no folder, and was not downloaded yet; a run downloads it, or "
-                "`hf "
-                f"download {source}` does"
+                f"`hf download {source}` does"
             ) from error
         raise InputError(
             f"adapter {name}: no such folder, and not to be had from the Hub "
-            f"({first_line(error)}); give "
-            "an adapter's folder, or its name on the Hub; without network, download it elsewhere "
-            "(hf "
-            "download NAME --local-dir FOLDER) and give that folder"
+            f"({first_line(error)}); give an adapter's folder, or its name on the Hub; without "
+            "network, download it elsewhere (hf download NAME --local-dir FOLDER) and give that "
+            "folder"
         ) from error
 
 
@@ -172,7 +169,8 @@ def put_on(model: nn.Module, folder: Path, names: tuple[str, ...]) -> tuple[Any,
             # Of deprecated names between the libraries, and of exclusions that exclude nothing.
             warnings.simplefilter("ignore")
             peft = PeftModel(model, config)
-        wanted = get_peft_model_state_dict(peft)
+        # What is saved counts, and not whether PEFT would add embeddings: for that it asks the Hub.
+        wanted = get_peft_model_state_dict(peft, save_embedding_layers=False)
         _check_fit(folder, layout, tensors, wanted, config, names)
         on_meta = any(parameter.is_meta for parameter in model.parameters())
         if not on_meta:
@@ -183,8 +181,7 @@ def put_on(model: nn.Module, folder: Path, names: tuple[str, ...]) -> tuple[Any,
             raise
         raise InputError(
             f"{folder}: the adapter does not fit {names[0]} ({first_line(error)}); load the model "
-            "that "
-            "it was trained on"
+            "that it was trained on"
         ) from error
     lora = sum(LORA_TENSOR.fullmatch(name) is not None for name in tensors)
     base = config.base_model_name_or_path
@@ -200,9 +197,8 @@ def _read_config(folder: Path) -> Any:
     values = load_json(folder / CONFIG, "the configuration of a PEFT adapter")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # ours below names the settings, and only those that are set
+            # Ours below names the settings, and only those that are set.
+            warnings.simplefilter("ignore")
             config = PeftConfig.from_pretrained(str(folder))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
@@ -214,8 +210,7 @@ def _read_config(folder: Path) -> Any:
     if unknown:
         warnings.warn(
             f"{folder / CONFIG}: the installed PEFT does not know {', '.join(unknown)} and ignores "
-            "it; "
-            "the adapter may need a newer PEFT",
+            "it; the adapter may need a newer PEFT",
             stacklevel=5,
         )
     return config
@@ -237,8 +232,7 @@ def _read_tensors(folder: Path) -> tuple[Tensors, str]:
         if not beside.is_file():
             raise InputError(
                 f"{folder}: is in LLaVA's layout and holds no {NOT_LORA}, the trained projector, "
-                "which "
-                "LLaVA's scripts write beside the adapter; fetch it too"
+                "which LLaVA's scripts write beside the adapter; fetch it too"
             )
         stored |= read_tensors(beside)
     # The longest beginning first: in LLaVA's layout `model.` begins all the others too.
@@ -288,16 +282,15 @@ def _tower_without_effect(model: nn.Module, tensors: Tensors, folder: Path) -> l
         module = modules.get(match[1])
         if not isinstance(module, nn.Linear):
             raise InputError(
-                f"{folder}: the adapter does not fit: {name} has no place in the base "
-                "model's vision tower; load the model that it was trained on"
+                f"{folder}: the adapter does not fit: {name} has no place in the base model's "
+                "vision tower; load the model that it was trained on"
             )
         side = tensor.shape[1] if match[2] == "A" else tensor.shape[0]
         expected = module.in_features if match[2] == "A" else module.out_features
         if side != expected:
             raise InputError(
-                f"{folder}: the adapter does not fit: {name} {list(tensor.shape)} is for "
-                f"another width than the vision tower's {expected}; load the model that it was "
-                "trained on"
+                f"{folder}: the adapter does not fit: {name} {list(tensor.shape)} is for another "
+                f"width than the vision tower's {expected}; load the model that it was trained on"
             )
         effect = effect or (match[2] == "B" and bool(tensor.any()))
         found.append(place)
@@ -356,10 +349,8 @@ def _check_fit(
     if problems:
         raise InputError(
             f"{folder}: the adapter ({layout} layout) does not fit {names[0]}: tensors {problems}; "
-            "load "
-            f"the model that it was trained on (it names {config.base_model_name_or_path}), or "
-            "fetch it "
-            "again"
+            f"load the model that it was trained on (it names {config.base_model_name_or_path}), "
+            "or fetch it again"
         )
 
 

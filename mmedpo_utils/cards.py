@@ -116,8 +116,7 @@ def load_card(name_or_path: str | os.PathLike) -> DatasetCard:
         if digest is not None and not re.fullmatch(r"[0-9a-f]{64}", digest):
             raise InputError(
                 f"{path.name}: key `files.{file}`: expected a SHA-256 of 64 hexadecimal digits, or "
-                "null where "
-                f"none is known, found {digest!r}"
+                f"null where none is known, found {digest!r}"
             )
     return card
 

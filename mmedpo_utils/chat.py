@@ -117,14 +117,12 @@ class Limits:
         if self.requests >= self.max_requests:
             raise InputError(
                 f"judge: {self.requests} requests are made, and the profile's `judge.max_requests` "
-                "is "
-                f"{self.max_requests}; {kept}"
+                f"is {self.max_requests}; {kept}"
             )
         if self.cost + cost > self.max_cost:
             raise InputError(
                 f"judge: {self.cost:.4f} is spent and the next request may cost {cost:.4f}, which "
-                "passes the "
-                f"profile's `judge.max_cost` {self.max_cost:g}; {kept}"
+                f"passes the profile's `judge.max_cost` {self.max_cost:g}; {kept}"
             )
         wait = self._next - self.clock()
         if wait > 0:
@@ -173,9 +171,8 @@ class EndpointModel:
             raise Unanswered("no connection, or it broke", billed=True) from None
         except openai.APIStatusError as error:
             status = error.status_code
-            out_of_money = (
-                getattr(error, "code", None) == "insufficient_quota"
-            )  # waiting would not help
+            # Waiting would not help.
+            out_of_money = getattr(error, "code", None) == "insufficient_quota"
             if status in (408, 409, 429) and not out_of_money or status >= 500:
                 raise Unanswered(f"status {status}", _retry_after(error.response.headers)) from None
             if status in (400, 422):
@@ -184,8 +181,8 @@ class EndpointModel:
                     self._refused.add(refused)
                     raise Unanswered(f"the server rejects {refused}", 0.0) from None
             raise InputError(
-                f"{self._url}: answers {status} for the model {self.name!r}{_reason(status)}"
-                f"{_said_by_server(error, messages, self._key)}"
+                f"{self._url}: answers {status} for the model "
+                f"{self.name!r}{_reason(status)}{_said_by_server(error, messages, self._key)}"
             ) from None
         except (openai.APIError, ValueError):
             raise Unanswered("half an answer", billed=True) from None
@@ -305,8 +302,7 @@ class LocalModel:
         if self._tokenizer.chat_template is None:
             raise InputError(
                 f"judge model {model.model}: its tokenizer has no chat template; use an "
-                "instruction-tuned model, "
-                "or put chat_template.jinja into its folder"
+                "instruction-tuned model, or put chat_template.jinja into its folder"
             )
         if not small:
             self._model.to(target)
@@ -411,8 +407,7 @@ class Chat:
                 self.limits.sleep(_back_off(attempt) if wait is None else min(wait, LONGEST_WAIT))
         raise InputError(
             f"judge model {self.name!r}: no answer in {ATTEMPTS} attempts (the last: {reason}); "
-            "check the server "
-            "and run again: every answer so far is in the cache"
+            "check the server and run again: every answer so far is in the cache"
         )
 
     def _book(self, reply: Reply, worst: float) -> None:
@@ -436,9 +431,8 @@ def _api_key(variable: str | None) -> str | None:
     if not key:
         raise InputError(
             f"environment variable {variable}: is not set; it should hold the key that the "
-            "profile's judge "
-            "section asks for. Set it before you start Jupyter; never write the key into a profile "
-            "or notebook"
+            "profile's judge section asks for. Set it before you start Jupyter; never write the "
+            "key into a profile or notebook"
         )
     return key
 

@@ -54,8 +54,7 @@ def process_count(profile: Profile, dry_run: bool = False) -> int:
         if gpus < values.processes // values.nodes:
             raise InputError(
                 f"profile key `training.processes`: {values.processes} on {values.nodes} nodes "
-                "need "
-                f"{values.processes // values.nodes} GPUs on each, and this one has {gpus}"
+                f"need {values.processes // values.nodes} GPUs on each, and this one has {gpus}"
             )
         return values.processes
     total = values.processes * values.gradient_accumulation_steps
@@ -176,8 +175,7 @@ def _master_port() -> str:
     if port and not (port.isdecimal() and 0 < int(port) < 65536):
         raise InputError(
             "environment variable MASTER_PORT: expected a port from 1 to 65535, found "
-            f"{port!r:.40}; correct it, or "
-            "unset it"
+            f"{port!r:.40}; correct it, or unset it"
         )
     return port or str(free_port())
 
@@ -207,9 +205,8 @@ def check_hostfile(profile: Profile) -> None:
     if len(slots) != training.nodes or sum(slots.values()) != training.processes:
         raise InputError(
             f"{path}: lists {len(slots)} nodes with {sum(slots.values())} slots; expected the "
-            "profile's "
-            f"`training.nodes` ({training.nodes}) and `training.processes` ({training.processes}): "
-            "make them the same"
+            f"profile's `training.nodes` ({training.nodes}) and `training.processes` "
+            f"({training.processes}): make them the same"
         )
 
 
@@ -230,8 +227,7 @@ def _devices(processes: int) -> list[str]:
     if not all(device.isdecimal() for device in visible):
         raise InputError(
             f"CUDA_VISIBLE_DEVICES is {','.join(visible)!r}: the launcher takes numbers alone; "
-            "write the GPUs' "
-            "numbers, as `nvidia-smi --list-gpus` shows them"
+            "write the GPUs' numbers, as `nvidia-smi --list-gpus` shows them"
         )
     return ["--include", "localhost:" + ",".join(visible[:processes])]
 

@@ -24,7 +24,14 @@ from .files import atomic_write, remove_temporaries, write_json
 from .hallucinate import Judge, sample_candidates
 from .journal import Journal
 from .lvlm import MedLVLM, generate, model_digest
-from .manifests import Row, read_manifest, row_sha, rows_to_questions, write_manifest
+from .manifests import (
+    Row,
+    read_manifest,
+    row_sha,
+    rows_to_questions,
+    with_images,
+    write_manifest,
+)
 from .medklip import MedKLIP
 from .pairs import (
     Look,
@@ -154,6 +161,7 @@ def curate_text(profile: Profile, dataset: Dataset, lvlm: MedLVLM, judge: Judge,
         print(f"{dataset.released_pairs.name}: {len(rows)} released text pairs, read as they are")
         return rows, []
     questions = training_questions(profile, dataset)
+    questions = with_images(questions, dataset.image_root, "train", decode=True)
 
     def compute() -> None:
         sample = partial(generate, lvlm, max_new_tokens=profile.lvlm.max_new_tokens, batch_size=profile.lvlm.batch_size)

@@ -97,9 +97,8 @@ def _folder(profile: Profile) -> Dataset:
     if not (root / "test_questions.jsonl").is_file():
         raise InputError(
             f"{root}: no test_questions.jsonl; set data.root in the profile, or the environment "
-            "variable "
-            "MMEDPO_DATA_ROOT, to the folder that holds images/, train_preferences.json and "
-            "test_questions.jsonl"
+            "variable MMEDPO_DATA_ROOT, to the folder that holds images/, train_preferences.json "
+            "and test_questions.jsonl"
         )
     questions = {"test": read_questions(root / "test_questions.jsonl", root / "images")}
     return Dataset(root / "images", questions, None, root / "train_preferences.json")

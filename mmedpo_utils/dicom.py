@@ -68,8 +68,8 @@ def open_dicom(path: str | os.PathLike) -> Image.Image:
     except Exception as error:  # decoders of damaged files raise whatever they meet
         raise InputError(
             f"{path}: cannot be decoded as DICOM ({first_line(error)}); fetch the file again, "
-            "convert it to "
-            f"PNG, or remove its row; where a decoder is missing, install the extra: {EXTRA}"
+            "convert it to PNG, or remove its row; where a decoder is missing, install the extra: "
+            f"{EXTRA}"
         ) from error
     grey_or_palette = pixels.ndim != 3 or pixels.shape[-1] != 3 or kind.startswith("PALETTE")
     if pixels.dtype != np.uint8 or grey_or_palette:

@@ -7,9 +7,8 @@ import sys
 import warnings
 from collections.abc import Callable
 
-TERMINAL = re.compile(
-    r"\x1b\[[0-9;]*[A-Za-z]|[\x00-\x1f\x7f]"
-)  # colour codes, and what moves a terminal's cursor
+# Colour codes, and what moves a terminal's cursor.
+TERMINAL = re.compile(r"\x1b\[[0-9;]*[A-Za-z]|[\x00-\x1f\x7f]")
 LONGEST = 300
 NAMED = 5  # rows that a warning names one by one
 

@@ -456,8 +456,7 @@ def _describe_time(
     )
     lines = [
         f"Time, estimated: {steps} steps of {per_step} pairs, {epochs:.1f} epochs; a pair of "
-        f"{size.prompt:.0f} + "
-        f"{size.answer:.0f} tokens takes {flops / 1e9:,.1f} GFLOP"
+        f"{size.prompt:.0f} + {size.answer:.0f} tokens takes {flops / 1e9:,.1f} GFLOP"
     ]
     machines = (
         {f"CPU, {cores} of its cores": (CORE * cores / processes, math.inf)} if cores else GPUS
@@ -469,8 +468,8 @@ def _describe_time(
         )
         spent = f"{seconds / 3600:.1f} hours" if seconds > 3600 else f"{seconds / 60:.1f} minutes"
         lines.append(
-            f"  {spent} on {'a' if cores else processes} {name}{fits}, "
-            f"at {UTILISATION:.0%} of {peak / 1e12:.3g} TFLOP/s each"
+            f"  {spent} on {'a' if cores else processes} {name}{fits}, at {UTILISATION:.0%} of "
+            f"{peak / 1e12:.3g} TFLOP/s each"
         )
     if training.zero_stage == 3 and processes > 1:
         nodes = f", {NETWORK / 1e9:.3g} GB/s between nodes" if training.nodes > 1 else ""

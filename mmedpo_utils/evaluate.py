@@ -20,7 +20,15 @@ from .datasets import Dataset
 from .errors import InputError, first_line
 from .files import atomic_write, write_json, write_json_lines
 from .lvlm import MedLVLM, generate, image_attention, load_profile_lvlm, model_digest
-from .manifests import ANSWER_TYPES, open_image, question_text, read_text, resolve_image, row_sha
+from .manifests import (
+    ANSWER_TYPES,
+    open_image,
+    question_text,
+    read_text,
+    resolve_image,
+    row_sha,
+    with_images,
+)
 from .metrics import bootstrap_interval, paired_difference, patient_of, row_statistics
 from .phantom.texts import read_masks
 from .profiles import Profile
@@ -369,8 +377,7 @@ def compare_pair(
     if ids[0] != ids[1]:
         raise InputError(
             "compare_pair: the two models need the same questions in the same order, and as many "
-            "seeds; "
-            "predict both on one split"
+            "seeds; predict both on one split"
         )
     table = {}
     for metric in metrics:
@@ -389,11 +396,14 @@ def compare_pair(
 
 
 def asked_questions(profile: Profile, dataset: Dataset) -> list[dict[str, Any]]:
-    """The test split's questions, ``evaluation.questions`` at most, spread over the whole split."""
+    """The test split's questions, ``evaluation.questions`` at most, spread over the whole split.
+
+    A question whose image cannot be opened is left out, with a warning.
+    """
     rows = dataset.questions["test"]
-    if profile.evaluation.questions is None:
-        return rows
-    return rows[:: max(1, -(-len(rows) // profile.evaluation.questions))]
+    if profile.evaluation.questions is not None:
+        rows = rows[:: max(1, -(-len(rows) // profile.evaluation.questions))]
+    return with_images(rows, dataset.image_root, "test", decode=True)
 
 
 def answer_test(

@@ -35,11 +35,8 @@ from .schema import repository_root
 TAGS = ["mmedpo", "dpo", "lora", "medical", "llava"]
 SCORES = "\n## Test scores\n"
 BASE = "base.json"  # beside the adapter: how the base model was loaded that it was trained on
-LOADING = (
-    "vision_tower",
-    "template",
-    "base_adapter",
-)  # keys of the profile's section lvlm that say so
+# Keys of the profile's section lvlm that say so.
+LOADING = ("vision_tower", "template", "base_adapter")
 LIBRARY = "library_name: {}\n"
 USE = """For research and teaching on preference optimisation of medical vision-language models. **Not for clinical use**: its
 answers are not checked by anyone, and no diagnosis or treatment may rest on them."""
@@ -286,8 +283,7 @@ def merge(
     except OSError as error:
         raise InputError(
             f"{output}: cannot be written ({error.strerror or error}); free some disk space, or "
-            "choose another "
-            "output folder"
+            "choose another output folder"
         ) from error
     finally:
         if draft is not None:

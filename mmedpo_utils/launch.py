@@ -39,7 +39,7 @@ from .commands import (
 )
 from .errors import InputError
 from .estimate import describe
-from .manifests import read_manifest, row_source
+from .manifests import row_source
 from .profiles import Profile, check_device, load_profile, profile_names
 from .run_folder import (
     finished_result,
@@ -49,7 +49,7 @@ from .run_folder import (
     run_lock,
 )
 from .schema import repository_root
-from .train import FAILED, manifest_path, run_digest
+from .train import FAILED, manifest_path, run_digest, training_rows
 
 REFRESH_SECONDS = 1.5
 PATIENCE_SECONDS = 10
@@ -150,14 +150,13 @@ def _checked_manifest(profile: Profile, variant: str) -> Path:
     package, manifest = profile.training.report_to, manifest_path(profile, variant)
     if package != "none" and importlib.util.find_spec(package) is None:
         raise InputError(
-            f"profile key `training.report_to`: the package {package} is not installed; run "
-            f"`pip install {package}`, or write none"
+            f"profile key `training.report_to`: the package {package} is not installed; run `pip "
+            f"install {package}`, or write none"
         )
     if profile.training.hostfile and shutil.which("pdsh") is None:
         raise InputError(
             "profile key `training.hostfile`: the launcher reaches the nodes through pdsh, which "
-            "is not installed; "
-            "install it, or write null: then each node gets a command of its own"
+            "is not installed; install it, or write null: then each node gets a command of its own"
         )
     check_hostfile(profile)
     if not manifest.is_file():
@@ -190,11 +189,7 @@ def plan(profile: Profile, variant: str, seed: int = 0) -> str:
     """
     check_variant(profile, variant)
     manifest, sources = manifest_path(profile, variant), profile.training.variants[variant].sources
-    rows = (
-        [row for row in read_manifest(manifest) if row_source(row) in sources]
-        if manifest.is_file()
-        else []
-    )
+    rows = training_rows(profile, variant) if manifest.is_file() else []
     counts = {source: sum(row_source(row) == source for row in rows) for source in sources}
     if not rows:
         counts = dict.fromkeys(sources, profile.curation.text_pairs)
@@ -249,8 +244,7 @@ def _say_how_it_begins(profile: Profile, folder: Path, digest: str) -> None:
     if processes < values.processes:
         print(
             f"{processes} process trains instead of {values.processes} (DeepSpeed is not "
-            "installed, or there are fewer GPUs); "
-            "the global batch stays the same."
+            "installed, or there are fewer GPUs); the global batch stays the same."
         )
     if values.optimizer == "paged_adamw_8bit" and check_device(profile.lvlm.device) == "cpu":
         print("paged_adamw_8bit needs a GPU: AdamW trains instead.")
@@ -295,8 +289,7 @@ def _what_happened(folder: Path, digest: str, returned: int) -> str:
     )
     return (
         f"training of {folder.name} failed (exit code {returned}){cause}. The same cell or "
-        "command, run again, "
-        f"{_next_time(folder, digest)}. Its last lines (all of them: "
+        f"command, run again, {_next_time(folder, digest)}. Its last lines (all of them: "
         f"{shorten(folder)}/train.log):\n{last}"
     )
 
@@ -447,9 +440,8 @@ def main() -> int:
         help="print what would run and what it takes; start nothing",
     )
     options = parser.parse_args()
-    signal.signal(
-        signal.SIGTERM, lambda *_: sys.exit(143)
-    )  # an exit runs the clean-up that leaves no process behind
+    # An exit runs the clean-up that leaves no process behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         (dry_run if options.dry_run else train)(
             load_profile(options.profile), options.variant, options.seed

@@ -45,10 +45,8 @@ from .files import write_json
 from .llava_text import IMAGE_TOKEN, TEMPLATES, image_tokenizer
 from .medklip_checkpoint import check_state
 
-RECORD, LAYOUT = (
-    "conversion.json",
-    1,
-)  # raise LAYOUT when a conversion writes something else: earlier folders are done anew
+RECORD = "conversion.json"
+LAYOUT = 1  # raised when a conversion writes something else: earlier folders are done anew
 TEXT_FILES = ["*.json", "*.jinja", "*.model"]
 KNOWN_TOWERS = {
     "openai/clip-vit-large-patch14-336": {
@@ -131,8 +129,7 @@ def fetch(name: str, weights: bool = True, cached: bool = False) -> Path:
         if cached:
             raise InputError(
                 f"{name}: is no folder, and was not downloaded yet; a run downloads it, or `hf "
-                "download "
-                f"{name}` does"
+                f"download {name}` does"
             ) from error
         raise InputError(
             f"{name}: no readable model configuration: no such folder, and not to be had from the "
@@ -249,8 +246,8 @@ def cached(
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
         raise InputError(
-            f"{target}: cannot be written ({reason}); free some disk space, or set HF_HOME to "
-            "a folder with room for the converted model"
+            f"{target}: cannot be written ({reason}); free some disk space, or set HF_HOME to a "
+            "folder with room for the converted model"
         ) from error
     return found
 
@@ -405,8 +402,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     except UNREADABLE as error:
         raise InputError(
             f"{file}: cannot be read as weights ({first_line(error)}); the file is damaged or cut "
-            "short: download "
-            "it again"
+            "short: download it again"
         ) from error
     if not isinstance(tensors, dict) or not all(
         isinstance(tensor, Tensor) for tensor in tensors.values()
@@ -432,8 +428,7 @@ def read_shapes(file: Path) -> dict[str, Tensor]:
     except UNREADABLE as error:
         raise InputError(
             f"{file}: cannot be read as weights ({first_line(error)}); the file is damaged or cut "
-            "short: download "
-            "it again"
+            "short: download it again"
         ) from error
 
 
@@ -493,10 +488,8 @@ def _find_tower(
         )
         raise InputError(
             f"{source / 'config.json'}: `mm_vision_tower` names {name!r}, which is no folder "
-            "(here, in the "
-            "checkpoint or beside it) and not to be had from the Hub; download it, and put it "
-            "beside the "
-            f"checkpoint under that name{own}"
+            "(here, in the checkpoint or beside it) and not to be had from the Hub; download it, "
+            f"and put it beside the checkpoint under that name{own}"
         ) from error
 
 
@@ -513,8 +506,7 @@ def _vision_config(name: str, tower: Path | None) -> tuple[CLIPVisionConfig, dic
     except (OSError, ValueError, AttributeError, TypeError, StrictDataclassError) as error:
         raise InputError(
             f"{tower}: cannot be read as a CLIP vision tower ({first_line(error)}); expected "
-            "config.json of a "
-            "CLIPVisionModel or CLIPModel"
+            "config.json of a CLIPVisionModel or CLIPModel"
         ) from error
 
 
@@ -528,8 +520,7 @@ def _llava_config(
         if config.get(key) not in expected:
             raise InputError(
                 f"{source / 'config.json'}: `{key}` is {config.get(key)!r}; expected "
-                f"{expected[0]!r}, as in "
-                "LLaVA-Med 1.5"
+                f"{expected[0]!r}, as in LLaVA-Med 1.5"
             )
     try:
         text = AutoConfig.for_model(
@@ -603,8 +594,7 @@ def _plan(
     if vision_tower == "checkpoint" and not any(key.startswith(TOWER) for key in shapes):
         raise InputError(
             f"{source}: holds no vision tower ({TOWER}...); set lvlm.vision_tower to config, for "
-            "the one that its "
-            "configuration names"
+            "the one that its configuration names"
         )
     for file in weight_files(tower) if vision_tower == "config" else ():
         tensors = read_shapes(file)
@@ -669,8 +659,8 @@ def _difference(source: Path, tower: Path | None, name: str, vision_tower: str) 
     return (
         (
             f"{source}: the checkpoint's own vision tower differs from {name} in {len(differing)} "
-            f"of {len(largest)} tensors "
-            f"(largest difference {max(differing):.2g}); lvlm.vision_tower is {vision_tower}"
+            f"of {len(largest)} tensors (largest difference {max(differing):.2g}); "
+            f"lvlm.vision_tower is {vision_tower}"
         )
         if differing
         else None

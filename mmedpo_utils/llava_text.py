@@ -54,15 +54,13 @@ def image_tokenizer(source: Path, vocabulary: int) -> PreTrainedTokenizerFast:
         InputError: unreadable, or no id is free.
     """
     try:
-        found = AutoTokenizer.from_pretrained(
-            source, config=LlamaConfig(), trust_remote_code=False
-        )  # the original one is of no type known here
+        # The original configuration is of no type known here.
+        found = AutoTokenizer.from_pretrained(source, config=LlamaConfig(), trust_remote_code=False)
         content = json.loads(found.backend_tokenizer.to_str())
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         raise InputError(
             f"{source}: its tokenizer cannot be read ({first_line(error)}); expected "
-            "tokenizer.json, or "
-            "tokenizer.model with tokenizer_config.json"
+            "tokenizer.json, or tokenizer.model with tokenizer_config.json"
         ) from error
     if (content["pre_tokenizer"] or {}).get("prepend_scheme") == "first":
         content["pre_tokenizer"]["prepend_scheme"] = "always"
@@ -85,9 +83,8 @@ def image_tokenizer(source: Path, vocabulary: int) -> PreTrainedTokenizerFast:
     if backend.token_to_id(IMAGE_TOKEN) >= vocabulary:
         raise InputError(
             f"{source}: no id is free for {IMAGE_TOKEN}: the tokenizer has {len(found)} tokens, "
-            "none of them "
-            f"reserved or unused, and config.json's `vocab_size` is {vocabulary}; expected a "
-            "larger vocabulary"
+            f"none of them reserved or unused, and config.json's `vocab_size` is {vocabulary}; "
+            "expected a larger vocabulary"
         )
     roles["pad_token"] = roles.get("pad_token") or roles.get("unk_token") or roles["eos_token"]
     return PreTrainedTokenizerFast(

@@ -38,6 +38,7 @@ from .manifests import (
     read_questions,
     read_text,
     resolve_image,
+    with_images,
 )
 from .metrics import is_yes_no
 from .phantom.texts import SPLITS
@@ -81,13 +82,12 @@ def read_layout(name: str, root: str | os.PathLike, images: bool = True) -> Ques
     if not any(questions.values()):
         raise InputError(
             f"{root}: holds no question of {name}; expected "
-            f"{' or '.join([*LAYOUTS[name], 'test_questions.jsonl'])} "
-            "there: data_manifests/ has a card that says how to get the data, and how its folder "
-            "looks"
+            f"{' or '.join([*LAYOUTS[name], 'test_questions.jsonl'])} there: data_manifests/ has a "
+            "card that says how to get the data, and how its folder looks"
         )
     if images:
         for split, rows in questions.items():
-            questions[split] = _with_images(root / IMAGE_FOLDERS[name], split, rows)
+            questions[split] = with_images(rows, root / IMAGE_FOLDERS[name], split)
     return questions
 
 
@@ -208,8 +208,7 @@ def _hugging_face_splits(source: Any) -> dict[str, Iterable[dict[str, Any]]]:
             raise InputError(
                 f"Hugging Face data set, split {split}: no column {', '.join(missing)} among "
                 f"{', '.join(table.column_names)}; where it holds img_name instead of image, "
-                "unpack its "
-                "imgs.zip and read the folder with read_layout"
+                "unpack its imgs.zip and read the folder with read_layout"
             )
     return {
         split: table.cast_column("image", datasets.Image(decode=False))
@@ -287,25 +286,6 @@ def _split_name(split: str, where: str) -> str:
     if known not in SPLITS:
         raise InputError(f"{where}: split {split!r}: unknown{nearest(split, SPLITS)}")
     return known
-
-
-def _with_images(folder: Path, split: str, rows: list[Row]) -> list[Row]:
-    """The rows whose image is there; the others are named in one warning."""
-    kept, left_out, faults = [], Unusable(f"{folder}, split {split}"), {}
-    for row in rows:
-        name = row["image"]
-        if name not in faults:
-            try:
-                resolve_image(folder, name)
-                faults[name] = None
-            except InputError as error:
-                faults[name] = error
-        if faults[name] is None:
-            kept.append(row)
-        else:
-            left_out.note(InputError(f"{split}, question {row['question_id']!r}: {faults[name]}"))
-    left_out.tell(len(kept))
-    return kept
 
 
 def _usable(
@@ -484,9 +464,8 @@ def _read_mimic_split(root: Path) -> Questions:
                 try:
                     study = _mimic_study(row, where)
                     if study not in reports:
-                        reports = {
-                            study: _mimic_report(root / "files", study)
-                        }  # a study's images follow one another
+                        # A study's images follow one another, so that one report is enough.
+                        reports = {study: _mimic_report(root / "files", study)}
                     if not reports[study]:
                         without += 1
                         continue

@@ -116,45 +116,41 @@ def _read_folder(
     source: Path, target: torch.device, quantization: str
 ) -> tuple[LlavaForConditionalGeneration, Any]:
     """Model and processor of a Hugging Face folder, the model on ``target``."""
-    precision, small = (
-        torch.float32 if target.type == "cpu" else torch.bfloat16,
-        quantization == "nf4",
-    )
-    with quiet_loading():
-        try:
-            model, info = LlavaForConditionalGeneration.from_pretrained(
-                source,
-                dtype=precision,
-                device_map={"": target} if small else None,
-                trust_remote_code=False,
-                quantization_config=nf4_config(precision) if small else None,
-                output_loading_info=True,
-            )
-        except ImportError as error:
-            raise InputError(
-                f"lvlm.quantization: {quantization}: a library is missing ({first_line(error)}); "
-                "install the "
-                "package's extra `gpu`, or set lvlm.quantization to none"
-            ) from error
-        except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-            raise InputError(
-                f"{source}: cannot be loaded as a LLaVA model ({first_line(error)}); the folder "
-                "needs "
-                "config.json, model.safetensors and the processor's files"
-            ) from error
-    _check_loaded(source, info)
+    precision = torch.float32 if target.type == "cpu" else torch.bfloat16
+    small = quantization == "nf4"
+    options: dict[str, Any] = {"dtype": precision}
+    try:
+        if small:
+            options |= {"device_map": {"": target}, "quantization_config": nf4_config(precision)}
+        model = _load_weights(source, **options)
+    except ImportError as error:
+        raise InputError(
+            f"lvlm.quantization: {quantization}: a library is missing ({first_line(error)}); "
+            "install the package's extra `gpu`, or set lvlm.quantization to none"
+        ) from error
     if small:
         _keep_packing(model)
-    placed = (
-        small or is_deepspeed_zero3_enabled()
-    )  # bitsandbytes or DeepSpeed has put the weights where they belong
+    # bitsandbytes or DeepSpeed has put the weights where they belong.
+    placed = small or is_deepspeed_zero3_enabled()
     return (model if placed else model.to(target)), read_processor(source)
 
 
-def _check_loaded(source: Path, info: dict[str, Any]) -> None:
-    """Refuse a folder that does not hold exactly the model's tensors; transformers would only say
-    so.
+def _load_weights(source: Path, **options: Any) -> LlavaForConditionalGeneration:
+    """transformers' own loading, with each tensor of the folder in its place.
+
+    Raises:
+        InputError: unreadable, or tensors are missing or left over, of which transformers only warns.
     """
+    with quiet_loading():
+        try:
+            model, info = LlavaForConditionalGeneration.from_pretrained(
+                source, trust_remote_code=False, output_loading_info=True, **options
+            )
+        except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+            raise InputError(
+                f"{source}: cannot be loaded as a LLaVA model ({first_line(error)}); the folder "
+                "needs config.json, model.safetensors and the processor's files"
+            ) from error
     for kind, meaning in (("missing_keys", "missing"), ("unexpected_keys", "left over")):
         if info[kind]:
             names = sorted(info[kind])
@@ -162,28 +158,16 @@ def _check_loaded(source: Path, info: dict[str, Any]) -> None:
                 f"{source}: {len(names)} weights are {meaning}, e.g. {names[0]}; the checkpoint is "
                 "incomplete or of another architecture"
             )
+    return model
 
 
 def empty_model(source: Path) -> LlavaForConditionalGeneration:
-    """The model of a Hugging Face folder without its weights, on the meta device; their names and
-    shapes are compared.
+    """The model of a Hugging Face folder on the meta device: names and shapes, and no weights.
 
     Raises:
         InputError: as `load_lvlm` would, for the weights.
     """
-    with quiet_loading():
-        try:
-            model, info = LlavaForConditionalGeneration.from_pretrained(
-                source, device_map={"": "meta"}, trust_remote_code=False, output_loading_info=True
-            )
-        except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-            raise InputError(
-                f"{source}: cannot be loaded as a LLaVA model ({first_line(error)}); the folder "
-                "needs "
-                "config.json, model.safetensors and the processor's files"
-            ) from error
-    _check_loaded(source, info)
-    return model
+    return _load_weights(source, device_map={"": "meta"})
 
 
 def read_processor(source: Path) -> LlavaProcessor:
@@ -204,8 +188,7 @@ def read_processor(source: Path) -> LlavaProcessor:
     if not isinstance(processor, LlavaProcessor):
         raise InputError(
             f"{source}: its processor is a {type(processor).__name__}; expected a LlavaProcessor: "
-            "put the "
-            "processor_config.json of a LLaVA model there"
+            "put the processor_config.json of a LLaVA model there"
         )
     processor.tokenizer.padding_side = "left"
     return processor
@@ -232,6 +215,39 @@ def prepare_processor(
     """
     if template is not None:
         processor.chat_template = TEMPLATES[template]
+    tokens = _complete_processor(source, config, processor)
+    mark, found = processor.image_token, config.image_token_id
+    own = processor.tokenizer.convert_tokens_to_ids(mark)
+    if own != found:
+        raise InputError(
+            f"{source / 'config.json'}: `image_token_index` is {found}, and the tokenizer's {mark} "
+            f"is {own}; expected the same number: the model would answer without seeing the image"
+        )
+    try:
+        written = prompt(processor, "Is there a nodule?")
+        count = image_token_count(processor)
+    except Exception as error:  # a template is a program of its own: anything may come out of it
+        raise InputError(
+            f"{source}: its processor or chat template cannot write a prompt "
+            f"({first_line(error)}); correct its files, or set lvlm.template"
+        ) from error
+    if written.count(mark) != 1:
+        raise InputError(
+            f"{source}: the chat template writes {written.count(mark)} {mark} marks for a question "
+            "about one image, and expected is one: the model would answer without the image; "
+            "correct chat_template.jinja, or set lvlm.template"
+        )
+    if count != tokens:
+        raise InputError(
+            f"{source}: its processor makes {count} tokens of an image, and config.json's vision "
+            f"tower {tokens}; correct the size of the images in processor_config.json or "
+            "preprocessor_config.json"
+        )
+    return tokens
+
+
+def _complete_processor(source: Path, config: Any, processor: LlavaProcessor) -> int:
+    """Set what the processor's file leaves out, compare what it says; how many tokens an image is."""
     tower = config.vision_config
     expected = {
         "patch_size": tower.patch_size,
@@ -247,44 +263,11 @@ def prepare_processor(
         elif stored[key] != value:
             raise InputError(
                 f"{file}: `{key}` is {stored[key]!r}, and config.json's model needs {value!r}; "
-                "correct it, "
-                "or take the key out"
+                "correct it, or take the key out"
             )
-    tokens = (tower.image_size // tower.patch_size) ** 2
-    tokens += expected["num_additional_image_tokens"] * (
-        config.vision_feature_select_strategy != "default"
-    )
-    mark, found = processor.image_token, config.image_token_id
-    own = processor.tokenizer.convert_tokens_to_ids(mark)
-    if own != found:
-        raise InputError(
-            f"{source / 'config.json'}: `image_token_index` is {found}, and the tokenizer's {mark} "
-            f"is {own}; "
-            "expected the same number: the model would answer without seeing the image"
-        )
-    try:
-        written = prompt(processor, "Is there a nodule?")
-        count = image_token_count(processor)
-    except Exception as error:  # a template is a program of its own: anything may come out of it
-        raise InputError(
-            f"{source}: its processor or chat template cannot write a prompt "
-            f"({first_line(error)}); correct "
-            "its files, or set lvlm.template"
-        ) from error
-    if written.count(mark) != 1:
-        raise InputError(
-            f"{source}: the chat template writes {written.count(mark)} {mark} marks for a question "
-            "about one "
-            "image, and expected is one: the model would answer without the image; correct "
-            "chat_template.jinja, or set lvlm.template"
-        )
-    if count != tokens:
-        raise InputError(
-            f"{source}: its processor makes {count} tokens of an image, and config.json's vision "
-            f"tower {tokens}; "
-            "correct the size of the images in processor_config.json or preprocessor_config.json"
-        )
-    return tokens
+    patches = (tower.image_size // tower.patch_size) ** 2
+    drops_class_token = config.vision_feature_select_strategy == "default"
+    return patches + (0 if drops_class_token else expected["num_additional_image_tokens"])
 
 
 def load_profile_lvlm(
@@ -506,8 +489,7 @@ def _embed(lvlm: MedLVLM, texts: Sequence[str], features: torch.Tensor) -> dict[
         # `masked_scatter` below would take what fits and say nothing.
         raise InputError(
             f"prompt: holds {image_mask.sum(1).tolist()} image tokens, and an image has "
-            f"{features.shape[1]}; "
-            "the chat template or the image token was changed after loading"
+            f"{features.shape[1]}; the chat template or the image token was changed after loading"
         )
     embeddings = embeddings.masked_scatter(image_mask[..., None], features.to(embeddings.dtype))
     return {

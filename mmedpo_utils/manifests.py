@@ -70,9 +70,8 @@ def read_manifest(
     objective). Where images are named like MIMIC-CXR's, no message shows an id or a value.
 
     Raises:
-        InputError: the file is no list of pairs, or none of its rows (``strict``: one of them)
-            cannot be used. It names the file, the row, its id and the field, and says what was
-            expected.
+        InputError: the file is no list of pairs, or none of its rows can be used (``strict``: one
+            cannot). It names the file, the row, its id and the field, and says what was expected.
     """
     stored = load_json(path, "a list of preference pairs")
     if not isinstance(stored, list) or not stored:
@@ -99,11 +98,7 @@ def read_manifest(
             rows.append(row)
     left_out.tell(len(rows))
     _tell_unknown_keys(path, rows)
-    same = [
-        row["id"]
-        for row in rows
-        if row.get("origin") != "none" and is_identical(row, image_root, rejected_root)
-    ]
+    same = [row["id"] for row in rows if _teaches_nothing(row, image_root, rejected_root)]
     if same:
         ids = f" (ids {', '.join(map(repr, same[:5]))}{', ...' if len(same) > 5 else ''})"
         warnings.warn(
@@ -112,6 +107,13 @@ def read_manifest(
             stacklevel=2,
         )
     return rows
+
+
+def _teaches_nothing(
+    row: Row, image_root: str | os.PathLike | None, rejected_root: str | os.PathLike | None
+) -> bool:
+    """Whether both sides of a pair are the same, though the row does not say that it has only one."""
+    return row.get("origin") != "none" and is_identical(row, image_root, rejected_root)
 
 
 def pair_images(path: str | os.PathLike) -> list[str]:
@@ -431,8 +433,8 @@ def resolve_image(root: str | os.PathLike, name: str) -> Path:
     if relative and not inside:
         raise InputError(
             f"image {name!r}: is a link that leads outside the image folder {root}, to "
-            f"{path.parent}; copy the files "
-            f"that the links lead to (cp -rL {root} COPY), and give the copy as the image folder"
+            f"{path.parent}; copy the files that the links lead to (cp -rL {root} COPY), and give "
+            "the copy as the image folder"
         )
     if not inside:
         raise InputError(
@@ -444,6 +446,39 @@ def resolve_image(root: str | os.PathLike, name: str) -> Path:
             f"image {name!r}: is missing in {root}; put the file there, or correct the name"
         )
     return path
+
+
+def with_images(
+    rows: Sequence[Row], root: str | os.PathLike, split: str = "asked", decode: bool = False
+) -> list[Row]:
+    """The questions whose image is there; the others are named in one warning.
+
+    Args:
+        split: what the rows are called in the warning.
+        decode: open each image too. A data set's own layout is read without, so that a damaged
+            image shows only where it is used.
+
+    Raises:
+        InputError: no question's image can be used.
+    """
+    kept, left_out = [], Unusable(f"{root}, split {split}")
+    faults: dict[str, InputError | None] = {}
+    for row in rows:
+        name = row["image"]
+        if name not in faults:
+            faults[name] = None
+            try:
+                path = resolve_image(root, name)
+                if decode:
+                    open_image(path)
+            except InputError as error:
+                faults[name] = error
+        if faults[name] is None:
+            kept.append(row)
+        else:
+            left_out.note(InputError(f"{split}, question {row['question_id']!r}: {faults[name]}"))
+    left_out.tell(len(kept))
+    return kept
 
 
 def open_image(path: str | os.PathLike) -> Image.Image:
@@ -464,8 +499,8 @@ def open_image(path: str | os.PathLike) -> Image.Image:
     except Exception as error:  # decoders of damaged files raise whatever they meet
         raise InputError(
             f"{path}: cannot be opened as an image ({first_line(error)}); the file is missing, "
-            "truncated or not an "
-            f"image ({', '.join(IMAGE_FORMATS)} or DICOM): fetch it again, or remove its row"
+            f"truncated or not an image ({', '.join(IMAGE_FORMATS)} or DICOM): fetch it again, or "
+            "remove its row"
         ) from error
     if image.mode[0] in "IF":
         try:
@@ -603,8 +638,8 @@ def _check_pair(row: Any, where: str) -> None:
     elif row.get("rejected_noised"):
         raise InputError(
             f"{where}: `rejected_noised` is {row['rejected_noised']!r:.20}: the rejected side is a "
-            "noised image, and no "
-            "`rejected_image` names it; make the noised images (notebook 02) and name them there"
+            "noised image, and no `rejected_image` names it; make the noised images (notebook 02) "
+            "and name them there"
         )
     elif row.get("source") == "visual":
         raise InputError(
@@ -643,8 +678,7 @@ def _check_conversation(turns: Any, where: str) -> None:
         # belong to another question.
         raise InputError(
             f"{where}: has {len(turns)} turns; expected one question and one answer: write the "
-            "last turn's question and "
-            "answer as a pair of its own, or leave the row out"
+            "last turn's question and answer as a pair of its own, or leave the row out"
         )
     if not question_text(turns[0]["value"]):
         raise InputError(

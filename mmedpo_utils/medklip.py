@@ -255,8 +255,7 @@ def load_medklip(
     except Exception as error:  # a value that no network can have fails wherever it is first used
         raise InputError(
             f"{folder / 'config.json'}: its values make no MedKLIP ({first_line(error)}); expected "
-            "those of a "
-            "trained checkpoint: fetch the folder again"
+            "those of a trained checkpoint: fetch the folder again"
         ) from error
     check_state(path, state, model.state_dict())
     model.load_state_dict(state)

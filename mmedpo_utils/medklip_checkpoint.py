@@ -118,8 +118,8 @@ def check_state(path: Path, state: dict[str, Tensor], wanted: dict[str, Tensor])
     problems = misfits(state, wanted)
     if problems:
         raise InputError(
-            f"{path}: not the architecture of its configuration: tensors {problems}; "
-            "check that weights and configuration belong together"
+            f"{path}: not the architecture of its configuration: tensors {problems}; check that "
+            "weights and configuration belong together"
         )
 
 
@@ -150,8 +150,7 @@ def query_embeddings(descriptions: Path, text_encoder: str = TEXT_ENCODER) -> Te
         except (OSError, SafetensorError, KeyError) as error:
             raise InputError(
                 f"{cache}: cannot be read as the stored text embeddings ({first_line(error)}); "
-                "delete it, and it is "
-                "computed again"
+                "delete it, and it is computed again"
             ) from error
     embeddings = _embed(texts, text_encoder)
     try:
@@ -174,8 +173,7 @@ def _embed(texts: Sequence[str], text_encoder: str) -> Tensor:
     except (OSError, ValueError, KeyError) as error:
         raise InputError(
             f"text encoder {text_encoder!r}: cannot be loaded ({first_line(error)}); give the "
-            "folder of a downloaded "
-            f"copy, or let this machine fetch {TEXT_ENCODER}"
+            f"folder of a downloaded copy, or let this machine fetch {TEXT_ENCODER}"
         ) from error
     tokens = tokenizer(
         list(texts),
@@ -230,8 +228,7 @@ def _read_pickle(path: Path) -> dict[str, Any]:
         reason = first_line(error)
         raise InputError(
             f"{path}: cannot be read as MedKLIP weights ({reason}); expected the official "
-            "checkpoint, "
-            "tensors only: fetch it again"
+            "checkpoint, tensors only: fetch it again"
         ) from error
     state = stored.get("model", stored) if isinstance(stored, dict) else stored
     if not isinstance(state, dict) or not state:

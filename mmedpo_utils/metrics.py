@@ -29,11 +29,10 @@ Row = dict[str, Any]
 Statistic = Callable[[np.ndarray], np.ndarray]
 METHODS = {
     "closed_accuracy": "share of yes/no answers whose first word is the true one (lower case; "
-    "punctuation parts words); "
-    "where the truth is another word or phrase, the prediction has to begin with it",
+    "punctuation parts words); where the truth is another word or phrase, the prediction has to "
+    "begin with it",
     "open_recall": "share of the true answer's words found in the prediction, counted with "
-    "multiplicity (lower case; "
-    "punctuation parts words), mean over questions",
+    "multiplicity (lower case; punctuation parts words), mean over questions",
     "bleu": "mean of BLEU-1 to BLEU-4; each is sacrebleu's cumulative corpus BLEU (lower case, tokenizer 13a, "
     "smoothing 'exp'; each ideograph is a word)",
     "rouge_l": "rouge-score's ROUGE-L F1 without stemming, mean over reports; words of any "
@@ -259,13 +258,11 @@ def meteor(rows: Iterable[Row], released: bool = False) -> tuple[float | None, s
             None,
             "nltk's WordNet word list is absent; `python -m nltk.downloader wordnet` fetches it",
         )
-    except (
-        Exception
-    ) as error:  # a word list that arrived in part fails in as many ways as it has files
+    except Exception as error:
+        # A word list that arrived in part fails in as many ways as it has files.
         return None, (
             f"nltk's WordNet word list cannot be read ({first_line(error)}); `python -m "
-            "nltk.downloader --force wordnet` "
-            "fetches it again"
+            "nltk.downloader --force wordnet` fetches it again"
         )
     return float(100 * np.mean(scores)), ""
 

@@ -58,8 +58,7 @@ def agreement_sentence(card: Card) -> str:
     """
     return (
         f"I have checked my data use agreement: it allows sending texts of {card.name} to the "
-        "endpoints that "
-        "this profile names."
+        "endpoints that this profile names."
     )
 
 
@@ -78,10 +77,8 @@ def check_endpoint(base_url: str, card: Card, agreement: str | None) -> None:
     if not is_loopback(base_url) and card.credentialed is not False and agreement != sentence:
         raise InputError(
             f"{card.name} is credentialed data, and {endpoint_host(base_url)} is not this machine: "
-            "nothing "
-            "was sent. Use an endpoint on 127.0.0.1, or, if your data use agreement allows it, "
-            "write into the "
-            f"profile's key `judge.agreement` exactly: {sentence}"
+            "nothing was sent. Use an endpoint on 127.0.0.1, or, if your data use agreement allows "
+            f"it, write into the profile's key `judge.agreement` exactly: {sentence}"
         )
 
 
@@ -119,8 +116,8 @@ def check_origin(card: Card, names: Iterable[str], source: object) -> None:
         if is_mimic(name):
             raise InputError(
                 f"{source}: its images are named like MIMIC-CXR's ({name[:60]}), whose texts are "
-                "credentialed; "
-                "write `card: mimic-cxr` into the profile's section `data`, so that its terms hold"
+                "credentialed; write `card: mimic-cxr` into the profile's section `data`, so that "
+                "its terms hold"
             )
 
 
@@ -141,14 +138,12 @@ def check_outputs(card: Card, output: Path, figures: Path, in_place: bool) -> No
     if in_place:
         raise InputError(
             f"{card.name} is credentialed data: executed notebooks hold texts and images of it, so "
-            "that they stay "
-            "in the run folder; run without --in-place"
+            "that they stay in the run folder; run without --in-place"
         )
     if not figures.is_relative_to(output):
         raise InputError(
             f"{card.name} is credentialed data: its figures stay in the run folder; set the "
-            "profile's key "
-            f"`figures` to a folder under `output` ({output.name})"
+            f"profile's key `figures` to a folder under `output` ({output.name})"
         )
 
 
@@ -166,7 +161,6 @@ def private_folder(path: str | os.PathLike) -> Path:
     except OSError as error:
         raise InputError(
             f"{folder}: cannot be made private ({error.strerror or error}); choose another folder "
-            "with the "
-            "profile's `output`"
+            "with the profile's `output`"
         ) from error
     return folder

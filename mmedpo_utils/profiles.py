@@ -321,8 +321,8 @@ def _read_profile(name_or_path: str | os.PathLike) -> tuple[Path, dict[str, Any]
     parent, others = values.pop("extends"), [name for name in profile_names() if name != path.stem]
     if parent not in others:
         raise InputError(
-            f"{path.name}: key `extends`: expected a shipped profile, found {parent!r}"
-            f"{nearest(str(parent), others)}"
+            f"{path.name}: key `extends`: expected a shipped profile, found "
+            f"{parent!r}{nearest(str(parent), others)}"
         )
     return path, _merged(_read_profile(parent)[1], values)
 
@@ -351,8 +351,7 @@ def check_device(device: str) -> str:
     if device == "cuda" and not available:
         raise InputError(
             "profile key `lvlm.device`: asks for cuda, but torch finds no GPU here; write auto or "
-            "cpu, "
-            "or install a CUDA build of torch on a machine with a GPU"
+            "cpu, or install a CUDA build of torch on a machine with a GPU"
         )
     return ("cuda" if available else "cpu") if device == "auto" else device
 
@@ -431,8 +430,7 @@ def _judge_problems(judge: Judges) -> dict[str, bool]:
             )
             problems[
                 f"{key}.api_key_env: expected the NAME (A-Z, 0-9, _) of the environment variable "
-                "that holds the "
-                "key, never the key itself"
+                "that holds the key, never the key itself"
             ] = re.fullmatch(r"[A-Z][A-Z0-9_]*", variable) is None
     return problems
 

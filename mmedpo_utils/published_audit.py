@@ -177,8 +177,8 @@ def undone(tables: Tables) -> list[Line]:
         if value is None:
             most = 3 * bleu[0] / 100
             rule += (
-                "; impossible here, since BLEU-1 is below 33.33: the mean BP was "
-                f"{most:.2f} at most"
+                f"; impossible here, since BLEU-1 is below 33.33: the mean BP was {most:.2f} at "
+                "most"
             )
         printed = _round(sum(bleu) / 4)
         computed = None if value is None else _round(value)
@@ -267,8 +267,8 @@ def _report_averages(what: str, printed: float, row: dict[str, Any], dataset: st
     plain = undone_bleu(bleu)
     value = None if plain is None else (plain + sum(others)) / 3
     rule = (
-        "mean of BLEU with the smoothing undone, ROUGE-L and METEOR of Table 8, "
-        f"{row['method']}; within 1%"
+        f"mean of BLEU with the smoothing undone, ROUGE-L and METEOR of Table 8, {row['method']}; "
+        "within 1%"
     )
     holds = value is not None and abs(value - printed) <= 0.01 * printed
     computed = None if value is None else _round(value)
@@ -340,8 +340,8 @@ def counts(tables: Tables) -> list[Line]:
             printed = row[column]
             nearest = 100 * round(printed * total / 100) / total
             rule = (
-                f"the nearest share of {total} closed questions; other values need several runs "
-                "or another count"
+                f"the nearest share of {total} closed questions; other values need several runs or "
+                "another count"
             )
             # Some cells are cut after two decimals instead of rounded.
             holds = abs(nearest - printed) < 2 * ROUNDING

@@ -31,13 +31,12 @@ METHODS = {
     "substring of the "
     'normalised prediction ("no" is found in "abnormal")',
     "released_open_recall": "per question tp / (tp + fn), where tp counts the words of the "
-    "prediction that the "
-    "truth has too, as often as the prediction says them; mean over questions",
+    "prediction that the truth has too, as often as the prediction says them; mean over questions",
     "released_bleu": "mean of released_bleu_1 to released_bleu_4, as in the paper's Table 1",
     **{
         f"released_bleu_{n}": f"nltk's sentence BLEU on {n}-grams alone, smoothing "
-        "method 7, mean over reports; "
-        "an exact copy scores above 100, and one right word is enough for a third of it"
+        "method 7, mean over reports; an exact copy scores above 100, and one right word is enough "
+        "for a third of it"
         for n in ORDERS
     },
     "released_rouge_l": "package rouge, ROUGE-L F, mean over reports",

@@ -146,10 +146,9 @@ def training_weights(
     if absent:
         raise InputError(
             f"`weighted_score` is missing in {len(absent)} of {len(rows)} preference rows (id "
-            f"{absent[0]!r} first), and the "
-            f"variant's `weights` are {variant.weights}; write `weights: uniform` into the "
-            "profile's variant, which "
-            "uses no score, or give each row a score from 0 to 1"
+            f"{absent[0]!r} first), and the variant's `weights` are {variant.weights}; write "
+            "`weights: uniform` into the profile's variant, which uses no score, or give each row "
+            "a score from 0 to 1"
         )
     for source in np.unique(sources):
         scores = [float(row["weighted_score"]) for row in rows if row_source(row) == source]
@@ -281,8 +280,8 @@ class EventWriter(TrainerCallback):
             if not np.isfinite(logs[key]):
                 raise InputError(
                     f"step {state.global_step}: {key} is {logs[key]}: the training has left the "
-                    "finite numbers; "
-                    "lower `training.learning_rate`, or set `training.precision` to fp32"
+                    "finite numbers; lower `training.learning_rate`, or set `training.precision` "
+                    "to fp32"
                 )
         if "tokens" in logs:
             logs["tokens"] += self.earlier["tokens"]
@@ -333,9 +332,8 @@ def build_trainer(
     )
     lvlm = load_profile_lvlm(profile, device=profile.lvlm.device if in_place else "cpu")
     for buffer in lvlm.model.buffers() if is_deepspeed_zero3_enabled() else ():
-        buffer.data = buffer.data.to(
-            arguments.device
-        )  # with ZeRO stage 3 DeepSpeed places the parameters alone
+        # With ZeRO stage 3 DeepSpeed places the parameters alone.
+        buffer.data = buffer.data.to(arguments.device)
     lvlm.llava.model.language_model.set_attn_implementation(values.attention)
 
     def dataset(chosen: np.ndarray) -> Dataset:
@@ -419,8 +417,7 @@ def begin(folder: Path, digest: str, arguments: DPOConfig) -> tuple[bool, str | 
         if time.monotonic() > deadline:
             raise InputError(
                 f"{platform.node()}: {folder} is not the folder that the first process writes to; "
-                "put the profile's "
-                "`output` on a disk that all nodes share"
+                "put the profile's `output` on a disk that all nodes share"
             )
         time.sleep(1)
     return finished, checkpoint

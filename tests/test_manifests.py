@@ -32,6 +32,7 @@ from mmedpo_utils.manifests import (
     row_sha,
     row_source,
     rows_to_questions,
+    with_images,
     write_manifest,
 )
 from mmedpo_utils.plots import weight_histograms
@@ -398,3 +399,17 @@ def test_many_rows_that_are_left_out_are_counted_and_few_are_kept(tmp_path: Path
     assert "2999 of 3000 rows left out" in str(warning.message)
     assert str(warning.message).count("`gpt4_answer`") == 5
     assert str(warning.message).endswith("; and 2994 more")
+
+
+def test_questions_about_a_damaged_image_are_left_out_and_named(images: Path) -> None:
+    (images / "torn.png").write_bytes((images / "a.png").read_bytes()[:200])
+    rows = [
+        QUESTION,
+        QUESTION | {"question_id": "q2", "image": "torn.png"},
+        QUESTION | {"image": "b.jpg"},
+    ]
+    with pytest.warns(UserWarning, match="1 of 3 rows left out.*question 'q2': .*torn.png"):
+        assert with_images(rows, images, decode=True) == [rows[0], rows[2]]
+    assert with_images(rows, images) == rows, "the file is there"
+    with pytest.raises(InputError, match="question 'q2'"):
+        with_images(rows[1:2], images, decode=True)
