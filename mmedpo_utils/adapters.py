@@ -285,9 +285,8 @@ def _tower_without_effect(model: nn.Module, tensors: Tensors, folder: Path) -> l
                 f"{folder}: the adapter does not fit: {name} has no place in the base model's "
                 "vision tower; load the model that it was trained on"
             )
-        side = tensor.shape[1] if match[2] == "A" else tensor.shape[0]
-        expected = module.in_features if match[2] == "A" else module.out_features
-        if side != expected:
+        side, expected = (1, module.in_features) if match[2] == "A" else (0, module.out_features)
+        if tensor.ndim != 2 or tensor.shape[side] != expected:
             raise InputError(
                 f"{folder}: the adapter does not fit: {name} {list(tensor.shape)} is for another "
                 f"width than the vision tower's {expected}; load the model that it was trained on"

@@ -189,6 +189,12 @@ FAULTS = {
         ),
         r"fc1\.lora_B\.weight \[25, 4\] is for another width than the vision tower's 24",
     ),
+    "no matrix for the tower": (
+        lambda tensors: tensors.update(
+            {f"{WRAPPER}{TOWER}encoder.layers.0.mlp.fc1.lora_B.weight": torch.zeros(24)}
+        ),
+        r"fc1\.lora_B\.weight \[24\] is for another width",
+    ),
 }
 
 
