@@ -19,6 +19,7 @@ import yaml
 from .errors import InputError
 
 PACKAGE_FOLDER = Path(__file__).parent
+SHIPPED = "phantom"  # as a model's or a checkpoint's name: the small one that the package ships
 KINDS = {
     bool: "true or false",
     int: "a whole number",
@@ -196,7 +197,8 @@ def _check_value(hint: type, value: Any, rule: Any, where: str) -> Any:
         raise InputError(
             f"{where}: expected a name of letters, digits, _ and -, found {value!r:.80}"
         )
-    if rule.get("path") and (repository_root() / value).exists():
+    # A folder of that name must not take the place of what the package ships.
+    if rule.get("path") and value != SHIPPED and (repository_root() / value).exists():
         return os.path.normpath(repository_root() / value)
     if not choices and "low" in rule and not rule["low"] <= value <= rule["high"]:
         raise InputError(

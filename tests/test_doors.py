@@ -15,7 +15,7 @@ import datasets
 import pytest
 from PIL import Image
 
-from mmedpo_utils import manifests
+from mmedpo_utils import manifests, schema
 from mmedpo_utils.cards import load_card
 from mmedpo_utils.datasets import prepare_dataset
 from mmedpo_utils.errors import InputError
@@ -133,6 +133,16 @@ def test_a_file_in_the_working_folder_is_no_card(tmp_path, monkeypatch, name):
     (tmp_path / "own").mkdir()
     shutil.copy(REPOSITORY / "data_manifests" / f"{name}.yaml", tmp_path / "own")
     assert load_card(f"./own/{name}.yaml") == shipped, "a path is read as one"
+
+
+def test_a_folder_called_phantom_is_no_model(tmp_path, monkeypatch):
+    (tmp_path / "phantom").mkdir()
+    (tmp_path / "own").mkdir()
+    monkeypatch.setattr(schema, "repository_root", lambda: tmp_path)
+    profile = load_profile("phantom-smoke", {"visual_tool.checkpoint": "own"})
+    assert profile.lvlm.model == "phantom" and profile.visual_tool.checkpoint == str(
+        tmp_path / "own"
+    )
 
 
 def mimic_pairs(root: Path) -> Path:
