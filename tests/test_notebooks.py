@@ -73,8 +73,11 @@ def test_real_images_go_through_notebooks_01_to_05(shared, tmp_path, monkeypatch
     if not root.is_dir():
         pytest.skip(f"no {root}: the two VQA-RAD images and their rows")
     monkeypatch.setenv("MMEDPO_DATA_ROOT", str(root))
-    profile = load_profile("vqa-rad-mini", {"output": str(tmp_path / "run"), "figures": str(tmp_path / "figures"),
-                                            "training.processes": 1})  # the smoke profile above trains in two
+    # One variant in one process: the smoke profile above trains all of them, in two.
+    variants = load_profile("vqa-rad-mini").as_dict()["training"]["variants"]
+    profile = load_profile("vqa-rad-mini", {
+        "output": str(tmp_path / "run"), "figures": str(tmp_path / "figures"), "training.processes": 1,
+        "training.variants": {"mmedpo": variants["mmedpo"]}})
     profile.save(tmp_path / "profile.yaml")
     for path in NOTEBOOKS[1:6]:
         tutorial.run_notebook(path, tmp_path / path.name, str(tmp_path / "profile.yaml"))

@@ -141,12 +141,19 @@ def test_write_dataset_keeps_patients_apart_and_masks_exact(tmp_path):
         assert np.array_equal(film.lesion_mask, pack_masks(film.masks) > 0)
 
 
-def test_thousand_films_with_texts_in_fifteen_seconds():
-    """The limit stands for two cores; a quarter of the work is timed."""
-    started = time.perf_counter()
-    population = films(250, seed=11)
-    questions(population, np.random.default_rng(0))
-    assert time.perf_counter() - started < 15 / 4 * 1.5
+def test_a_film_with_its_texts_costs_no_more_than_some_hundred_arrays_of_its_size():
+    """Measured against numpy in the same run, in turns: machines differ, and others use them meanwhile."""
+    film, arrays, drawn = np.random.default_rng(0).random((224, 224)), 0.0, 0.0
+    for seed in range(5):
+        started = time.perf_counter()
+        for _ in range(400):
+            np.exp(film)
+        arrays += time.perf_counter() - started
+        started = time.perf_counter()
+        questions(films(8, seed=seed), np.random.default_rng(0))
+        drawn += time.perf_counter() - started
+    ratio = (drawn / 40) / (arrays / 2000)
+    assert ratio < 200, f"a film costs {ratio:.0f} arrays"
 
 
 def test_drawing_tools_are_what_they_say():
