@@ -12,8 +12,8 @@ import json
 import math
 import os
 import random
-import re
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from email.utils import parsedate_to_datetime
@@ -23,15 +23,12 @@ from .errors import InputError, first_line
 from .files import write_json
 from .privacy import is_loopback, private_folder
 from .profiles import LanguageModel, check_device
+from .refusals import ADAPTED, Refusal, hint
 
 Messages = list[dict[str, str]]
 ATTEMPTS = 5
 LONGEST_WAIT = 300.0
 MILLION = 1_000_000
-# What a server may refuse to take; newer models of OpenAI want another name for the longest answer.
-ADAPTABLE = ("max_tokens", "temperature", "seed", "response_format")
-RENAMED = {"max_tokens": "max_completion_tokens"}
-LONGEST_REASON = 200
 
 
 @dataclass(frozen=True)
@@ -57,6 +54,10 @@ class Reply:
     completion_tokens: int | None
 
 
+class Adapted(Exception):
+    """The server does not take a parameter, and gets it no more; this happens once a parameter."""
+
+
 class Unanswered(Exception):
     """A request that failed and may succeed later: after ``wait`` seconds where known; ``billed``
     if it may cost.
@@ -73,8 +74,12 @@ class Backend(Protocol):
     name: str
 
     def __call__(self, messages: Messages, schema: dict[str, Any], sampling: Sampling) -> Reply:
-        """Answer ``messages``, if it can as JSON by ``schema``. Raises Unanswered: later it may;
-        InputError: never.
+        """Answer ``messages``, if it can as JSON by ``schema``.
+
+        Raises:
+            Unanswered: later it may.
+            Adapted: it will be asked in another way.
+            InputError: it never will.
         """
 
 
@@ -170,20 +175,7 @@ class EndpointModel:
         except openai.APIConnectionError:
             raise Unanswered("no connection, or it broke", billed=True) from None
         except openai.APIStatusError as error:
-            status = error.status_code
-            # Waiting would not help.
-            out_of_money = getattr(error, "code", None) == "insufficient_quota"
-            if status in (408, 409, 429) and not out_of_money or status >= 500:
-                raise Unanswered(f"status {status}", _retry_after(error.response.headers)) from None
-            if status in (400, 422):
-                refused = self._newly_refused(error)
-                if refused:
-                    self._refused.add(refused)
-                    raise Unanswered(f"the server rejects {refused}", 0.0) from None
-            raise InputError(
-                f"{self._url}: answers {status} for the model "
-                f"{self.name!r}{_reason(status)}{_said_by_server(error, messages, self._key)}"
-            ) from None
+            raise self._refusal(error, messages) from None
         except (openai.APIError, ValueError):
             raise Unanswered("half an answer", billed=True) from None
         return self._read(answer)
@@ -201,20 +193,37 @@ class EndpointModel:
         }
         for refused in self._refused:
             value = request.pop(refused)
-            if refused in RENAMED:
-                request[RENAMED[refused]] = value
+            if ADAPTED[refused]:
+                request[ADAPTED[refused]] = value
         return request
 
-    def _newly_refused(self, error: Any) -> str | None:
-        """The parameter that a refusal names; where it names none, the first time the answer's
-        form.
-        """
-        # What stands behind a brace may be the request itself, sent back.
-        told = f"{getattr(error, 'param', None)} {_message(error).partition('{')[0]}"
-        for parameter in ADAPTABLE:
-            if parameter not in self._refused and re.search(rf"\b{parameter}\b", told):
-                return parameter
-        return "response_format" if "response_format" not in self._refused else None
+    def _refusal(self, error: Any, messages: Messages) -> Exception:
+        """What an answer with an error status means: ask again, ask in another way, or give up."""
+        status, refusal = error.status_code, Refusal.of(error.body)
+        said = refusal.shown(self._key, " ".join(message["content"] for message in messages))
+        passing = status in (408, 409, 429) or status >= 500
+        if passing and not refusal.no_money:
+            reason = f"status {status}: {said}" if said else f"status {status}"
+            return Unanswered(reason, _retry_after(error.response.headers))
+        if status in (400, 422):
+            sent = [name for name in ADAPTED if name not in self._refused]
+            refused = refusal.parameter(sent)
+            if refused:
+                self._leave_out(refused)
+                return Adapted(refused)
+        parts = [hint(status, refusal), f"the server says: {said}" if said else ""]
+        why = "; ".join(part for part in parts if part)
+        answer = f"{self._url}: answers {status} for the model {self.name!r}"
+        return InputError(f"{answer} ({why})" if why else answer)
+
+    def _leave_out(self, refused: str) -> None:
+        self._refused.add(refused)
+        if refused in ("temperature", "seed"):  # they decide what is answered, not only its form
+            warnings.warn(
+                f"judge model {self.name!r}: the server takes no {refused}; it answers with its "
+                "own, and the profile's does not hold",
+                stacklevel=2,
+            )
 
     def reach(self) -> str:
         """Ask which models the endpoint serves, and say so in words; no completion is asked for.
@@ -228,8 +237,9 @@ class EndpointModel:
             served = [model.id for model in self._client.models.list()]
         except openai.APIStatusError as error:
             if error.status_code != 404:  # not every server lists its models
+                told = hint(error.status_code, Refusal.of(error.body))
                 raise InputError(
-                    f"{self._url}: answers {error.status_code}{_reason(error.status_code)}"
+                    f"{self._url}: answers {error.status_code}{f' ({told})' if told else ''}"
                 ) from None
             return f"{self.name} at {self._url}, which answers and lists no models"
         except (openai.APIError, ValueError):
@@ -390,10 +400,8 @@ class Chat:
         )
         for attempt in range(ATTEMPTS):
             worst = self._price(prompt_bytes, sampling.max_tokens)
-            self.limits.admit(worst)
-            self.counters.requests += 1
             try:
-                reply = self.backend(messages, schema, sampling)
+                reply = self._in_its_way(messages, schema, sampling, worst)
             except Unanswered as error:
                 self._spend(worst if error.billed else 0.0)
                 reason, wait = str(error), error.wait
@@ -409,6 +417,20 @@ class Chat:
             f"judge model {self.name!r}: no answer in {ATTEMPTS} attempts (the last: {reason}); "
             "check the server and run again: every answer so far is in the cache"
         )
+
+    def _in_its_way(
+        self, messages: Messages, schema: dict[str, Any], sampling: Sampling, worst: float
+    ) -> Reply:
+        """Ask until the server takes the request's form. That is no failed attempt, and it ends:
+        see ``Adapted``.
+        """
+        while True:
+            self.limits.admit(worst)
+            self.counters.requests += 1
+            try:
+                return self.backend(messages, schema, sampling)
+            except Adapted:
+                self.counters.retries += 1
 
     def _book(self, reply: Reply, worst: float) -> None:
         counted = reply.prompt_tokens is not None and reply.completion_tokens is not None
@@ -455,41 +477,3 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
         except ValueError:
             return None
     return max(0.0, seconds) if math.isfinite(seconds) else None
-
-
-def _reason(status: int) -> str:
-    hints = {
-        401: "the key is not accepted",
-        403: "the key does not allow it",
-        404: "no such model or address; see base_url",
-        400: "the request is not accepted; the prompt may be too long",
-    }
-    return f" ({hints[status]})" if status in hints else ""
-
-
-def _message(error: Any) -> str:
-    """What a server says of a refused request, in one line; empty where it says nothing
-    readable.
-    """
-    body = getattr(error, "body", None)
-    text = body.get("message") if isinstance(body, dict) else body
-    return first_line(ValueError(text)) if isinstance(text, str) and text.strip() else ""
-
-
-def _said_by_server(error: Any, messages: Messages, key: str | None) -> str:
-    """The server's own reason, without the key and without what was asked: some servers send the
-    request back.
-    """
-    reason = _message(error).partition("{")[0].strip()
-    if key:
-        reason = reason.replace(key, "***")
-    asked = {words for message in messages for words in _runs(message["content"])}
-    if not reason or asked & _runs(reason):
-        return ""
-    return f"; the server says: {reason[:LONGEST_REASON]}"
-
-
-def _runs(text: str, length: int = 4) -> set[tuple[str, ...]]:
-    """Every run of ``length`` words of a text."""
-    words = re.findall(r"\w+", text.lower())
-    return {tuple(words[start : start + length]) for start in range(len(words) - length + 1)}

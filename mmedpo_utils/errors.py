@@ -7,8 +7,8 @@ import sys
 import warnings
 from collections.abc import Callable
 
-# Colour codes, and what moves a terminal's cursor.
-TERMINAL = re.compile(r"\x1b\[[0-9;]*[A-Za-z]|[\x00-\x1f\x7f]")
+# What a terminal takes for a command: colours and cursor, titles and links, shorter ones.
+TERMINAL = re.compile(r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)?|\x1b.")
 LONGEST = 300
 NAMED = 5  # rows that a warning names one by one
 
@@ -81,8 +81,18 @@ def first_line(error: Exception) -> str:
         return "it brings code of its own, which is never run here"
     if "weights_only" in text:
         return "its content is damaged, or more than tensors, which is never loaded here"
-    line = TERMINAL.sub("", text.partition("\n")[0]).strip()
-    return (line if len(line) <= LONGEST else f"{line[:LONGEST]}...") or type(error).__name__
+    line = one_line(text.partition("\n")[0])
+    if isinstance(error, KeyError) and line:  # it says the key alone
+        return f"KeyError: {line}"
+    return line or type(error).__name__
+
+
+def one_line(text: str) -> str:
+    """A foreign text for a message of ours: one line, cut, with nothing that steers a terminal."""
+    text = TERMINAL.sub("", text)
+    letters = [letter if letter.isprintable() else " " for letter in text]
+    text = " ".join("".join(letters).split())
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
 
 
 def exit_status(action: Callable[[], object]) -> int:

@@ -1,8 +1,8 @@
 """The training program: one variant, one seed. The deepspeed launcher starts it once per process,
 `launch` starts the launcher.
 
-    python -m deepspeed.launcher.runner --num_accelerators 2 --module mmedpo_utils.train --profile P
-    --variant V --run-folder R
+    python -m deepspeed.launcher.runner --num_accelerators 2 --no_local_rank
+    --module mmedpo_utils.train --processes 2 --profile P --variant V --run-folder R
 
 It goes on from the newest whole checkpoint of the same inputs; a finished run is left as it is.
 """
@@ -77,6 +77,8 @@ OF_SEVERAL = (
     "OMPI_COMM_WORLD_SIZE",
     "OMPI_COMM_WORLD_LOCAL_RANK",
     "OMPI_COMM_WORLD_LOCAL_SIZE",
+    "MPI_LOCALRANKID",
+    "MPI_LOCALNRANKS",
     "MV2_COMM_WORLD_RANK",
     "MV2_COMM_WORLD_SIZE",
     "MV2_COMM_WORLD_LOCAL_RANK",
@@ -505,7 +507,7 @@ def write_result(trainer: MMedPOTrainer, folder: Path, values: dict[str, Any]) -
     )
 
 
-def settle_environment(processes: int | None) -> None:
+def settle_environment(processes: int) -> None:
     """Let the profile decide, and not what an earlier job left in the environment.
 
     accelerate takes its own settings (DeepSpeed, FSDP, precision, device) from variables, before
@@ -513,7 +515,7 @@ def settle_environment(processes: int | None) -> None:
     WORLD_SIZE and RANK set.
 
     Args:
-        processes: how many were started; None: as the launcher says.
+        processes: how many were started, over all nodes.
     """
     for name in list(os.environ):
         if name.startswith(DECIDING_PREFIXES) or (processes == 1 and name in OF_SEVERAL):
@@ -545,7 +547,10 @@ def main() -> None:
         help="processor cores that all processes here share",
     )
     parser.add_argument(
-        "--processes", type=int, help="over all nodes; 1: alone, whatever the environment says"
+        "--processes",
+        type=int,
+        default=1,
+        help="how many a launcher starts, over all nodes; 1: alone, whatever the environment says",
     )
     options = parser.parse_args()
     settle_environment(options.processes)

@@ -57,9 +57,8 @@ class Handler(BaseHTTPRequestHandler):
             ({name.lower(): value for name, value in self.headers.items()}, body)
         )
         plan = self.server.plan.pop(0) if self.server.plan else self.server.usual
-        kind, value = (
-            plan if isinstance(plan, tuple) else ("answer", plan(body) if callable(plan) else plan)
-        )
+        plan = plan(body) if callable(plan) else plan
+        kind, value = plan if isinstance(plan, tuple) else ("answer", plan)
         if kind == "slow":
             time.sleep(value)
             self.reply(200, completion("too late"))

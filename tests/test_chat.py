@@ -11,10 +11,12 @@ import time
 import traceback
 from email.utils import formatdate
 
+import numpy as np
 import pytest
 
 from mmedpo_utils.chat import Chat, EndpointModel, Limits, Sampling
 from mmedpo_utils.errors import InputError
+from mmedpo_utils.judges import LanguageModelJudge
 from mmedpo_utils.profiles import LanguageModel
 from tests import servers
 from tests.servers import running
@@ -184,7 +186,9 @@ def test_a_server_is_asked_again_the_way_it_wants(server, tmp_path, waits, named
     server.plan = [refusal(name, named=named) for name in ("max_tokens", "temperature", "seed")]
     server.usual = "fine"
     chat = chat_of(server, tmp_path, waits)
-    assert chat(MESSAGES, SCHEMA, SAMPLING) == "fine"
+    with pytest.warns(UserWarning, match="takes no") as told:
+        assert chat(MESSAGES, SCHEMA, SAMPLING) == "fine"
+    assert len(told) == 2, "temperature and seed, which decide the answers"
     bodies = [body for _, body in server.seen]
     assert len(bodies) == 4 and bodies[-1]["max_completion_tokens"] == SAMPLING.max_tokens
     assert (
@@ -208,9 +212,9 @@ def test_a_refusal_that_goes_on_ends_with_the_servers_own_reason(server, tmp_pat
         chat_of(server, tmp_path, waits)(MESSAGES, SCHEMA, SAMPLING)
     message = str(refused.value)
     assert "the server says: This model's maximum context length is 8 tokens." in message
-    assert "\x1b" not in message and "\n" not in message and len(server.seen) == 2
-    assert {"max_tokens", "temperature", "seed"} <= set(server.seen[-1][1]), (
-        "nothing else is given up"
+    assert "\x1b" not in message and "\n" not in message and len(server.seen) == 1
+    assert {"max_tokens", "temperature", "seed", "response_format"} <= set(server.seen[-1][1]), (
+        "a prompt that is too long gives up no parameter"
     )
 
 
@@ -402,3 +406,138 @@ def test_nothing_is_asked_with_no_money(server, tmp_path, waits):
     assert chat_of(server, tmp_path, waits, max_cost=0.0)(MESSAGES, SCHEMA, SAMPLING), (
         "a free endpoint needs none"
     )
+
+
+def refused_as(parameter: str | None, code: str | None, text: str) -> dict:
+    """The body of a refusal in OpenAI's form."""
+    error = {"message": text, "type": "invalid_request_error", "param": parameter, "code": code}
+    return {"error": error}
+
+
+def of_a_check(kind: str, message: str, *place: str) -> dict:
+    """The body of a refusal in FastAPI's form."""
+    return {"detail": [{"type": kind, "loc": ["body", *place], "msg": message}]}
+
+
+GOOGLE = 'Invalid JSON payload received. Unknown name "seed": Cannot find field.'
+DEFAULT = "'temperature' does not support 0.0 with this model. Only the default (1) is supported."
+WORDED = [  # how servers word it
+    ("max_tokens", {"error": {"message": "max_tokens is unknown here"}}),
+    ("temperature", refused_as("temperature", "unsupported_value", DEFAULT)),
+    ("temperature", {"object": "error", "message": "temperature isn't supported", "code": 400}),
+    ("seed", of_a_check("extra_forbidden", "Extra inputs are not permitted", "seed")),
+    ("seed", [{"error": {"code": 400, "message": GOOGLE}}]),
+    ("response_format", refused_as("response_format", None, "of type 'json_schema' is not there")),
+    ("response_format", of_a_check("literal_error", "Should be text", "response_format", "type")),
+    ("response_format", {"error": "bad request"}),
+]
+
+
+@pytest.mark.filterwarnings("ignore:judge model")
+@pytest.mark.parametrize(("parameter", "body"), WORDED)
+@pytest.mark.parametrize("status", [400, 422])
+def test_each_servers_way_of_refusing_is_understood(
+    server, tmp_path, waits, parameter, body, status
+):
+    refusal = ("refuse", (status, json.dumps(body)))
+    server.usual = lambda sent: refusal if parameter in sent else "fine"
+    assert chat_of(server, tmp_path, waits)(MESSAGES, SCHEMA, SAMPLING) == "fine"
+    first, second = (sent for _, sent in server.seen)
+    renamed = {"max_completion_tokens"} if parameter == "max_tokens" else set()
+    assert second.keys() == first.keys() - {parameter} | renamed and waits == []
+
+
+@pytest.mark.filterwarnings("ignore:judge model")
+def test_a_server_that_refuses_everything_may_still_fail_in_passing(server, tmp_path, waits):
+    def picky(sent: dict) -> tuple | str:
+        for name in ("seed", "max_tokens", "response_format", "temperature"):
+            if name in sent:
+                body = refused_as(name, "unsupported_parameter", "no")
+                return ("refuse", (400, json.dumps(body)))
+        return "fine"
+
+    server.plan, server.usual = [("status", (500, {}))] * 4, picky
+    assert chat_of(server, tmp_path, waits)(MESSAGES, SCHEMA, SAMPLING) == "fine"
+    assert server.seen[-1][1].keys() == {"model", "messages", "max_completion_tokens"}
+    assert len(server.seen) == 9 and len(waits) == 4, "a refused form is no failed attempt"
+
+
+TOO_LONG = [
+    refused_as("messages", "context_length_exceeded", "The maximum context length is 4 tokens."),
+    {
+        "error": {
+            "message": "'max_tokens' or 'max_completion_tokens' is too large: 64. This model's "
+            "maximum context length is 50 tokens, and more is not supported",
+            "code": 400,
+        }
+    },
+    {"error": {"code": 400, "message": "the request exceeds the available context size"}},
+]
+
+
+@pytest.mark.parametrize("body", TOO_LONG)
+def test_a_prompt_that_is_too_long_is_no_refused_parameter(server, tmp_path, waits, body):
+    server.usual = ("refuse", (400, json.dumps(body)))
+    with pytest.raises(InputError, match="too long for the model; the server says: .*context"):
+        chat_of(server, tmp_path, waits)(MESSAGES, SCHEMA, SAMPLING)
+    assert len(server.seen) == 1
+
+
+QUOTA = {"error": {"message": "No quota", "type": "insufficient_quota"}}
+PAUSE = {"error": {"message": "Slow down, or see /billing", "code": "rate_limit_exceeded"}}
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "words", "requests"),
+    [
+        (404, refused_as(None, "model_not_found", "m is no model"), "says: m is no model", 1),
+        (404, "<html>Not Found</html>", r"no such model or address; see .*base_url\)$", 1),
+        (402, {"error": {"message": "Pay first"}}, "no credit left.*Pay first", 1),
+        (405, "", "base_url usually ends in /v1", 1),
+        (429, QUOTA, "no credit left; waiting does not help.*No quota", 1),
+        (429, PAUSE, "no answer in 5 attempts.*status 429: Slow down", 5),
+        (400, refused_as(None, "content_filter", "It is filtered"), "says: It is filtered", 1),
+    ],
+)
+def test_a_refusal_is_told_in_the_servers_words(
+    server, tmp_path, waits, status, body, words, requests
+):
+    server.usual = ("refuse", (status, body if isinstance(body, str) else json.dumps(body)))
+    with pytest.raises(InputError, match=words):
+        chat_of(server, tmp_path, waits)(MESSAGES, SCHEMA, SAMPLING)
+    assert len(server.seen) == requests
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        (f"wrong key {KEY}", "wrong key ***"),
+        (f"wrong key {KEY[:15]}...", None),
+        (f"wrong key {KEY[4:].upper()}", None),
+        ("blocked: jane ROE", None),
+        ("blocked: 1234567", None),
+        ('wrong: {"content": "J\\u00e4ne Roe"}', "wrong:"),
+        ("\x1b]0;title\x07a\x1b[31mred\x1b[0m\nline \x9b2J\u202e", "ared line"),
+        ("x" * 5000, "x" * 200),
+    ],
+)
+def test_a_servers_words_hold_no_part_of_key_or_question(server, tmp_path, waits, text, shown):
+    server.usual = ("refuse", (403, json.dumps({"error": {"message": text}})))
+    messages = [{"role": "user", "content": "Patient Jane Roe, number 1234567: how relevant?"}]
+    with pytest.raises(InputError) as caught:
+        chat_of(server, tmp_path, waits)(messages, SCHEMA, SAMPLING)
+    message = str(caught.value)
+    assert message.isprintable() and len(message) < 500
+    assert ("the server says" in message) == (shown is not None) and (shown or "") in message
+    parts = [part.lower() for part in (KEY[:10], KEY[-10:], "Roe", "1234567")]
+    assert not [part for part in parts if part in message.lower()]
+
+
+@pytest.mark.parametrize("body", [body for _, body in WORDED[:6]] + TOO_LONG)
+def test_the_usual_words_are_shown_beside_the_kits_own_prompts(server, tmp_path, waits, body):
+    server.usual = ("refuse", (403, json.dumps(body)))
+    judge = LanguageModelJudge(chat_of(server, tmp_path, waits), SAMPLING)
+    with pytest.raises(InputError, match="the server says"):
+        judge.conflict("Is there a nodule?", "yes", "no")
+    with pytest.raises(InputError, match="the server says"):
+        judge.write("Is there a nodule?", "yes", np.random.default_rng(0))

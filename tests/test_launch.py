@@ -8,6 +8,7 @@ import _thread
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -27,6 +28,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from mmedpo_utils import launch
+from mmedpo_utils import train as train_program
 from mmedpo_utils.commands import check_hostfile, commands, free_cores, free_port, process_count
 from mmedpo_utils.errors import InputError
 from mmedpo_utils.launch import TrainingError, load_run, train
@@ -529,6 +531,7 @@ LEFTOVER = {
     "LOCAL_RANK": "0",
     "MASTER_ADDR": "127.0.0.1",
     "MASTER_PORT": "29613",
+    "MPI_LOCALRANKID": "0",
     "ACCELERATE_USE_DEEPSPEED": "true",
     "ACCELERATE_USE_FSDP": "true",
     "ACCELERATE_MIXED_PRECISION": "fp8",
@@ -550,7 +553,7 @@ def test_what_another_job_left_in_the_environment_decides_nothing(workspace, tmp
     assert result["processes"] == 1 and result["last"]["step"] == 1
 
 
-@pytest.mark.parametrize("processes", [1, 2, None])
+@pytest.mark.parametrize("processes", [1, 2])
 def test_only_a_process_that_trains_alone_forgets_the_others(monkeypatch, processes):
     for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
         monkeypatch.delenv(name)
@@ -558,8 +561,36 @@ def test_only_a_process_that_trains_alone_forgets_the_others(monkeypatch, proces
         monkeypatch.setenv(name, value)
     settle_environment(processes)
     left = LEFTOVER.keys() & os.environ.keys()
-    of_several = {"WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
-    assert left == (set() if processes == 1 else of_several)
+    deciding = {name for name in LEFTOVER if name.startswith(("ACCELERATE_", "FSDP_"))}
+    assert left == (set() if processes == 1 else LEFTOVER.keys() - deciding)
+
+
+def test_a_plain_call_of_the_program_trains_alone_too(monkeypatch, tmp_path):
+    """Without a launcher, and without a word on the number of processes."""
+    for name, value in LEFTOVER.items():
+        monkeypatch.setenv(name, value)
+    seen = []
+    # It would wait ten minutes for the others.
+    monkeypatch.setattr("deepspeed.init_distributed", lambda *_: pytest.fail("joins others"))
+    monkeypatch.setattr("mmedpo_utils.train.run", lambda *_: seen.append(dict(os.environ)))
+    words = "train --profile phantom-smoke --variant sft --cores 1 --run-folder".split()
+    monkeypatch.setattr(sys, "argv", [*words, str(tmp_path)])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setenv("DS_ACCELERATOR", "cuda")
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "x")
+    threads = torch.get_num_threads()
+    train_program.main()
+    torch.set_num_threads(threads)
+    assert len(seen) == 1 and not LEFTOVER.keys() & seen[0].keys()
+
+
+def test_the_command_in_the_programs_docstring_is_one_that_it_takes(monkeypatch):
+    """The launcher adds --local_rank unless it is told not to, and the program knows no such one."""
+    told = " ".join(train_program.__doc__.split())
+    command = re.search(r"python -m (deepspeed\S+ .* --run-folder R)", told)[1].split()
+    assert "--no_local_rank" in command[: command.index("--module")]
+    count = command[command.index("--num_accelerators") + 1]
+    assert command[command.index("--processes") + 1] == count
 
 
 @pytest.mark.parametrize(

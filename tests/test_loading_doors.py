@@ -211,6 +211,16 @@ def test_a_foreign_error_in_one_short_line():
     error = RuntimeError("\x1b[31mbad\x1b[0m \x07thing\n" + "more " * 900)
     assert first_line(error) == "bad thing"
     assert len(first_line(RuntimeError("x" * 9_000))) < 400 and first_line(KeyError()) == "KeyError"
+    steering = RuntimeError("\x1b]0;title\x07a\x9b2J \x1bcb\u202e \x1b[?25lc\x85")
+    assert first_line(steering) == "a b c" and first_line(KeyError(101)) == "KeyError: 101"
+
+
+@pytest.mark.parametrize("content", [b"hello" * 30, b"", b"PK\x03\x04" + bytes(300), b"cos\nx"])
+def test_a_file_that_is_no_pickle_is_one_error(tmp_path, content):
+    (tmp_path / "medklip.pth").write_bytes(content)
+    with pytest.raises(InputError, match="cannot be read as MedKLIP weights") as refused:
+        load_medklip(tmp_path / "medklip.pth")
+    assert str(refused.value).isprintable()
 
 
 @pytest.mark.parametrize("key", ["heads", "width", "layers", "stage_widths", "queries", "block"])
