@@ -12,7 +12,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 .PHONY: run test test-all lab results base-models bench
 
 run: .venv/installed
-	$(BIN)/python -m mmedpo_utils.tutorial --profile $(PROFILE)
+	$(BIN)/mmedpo notebooks --profile $(PROFILE)
 
 test: .venv/installed
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
@@ -24,11 +24,11 @@ lab: .venv/installed
 	$(BIN)/jupyter lab notebooks/00_start_here.ipynb
 
 results: .venv/installed
-	$(BIN)/python -m mmedpo_utils.reference
+	$(BIN)/mmedpo results
 
 base-models: .venv/installed
-	$(BIN)/python -m mmedpo_utils.phantom.build_medklip
-	$(BIN)/python -m mmedpo_utils.phantom.build_lvlm
+	$(BIN)/mmedpo build-medklip
+	$(BIN)/mmedpo build-lvlm
 
 bench: .venv/installed
 	$(BIN)/python benchmarks/curate.py

@@ -39,10 +39,11 @@ from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from mmedpo_utils.environment import provenance  # noqa: E402
+from mmedpo_utils.base.environment import provenance  # noqa: E402
 from mmedpo_utils.lvlm import MedLVLM, generate, load_lvlm, model_digest  # noqa: E402
-from mmedpo_utils.manifests import Row, answer_text, question_text, read_manifest, write_manifest  # noqa: E402
-from mmedpo_utils.trainer import MMedPOTrainer, PreferenceCollator, adapter_config, preference_dataset  # noqa: E402
+from mmedpo_utils.preference_rows import Row, answer_text, question_text, read_manifest, write_manifest  # noqa: E402
+from mmedpo_utils.scale.fast_trainer import FastTrainer, PackingCollator  # noqa: E402
+from mmedpo_utils.trainer import adapter_config, preference_dataset, train_in_32_bits  # noqa: E402
 
 PATCH, MAX_LENGTH, SEED, BETA = 14, 1024, 3, 0.1
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>", "USER", "ASSISTANT", ":")
@@ -99,7 +100,6 @@ class Job:
     lora_rank: int
     learning_rate: float
     shared_prefix: bool = True
-    reuse_vision_features: bool = True
     cache_reference: bool = False
     group_by_length: bool = False
     attention: str = "sdpa"
@@ -239,10 +239,11 @@ def build(job: Job, lvlm: MedLVLM, rows: list[Row], folder: Path, callbacks: lis
         trainer = DPOTrainer(lvlm.model, train_dataset=dataset, data_collator=collator, **same)
     else:
         dataset = preference_dataset(rows, np.ones(len(rows)), processor, data / "images", data / "noised", MAX_LENGTH)
-        trainer = MMedPOTrainer(
-            lvlm.model, projector_learning_rate=job.learning_rate, reuse_vision_features=job.reuse_vision_features,
-            cache_reference=job.cache_reference, reference_cache=folder / "reference.json", train_dataset=dataset,
-            data_collator=PreferenceCollator(processor.tokenizer.pad_token_id, MAX_LENGTH, processor, job.shared_prefix), **same)
+        collator = PackingCollator(processor.tokenizer.pad_token_id, MAX_LENGTH, processor, job.shared_prefix)
+        trainer = FastTrainer(
+            lvlm.model, projector_learning_rate=job.learning_rate, cache_reference=job.cache_reference,
+            reference_cache=folder / "reference.json", train_dataset=dataset, data_collator=collator, **same)
+        train_in_32_bits(trainer.model)
     trainer.remove_callback(PrinterCallback)
     return trainer
 

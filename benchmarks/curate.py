@@ -30,14 +30,15 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from mmedpo_utils.base.environment import provenance  # noqa: E402
+from mmedpo_utils.base.files import write_json  # noqa: E402
+from mmedpo_utils.base.images import open_image  # noqa: E402
+from mmedpo_utils.convert.medklip_official import OFFICIAL_QUERIES  # noqa: E402
 from mmedpo_utils.curate import curate_folder  # noqa: E402
-from mmedpo_utils.environment import provenance  # noqa: E402
-from mmedpo_utils.files import write_json  # noqa: E402
-from mmedpo_utils.manifests import Row, open_image  # noqa: E402
 from mmedpo_utils.medklip import MedKLIP, MedKLIPConfig, confidence, heat_map  # noqa: E402
-from mmedpo_utils.medklip_checkpoint import OFFICIAL_QUERIES  # noqa: E402
 from mmedpo_utils.pairs import PNG, medklip_look, reject_image  # noqa: E402
 from mmedpo_utils.phantom.world import films  # noqa: E402
+from mmedpo_utils.preference_rows import Row
 from mmedpo_utils.profiles import load_profile  # noqa: E402
 
 CORES, BATCH_SIZE, MEMORY_SIZE, PATIENTS = 2, 32, 256, 16

@@ -29,8 +29,8 @@ from common import MAX_LENGTH, ROOT, SHAPES, Job, Shape, Worker, draw_pairs, ori
 from flops import pair_flops
 from transformers import LlavaProcessor
 
-from mmedpo_utils.files import write_json
-from mmedpo_utils.manifests import read_manifest
+from mmedpo_utils.base.files import write_json
+from mmedpo_utils.preference_rows import read_manifest
 from mmedpo_utils.trainer import preference_dataset
 
 # Dense bf16 TFLOPS of the makers' data sheets, by what torch calls the card.

@@ -26,11 +26,10 @@ import torch
 from common import ROOT, SHAPES, Job, Shape, Worker, draw_pairs, origin, save_lvlm
 from flops import row_flops, tower_flops
 
-from mmedpo_utils.files import write_json
+from mmedpo_utils.base.files import write_json
 
 CORES = 2
-SWITCHES = {"shared_prefix": ("text", "without_shared_prefix"), "reuse_vision_features": ("text", "without_reuse"),
-            "cache_reference": ("mixed", "without_cache"), "group_by_length": ("lengths", "without_grouping")}
+SWITCHES = {"shared_prefix": ("text", "without_shared_prefix"), "cache_reference": ("mixed", "without_cache"), "group_by_length": ("lengths", "without_grouping")}
 MEASURED_ON = {"text": "text pairs, the reference recomputed", "mixed": "text and visual pairs, three epochs",
                "lengths": "text pairs, short answers and reports by turns"}
 
@@ -61,8 +60,7 @@ def groups(size: Size) -> dict[str, dict[str, Job]]:
     lengths = replace(ours, data="lengths", pairs=size.length_pairs, batch_size=size.length_batch_size,
                       group_by_length=True)
     return {
-        "text": {"trl": text, "ours": ours, "without_shared_prefix": replace(ours, shared_prefix=False),
-                 "without_reuse": replace(ours, reuse_vision_features=False)},
+        "text": {"trl": text, "ours": ours, "without_shared_prefix": replace(ours, shared_prefix=False)},
         "mixed": {"trl": mixed, "ours": cached, "without_cache": replace(cached, cache_reference=False)},
         "lengths": {"ours": lengths, "without_grouping": replace(lengths, group_by_length=False)}}
 

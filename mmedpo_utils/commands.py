@@ -13,12 +13,13 @@ from pathlib import Path
 import psutil
 import torch
 
-from .errors import InputError
-from .manifests import read_text
-from .profiles import Profile, check_device
-from .schema import repository_root
+from .base.environment import check_device
+from .base.errors import InputError
+from .base.files import read_text
+from .base.settings import repository_root
+from .profiles import Profile
 
-PROGRAM = "mmedpo_utils.train"
+PROGRAM = "mmedpo_utils.programs.train"
 LAUNCHER = "deepspeed.launcher.runner"
 HOST_LINE = re.compile(r"([A-Za-z0-9][\w.:-]*)\s+slots=(\d+)")
 

@@ -18,20 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from .datasets import Dataset
-from .errors import InputError
-from .files import atomic_write, remove_temporaries, write_json
-from .hallucinate import Judge, sample_candidates
-from .journal import Journal
+from .base.errors import InputError
+from .base.files import atomic_write, remove_temporaries, write_json
+from .dataset import Dataset, with_images
 from .lvlm import MedLVLM, generate, model_digest
-from .manifests import (
-    Row,
-    read_manifest,
-    row_sha,
-    rows_to_questions,
-    with_images,
-    write_manifest,
-)
 from .medklip import MedKLIP
 from .pairs import (
     Look,
@@ -44,8 +34,10 @@ from .pairs import (
     text_pairs,
     visual_rows,
 )
+from .preference_rows import Row, read_manifest, row_sha, row_source, rows_to_questions, write_manifest
 from .profiles import Noise, Profile
-from .relevance import Member
+from .relevance import Judge, Member, sample_candidates
+from .scale.journal import Journal
 
 PROGRESS_SECONDS = 30
 
@@ -203,3 +195,31 @@ def once(path: Path, digest: str, compute: Any) -> None:
     with atomic_write(stamp) as temporary:
         temporary.write_text(digest + "\n")
     print(f"{path.name}: computed")
+
+
+def manifest_path(profile: Profile, variant: str) -> Path:
+    """The preference manifest that ``variant`` trains on; notebook 03 writes train.json."""
+    return profile.output / "pairs" / f"{profile.training.variants[variant].pairs}.json"
+
+
+def training_rows(profile: Profile, name: str) -> list[dict[str, Any]]:
+    """The pairs that variant ``name`` trains on.
+
+    What the kit wrote, train.json or a manifest with a digest beside it, is read strictly: a bad
+    row there is damage. Of somebody's own manifest, rows and images that cannot be used are left
+    out with a warning.
+
+    Raises:
+        InputError: the manifest cannot be used, or has no pair of the variant's sources.
+    """
+    manifest, sources = manifest_path(profile, name), profile.training.variants[name].sources
+    own = manifest.stem == "train" or manifest.with_suffix(".sha256").is_file()
+    roots = () if own else (profile.image_root, profile.output / "pairs" / "noised")
+    stored = read_manifest(manifest, *roots, strict=own)
+    rows = [row for row in stored if row_source(row) in sources]
+    if not rows:
+        raise InputError(
+            f"{manifest}: has no pairs of the sources {', '.join(sources)} that variant {name!r} "
+            "trains on; run notebook 03, or change the variant's `sources`"
+        )
+    return rows

@@ -16,21 +16,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .datasets import Dataset
-from .errors import InputError, first_line
-from .files import atomic_write, write_json, write_json_lines
+from .base.errors import InputError, first_line
+from .base.files import atomic_write, read_text, write_json, write_json_lines
+from .base.images import open_image, resolve_image
+from .dataset import Dataset, with_images
 from .lvlm import MedLVLM, generate, image_attention, load_profile_lvlm, model_digest
-from .manifests import (
-    ANSWER_TYPES,
-    open_image,
-    question_text,
-    read_text,
-    resolve_image,
-    row_sha,
-    with_images,
-)
 from .metrics import bootstrap_interval, paired_difference, patient_of, row_statistics
 from .phantom.texts import read_masks
+from .preference_rows import ANSWER_TYPES, question_text, row_sha
 from .profiles import Profile
 
 COMPARED = ("closed_accuracy", "open_recall", "bleu", "rouge_l")

@@ -1,12 +1,7 @@
-"""Start a training run from a cell or a terminal, follow it, stop it cleanly, and say beforehand
-what it will take.
-
-python -m mmedpo_utils.launch --profile P --variant V [--seed S] [--dry-run]
-"""
+"""Start a training run from a cell or a terminal, follow it, stop it cleanly."""
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import io
 import os
@@ -14,7 +9,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,33 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import yaml
 from IPython import get_ipython
 from IPython.display import Image, Pretty, display
 
-from . import plots
-from .commands import (
-    check_hostfile,
-    commands,
-    free_cores,
-    printed,
-    process_count,
-    shorten,
-    write_hostfile,
-)
-from .errors import InputError
-from .estimate import describe
-from .manifests import row_source
-from .profiles import Profile, check_device, load_profile, profile_names
-from .run_folder import (
-    finished_result,
-    newest_checkpoint,
-    read_events,
-    remove_half_written,
-    run_lock,
-)
-from .schema import repository_root
-from .train import FAILED, manifest_path, run_digest, training_rows
+from .base.environment import check_device
+from .base.errors import InputError
+from .base.settings import repository_root
+from .commands import check_hostfile, commands, printed, process_count, shorten, write_hostfile
+from .curate import manifest_path
+from .profiles import Profile
+from .run_folder import FAILED, finished_result, newest_checkpoint, read_events, remove_half_written, run_digest, run_lock
+from .show import plots
 
 REFRESH_SECONDS = 1.5
 PATIENCE_SECONDS = 10
@@ -163,7 +141,7 @@ def _checked_manifest(profile: Profile, variant: str) -> Path:
         how = (
             f"run notebook 03 with profile {profile.name}"
             if manifest.stem == "train"
-            else f"run python -m mmedpo_utils.baselines --profile {profile.name} --build-only"
+            else f"run mmedpo baselines --profile {profile.name} --build-only"
         )
         raise InputError(f"{shorten(manifest)}: there are no preference pairs yet; {how}")
     return manifest
@@ -176,64 +154,6 @@ def check_variant(profile: Profile, variant: str) -> None:
             f"variant {variant!r}: unknown; profile {profile.name} has "
             f"{', '.join(profile.training.variants)}"
         )
-
-
-def plan(profile: Profile, variant: str, seed: int = 0) -> str:
-    """What `train` would run and what it takes: pairs, memory, hours, commands. It starts and
-    writes nothing.
-
-    It needs neither GPU nor weights nor pairs.
-
-    Raises:
-        InputError: no such variant, or a manifest that cannot be read.
-    """
-    check_variant(profile, variant)
-    manifest, sources = manifest_path(profile, variant), profile.training.variants[variant].sources
-    rows = training_rows(profile, variant) if manifest.is_file() else []
-    counts = {source: sum(row_source(row) == source for row in rows) for source in sources}
-    if not rows:
-        counts = dict.fromkeys(sources, profile.curation.text_pairs)
-    processes = process_count(profile, dry_run=True)
-    on_cpu = profile.lvlm.device != "cuda" and check_device(profile.lvlm.device) == "cpu"
-    lines = [
-        f"Pairs of {shorten(manifest)}: "
-        + ", ".join(f"{count} {source}" for source, count in counts.items())
-        + (
-            ""
-            if rows
-            else "; they are not made yet (notebook 03), reckoned with curation.text_pairs"
-        ),
-        describe(
-            profile, variant, rows, counts, processes, free_cores(processes) if on_cpu else None
-        ),
-    ]
-    folder, several = folder_of(profile, variant, seed), profile.training.nodes > 1
-    shipped = profile.name in profile_names() and load_profile(profile.name) == profile
-    name = profile.name if shipped else f"{shorten(folder)}/profile.yaml"
-    lines += [
-        "The cell, or this command in the repository's folder, writes the run folder",
-        f"$ python -m mmedpo_utils.launch --profile {name} --variant {variant} --seed {seed}",
-    ]
-    for ssh in (True, False) if profile.training.hostfile else (False,):
-        where = (
-            ""
-            if not several
-            else " over ssh"
-            if ssh
-            else " on each node, one command each, without ssh"
-        )
-        lines.append(f"and starts{where}")
-        lines += [
-            "$ " + printed(line)
-            for line in commands(profile, variant, seed, folder, ssh, dry_run=True)
-        ]
-    return "\n".join(lines)
-
-
-def dry_run(profile: Profile, variant: str, seed: int = 0) -> None:
-    """Print the resolved profile and the `plan` of a variant."""
-    print(yaml.safe_dump(profile.as_dict(), sort_keys=False, allow_unicode=True))
-    print(plan(profile, variant, seed))
 
 
 def _say_how_it_begins(profile: Profile, folder: Path, digest: str) -> None:
@@ -418,42 +338,3 @@ def _last_words(log: str, lines: int = 15) -> str:
     _, _, told = log.partition(FAILED)
     block = re.split(rf"^\[\d{{4}}-|{re.escape(FAILED)}", told, maxsplit=1, flags=re.MULTILINE)[0]
     return "\n".join((block or log).strip().splitlines()[-lines:])
-
-
-def main() -> int:
-    """Parse the command line and train, or say what training takes. Returns the exit status."""
-    parser = argparse.ArgumentParser(
-        description="Train one variant of a profile, or go on with it."
-    )
-    parser.add_argument(
-        "--profile", required=True, help="a profile's name, or the path of a profile"
-    )
-    parser.add_argument(
-        "--variant", required=True, help="a name under the profile's training.variants"
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="seed of the LoRA weights and of the order of the pairs"
-    )
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="print what would run and what it takes; start nothing",
-    )
-    options = parser.parse_args()
-    # An exit runs the clean-up that leaves no process behind.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        (dry_run if options.dry_run else train)(
-            load_profile(options.profile), options.variant, options.seed
-        )
-    except (InputError, TrainingError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, InputError) else 1
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        return 130
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -24,17 +24,16 @@ from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from safetensors import SafetensorError
 from tqdm import tqdm
-from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
+from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor, ProcessorMixin
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging as transformers_logging
 
-from .adapters import adapter_folder, adapter_record, put_on
-from .errors import InputError, first_line
-from .llava_checkpoint import cache_folder, cached, converted, fetch, folder_record, original_config
-from .llava_text import TEMPLATES
-from .manifests import load_json
-from .preferences import image_token_count
-from .profiles import Profile, check_device
+from .base.chat_templates import TEMPLATES
+from .base.doors import open_door
+from .base.environment import check_device
+from .base.errors import InputError, first_line
+from .base.files import load_json
+from .profiles import Profile
 
 PHANTOM_WEIGHTS = Path(__file__).parent / "phantom" / "weights" / "lvlm"
 QUANTIZATIONS = ("none", "nf4")
@@ -101,14 +100,11 @@ def load_lvlm(
     ):
         if value not in known:
             raise InputError(f"lvlm.{key}: {value!r} is not known; expected one of {known}")
-    source = model_folder(name_or_path, vision_tower, base_adapter)
+    source = open_door("Med-LVLM")(name_or_path, vision_tower, base_adapter)
     model, processor = _read_folder(source, target, quantization)
     prepare_processor(source, model.config, processor, template)
     if adapter is not None:
-        folder = adapter_folder(adapter)
-        model, report = put_on(model, folder, (str(name_or_path), source.name))
-        if report.layout != "PEFT":
-            print(f"{folder.name}: {report}")
+        model = open_door("adapter")(model, adapter, (str(name_or_path), source.name))
     return MedLVLM(model.eval(), processor, target)
 
 
@@ -192,6 +188,14 @@ def read_processor(source: Path) -> LlavaProcessor:
         )
     processor.tokenizer.padding_side = "left"
     return processor
+
+
+def image_token_count(processor: ProcessorMixin) -> int:
+    """How many image tokens one ``<image>`` mark becomes."""
+    batch = processor(
+        images=Image.new("RGB", (64, 64)), text=processor.image_token, return_tensors="pt"
+    )
+    return int((batch["input_ids"] == processor.image_token_id).sum())
 
 
 def prepare_processor(
@@ -290,57 +294,6 @@ def load_profile_lvlm(
         template or values.template,
         values.base_adapter,
     )
-
-
-def model_folder(
-    name_or_path: str | Path, vision_tower: str, base_adapter: str | Path | None = None
-) -> Path:
-    """The Hugging Face folder to load a Med-LVLM from.
-
-    A model in the original layout is converted first, one on the Hub fetched. With ``base_adapter``
-    the two are merged; the merged folder is kept beside the converted ones, and used again as long
-    as its model and its adapter are the same files.
-
-    Raises:
-        InputError: as `load_lvlm`, or no room on the disk.
-    """
-    source = _hugging_face_folder(name_or_path, vision_tower)
-    if base_adapter is None:
-        return source
-    adapter = adapter_folder(base_adapter)
-    record = {"model": folder_record(source), "adapter": adapter_record(adapter)}
-    name = f"{Path(name_or_path).name}-with-{Path(base_adapter).name}"
-
-    def write(draft: Path) -> None:
-        save_merged(load_lvlm(name_or_path, "auto", adapter, vision_tower=vision_tower), draft)
-
-    target = cache_folder(name, f"{source} {adapter.resolve()}")
-    cached(target, record, write)
-    return target
-
-
-def save_merged(lvlm: MedLVLM, folder: Path) -> None:
-    """Write a model with its adapter merged, and its processor, into ``folder``. Raises OSError: no
-    room.
-    """
-    with quiet_loading():
-        lvlm.model.merge_and_unload().save_pretrained(folder, max_shard_size="5GB")
-        lvlm.processor.save_pretrained(folder)
-
-
-def _hugging_face_folder(name_or_path: str | Path, vision_tower: str) -> Path:
-    """The folder to load from: an original checkpoint is converted first, a Hub repository
-    fetched.
-    """
-    source = PHANTOM_WEIGHTS if str(name_or_path) == "phantom" else Path(name_or_path)
-    if not source.is_dir():
-        source = fetch(str(name_or_path))
-    original = original_config(source)
-    if original is not None:
-        with quiet_loading():
-            source = converted(source, original, vision_tower, str(name_or_path))
-    read_config(source)
-    return source
 
 
 def read_config(source: Path) -> Any:

@@ -23,15 +23,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import ResNetConfig, ResNetModel
 
-from .errors import InputError, first_line
-from .medklip_checkpoint import (
-    DESCRIPTIONS,
-    OFFICIAL_QUERIES,
-    TEXT_ENCODER,
-    check_state,
-    query_embeddings,
-    read_state,
-)
+from .base.doors import open_door
+from .base.errors import InputError, first_line
+from .base.tensors import check_state, read_safetensors
 
 PHANTOM_CHECKPOINT = Path(__file__).parent / "phantom" / "weights" / "medklip"
 IMAGE_SIZE, GRID = 224, 14
@@ -217,7 +211,7 @@ def load_medklip(
     checkpoint: str | os.PathLike = "phantom",
     device: str | torch.device = "cpu",
     descriptions: str | os.PathLike | None = None,
-    text_encoder: str | os.PathLike = TEXT_ENCODER,
+    text_encoder: str | os.PathLike = "emilyalsentzer/Bio_ClinicalBERT",
 ) -> MedKLIP:
     """Load a checkpoint for inference.
 
@@ -237,19 +231,12 @@ def load_medklip(
     """
     folder = PHANTOM_CHECKPOINT if checkpoint == "phantom" else Path(checkpoint)
     if folder.is_file():
-        path, state = folder, read_state(folder)
-        if "disease_book" not in state:
-            beside = path.parent / DESCRIPTIONS
-            state["disease_book"] = query_embeddings(
-                Path(descriptions or beside), os.fspath(text_encoder)
-            )
-        state.setdefault("location_book", torch.zeros(0, MedKLIPConfig.text_width))
-        config = MedKLIPConfig(
-            OFFICIAL_QUERIES, tuple(map(str, range(len(torch.atleast_1d(state["location_book"])))))
-        )
+        path = folder
+        config, state = open_door("MedKLIP")(path, descriptions, text_encoder)
     else:
-        config, path = _read_config(folder / "config.json"), folder / "model.safetensors"
-        state = read_state(path)
+        path = folder / "model.safetensors"
+        config = _read_config(folder / "config.json")
+        state = read_safetensors(path)
     try:
         model = MedKLIP(config)
     except Exception as error:  # a value that no network can have fails wherever it is first used

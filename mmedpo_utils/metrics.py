@@ -22,8 +22,8 @@ import numpy as np
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU
 
-from . import released_metrics
-from .errors import first_line
+from .base.errors import first_line
+from .released import evaluation
 
 Row = dict[str, Any]
 Statistic = Callable[[np.ndarray], np.ndarray]
@@ -39,7 +39,7 @@ METHODS = {
     "script, each ideograph one",
     "meteor": "nltk's METEOR with its WordNet word list, mean over reports",
     "attention_in_lesion": "share of the image attention that falls inside the lesion mask, mean over questions",
-    **released_metrics.METHODS,
+    **evaluation.METHODS,
 }
 BLEU_ORDERS = (1, 2, 3, 4)
 # Chinese and Japanese write no blanks: each character counts as a word.
@@ -63,7 +63,7 @@ SCORES = (
     "rouge_l",
     "meteor",
 )
-RELEASED_SCORES = tuple(released_metrics.METHODS)
+RELEASED_SCORES = tuple(evaluation.METHODS)
 
 
 def words(text: str) -> list[str]:
@@ -194,7 +194,7 @@ def row_statistics(rows: Iterable[Row], metric: str) -> tuple[np.ndarray, Statis
             )
         if metric in RELEASED_SCORES:
             texts = [(str(row["answer"]), str(row["prediction"])) for row in used]
-            scores = np.array([released_metrics.answer_score(*pair, metric) for pair in texts])
+            scores = np.array([evaluation.answer_score(*pair, metric) for pair in texts])
         else:
             scores = np.array([answer_score(row) for row in used])
     known = np.isfinite(scores)
@@ -250,7 +250,7 @@ def meteor(rows: Iterable[Row], released: bool = False) -> tuple[float | None, s
         wordnet.ensure_loaded()
         for row in reports:
             if released:
-                scores.append(released_metrics.meteor(row["answer"], row["prediction"], wordnet))
+                scores.append(evaluation.meteor(row["answer"], row["prediction"], wordnet))
             else:
                 scores.append(single_meteor_score(words(row["answer"]), words(row["prediction"])))
     except LookupError:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .errors import InputError
+from .base.errors import InputError
 
 MASK_METHODS = ("quantile", "mean_std", "otsu", "soft")
 

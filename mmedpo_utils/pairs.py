@@ -15,21 +15,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .errors import InputError
-from .files import atomic_write
-from .hallucinate import Judge, choose_rejected
-from .manifests import Row, open_image, pair_row, question_text, resolve_image, row_source
+from .base.errors import InputError
+from .base.files import atomic_write
+from .base.images import open_image, resolve_image
 from .medklip import MedKLIP, confidence, heat_map
-from .noise import (
-    lesion_mask,
-    localized_noise,
-    released_mask,
-    released_noise,
-    signal_schedule,
-    step_for_signal,
-)
+from .noise import lesion_mask, localized_noise, released_mask, released_noise, signal_schedule, step_for_signal
+from .preference_rows import Row, pair_row, question_text, row_source
 from .profiles import Noise
-from .relevance import Member, debate
+from .relevance import Judge, Member, choose_rejected, debate
 
 THREADS, SMALLEST_BATCH = 2, 8
 PNG = {"format": "PNG", "compress_level": 1, "compress_type": 3}

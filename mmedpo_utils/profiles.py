@@ -14,19 +14,11 @@ from typing import Any
 
 import yaml
 
-from .errors import InputError
-from .files import atomic_write
-from .schema import (
-    between,
-    build_section,
-    is_path,
-    nearest,
-    one_of,
-    override,
-    read_yaml,
-    repository_root,
-)
+from .base.errors import InputError
+from .base.files import atomic_write
+from .base.settings import between, build_section, is_path, nearest, one_of, override, read_yaml, repository_root
 
+RETIRED_KEYS = [("training", "reuse_vision_features")]
 PROFILE_FOLDER = Path(__file__).with_suffix("")
 IMAGE_FOLDERS = {
     "folder": "images",
@@ -185,7 +177,6 @@ class Training:
     gradient_checkpointing: bool
     group_by_length: bool
     shared_prefix: bool
-    reuse_vision_features: bool
     cache_reference: bool
     processes: int = between(1)
     nodes: int = between(1)
@@ -300,6 +291,7 @@ def load_profile(
         and os.environ.get("MMEDPO_DATA_ROOT")
     ):
         data["root"] = os.environ["MMEDPO_DATA_ROOT"]
+    _drop_retired(values, path.name)
     profile = build_section(Profile, values, path.name)
     _check_together(profile, path.name)
     return profile
@@ -327,6 +319,14 @@ def _read_profile(name_or_path: str | os.PathLike) -> tuple[Path, dict[str, Any]
     return path, _merged(_read_profile(parent)[1], values)
 
 
+def _drop_retired(values: dict[str, Any], file: str) -> None:
+    """Leave out keys that profiles have no more, and say so: run folders of then still hold them."""
+    for section, key in RETIRED_KEYS:
+        if isinstance(values.get(section), dict) and key in values[section]:
+            del values[section][key]
+            print(f"{file}: key `{section}.{key}` is read no more, and left out")
+
+
 def _merged(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
     """``base`` with ``values`` on top, section by section; sections whose keys are free names are
     replaced whole.
@@ -339,21 +339,6 @@ def _merged(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
         and isinstance(base.get(key), dict)
     }
     return base | values | both
-
-
-def check_device(device: str) -> str:
-    """Resolve ``lvlm.device`` to ``cpu`` or ``cuda``. Raises InputError: a GPU is asked for where
-    torch sees none.
-    """
-    import torch
-
-    available = torch.cuda.is_available()
-    if device == "cuda" and not available:
-        raise InputError(
-            "profile key `lvlm.device`: asks for cuda, but torch finds no GPU here; write auto or "
-            "cpu, or install a CUDA build of torch on a machine with a GPU"
-        )
-    return ("cuda" if available else "cpu") if device == "auto" else device
 
 
 def _check_together(profile: Profile, file: str) -> None:

@@ -8,11 +8,16 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from .errors import InputError
+from .base.errors import InputError
+from .base.images import open_image, resolve_image
+from .metrics import words
+from .preference_rows import IMAGE_MARK, has_weight, question_text, row_source
+from .profiles import Profile, Variant
 
 
 class Opinion(NamedTuple):
@@ -120,3 +125,127 @@ def normalise(
         warnings.warn(f"all {scores.size} relevance scores are {scores[0]:g}: every weight is 1", stacklevel=2)
         return np.ones_like(scores)
     return np.clip(mean + np.sqrt(variance) * (scores - scores.mean()) / scores.std(), low, high)
+
+
+def training_weights(
+    rows: Sequence[dict[str, Any]], variant: Variant, profile: Profile
+) -> np.ndarray:
+    """Normalised relevance s' of every row; each source (text, visual) is normalised over its own
+    scores. Shape: [N].
+    """
+    sources, weights = np.array([row_source(row) for row in rows]), np.ones(len(rows))
+    bounds = {key: getattr(profile.relevance, key) for key in ("mean", "variance", "low", "high")}
+    if variant.weights == "uniform" or variant.objective == "sft":
+        return weights  # no score is read, so that pairs without one can be trained on
+    absent = [row["id"] for row in rows if not has_weight(row)]
+    if absent:
+        raise InputError(
+            f"`weighted_score` is missing in {len(absent)} of {len(rows)} preference rows (id "
+            f"{absent[0]!r} first), and the variant's `weights` are {variant.weights}; write "
+            "`weights: uniform` into the profile's variant, which uses no score, or give each row "
+            "a score from 0 to 1"
+        )
+    for source in np.unique(sources):
+        scores = [float(row["weighted_score"]) for row in rows if row_source(row) == source]
+        weights[sources == source] = normalise(scores, variant.weights, **bounds)
+    return weights
+
+
+CHUNK = 64
+
+
+class Judge(Protocol):
+    """What compares a response with the reference answer: a language model, or rules that know the
+    facts.
+    """
+
+    def conflict(self, question: str, answer: str, response: str) -> float:
+        """How strongly ``response`` contradicts ``answer``, from 0 (agrees) to 1."""
+
+    def write(self, question: str, answer: str, rng: np.random.Generator) -> str:
+        """A hallucinated response: a wrong finding, place or diagnosis, made from ``answer``."""
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A rejected response, where it comes from (``sampled`` or ``written``), and its conflict in
+    [0, 1].
+    """
+
+    text: str
+    origin: str
+    conflict: float
+
+
+def sample_candidates(
+    generate: Callable[..., list[list[str]]],
+    questions: Sequence[dict[str, Any]],
+    image_root: str | Path,
+    candidates: int,
+    temperature: float,
+    seed: int = 0,
+) -> list[list[str]]:
+    """Sample several responses per question from the target model.
+
+    Args:
+        generate: called as ``generate(images, texts, samples=, temperature=, seed=)`` for up to 64
+            questions at a time; returns one list of responses per question (``lvlm.generate`` with
+            the model bound).
+        questions: rows of ``read_questions``.
+
+    Returns:
+        ``candidates`` responses per question, in order.
+    """
+    responses: list[list[str]] = []
+    for start in range(0, len(questions), CHUNK):
+        chunk = questions[start : start + CHUNK]
+        images = [open_image(resolve_image(image_root, question["image"])) for question in chunk]
+        texts = [question_text(question) for question in chunk]
+        responses += generate(
+            images, texts, samples=candidates, temperature=temperature, seed=seed + start
+        )
+    return responses
+
+
+def choose_rejected(
+    question: str,
+    answer: str,
+    candidates: Sequence[str],
+    judge: Judge,
+    threshold: float,
+    rng: np.random.Generator,
+) -> Rejected:
+    """The candidate with the strongest conflict, or a written hallucination where none reaches
+    ``threshold``.
+
+    Raises:
+        InputError: the judge's conflict lies outside [0, 1], or it writes the reference answer
+            itself.
+    """
+
+    def graded(text: str, origin: str) -> Rejected:
+        text = text.replace(
+            IMAGE_MARK, " "
+        ).strip()  # a model may write the mark, and no answer may hold it
+        conflict = judge.conflict(question, answer, text)
+        if not 0 <= conflict <= 1:
+            raise InputError(
+                f"judge: gave the conflict {conflict!r} for {text!r:.80}; expected a value from 0 "
+                "to 1"
+            )
+        return Rejected(text, origin, conflict)
+
+    best = max(
+        (graded(text, "sampled") for text in candidates),
+        key=lambda item: item.conflict,
+        default=None,
+    )
+    if best is not None and best.text and best.conflict >= threshold:
+        return best
+    written = graded(judge.write(question, answer, rng), "written")
+    if not written.text or words(written.text) == words(answer):
+        raise InputError(
+            f"judge: wrote {written.text!r} for the question {question!r:.80}, which rejects "
+            "nothing"
+        )
+    return written

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -15,8 +16,9 @@ import torch
 from filelock import FileLock, Timeout
 from transformers import TrainerCallback
 
-from .errors import InputError
-from .files import write_json, write_json_lines
+from .base.errors import InputError
+from .base.files import write_json, write_json_lines
+from .profiles import Profile
 
 MARKER = "complete.json"
 KEPT = ("profile.yaml", "hostfile", "train.log")
@@ -153,3 +155,31 @@ class CheckpointKeeper(TrainerCallback):
                 if path != written:
                     (path / MARKER).unlink(missing_ok=True)
                     shutil.rmtree(path, ignore_errors=True)
+
+
+# Keys that the profile has no more, with the value that they had: runs of then are still known.
+RETIRED = {"reuse_vision_features": True}
+NOT_DECIDING = ("logging_steps", "save_every", "report_to", "nodes", "hostfile")
+
+
+FAILED = "=== a training process failed ==="
+
+
+def run_digest(profile: Profile, variant: str, seed: int, manifest: Path) -> str:
+    """SHA-256 (hexadecimal) of all that decides a run: the profile's sections, the one variant, the
+    seed, the manifest's bytes.
+
+    What is logged, what is saved on the way, and which machines do the work is left out.
+    """
+    values = profile.as_dict()
+    training = {key: value for key, value in values["training"].items() if key not in NOT_DECIDING}
+    deciding = {
+        key: values[key] for key in ("seed", "data", "visual_tool", "noise", "lvlm", "relevance")
+    }
+    training |= RETIRED
+    deciding |= {
+        "training": training | {"variants": {variant: training["variants"][variant]}},
+        "training_seed": seed,
+        "manifest": hashlib.sha256(manifest.read_bytes()).hexdigest(),
+    }
+    return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()

@@ -1,115 +1,252 @@
-"""Weighted DPO with a rejected image of its own for every pair, on top of TRL's trainer (arXiv 2412.06141, method step 3)."""
+"""Relevance-weighted DPO with an image of its own for every answer (arXiv 2412.06141, method step 3).
+
+This is the plain trainer, on top of TRL's: two rows a pair, one forward pass, in reading order.
+`scale.fast_trainer` computes the same losses and gradients in about half the time, and profiles use
+it where they ask for one of its savings (``training.shared_prefix``, ``training.cache_reference``).
+"""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
 from peft import LoraConfig
 from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.constants import DUMMY_TARGET_MODULES
-from transformers import PreTrainedModel, TrainerCallback
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel, ProcessorMixin
 from transformers.trainer_pt_utils import get_length_grouped_indices
+from transformers.utils import ModelOutput
 from trl import DPOTrainer
+from trl.data_utils import apply_chat_template
 from trl.models.utils import disable_gradient_checkpointing
 
-from . import prefix
-from .errors import InputError
-from .files import write_json
-from .preferences import PreferenceCollator, image_token_count, pair_keys, preference_dataset
+from .base.errors import InputError
+from .base.images import open_image, resolve_image
+from .lvlm import image_token_count
+from .preference_rows import Row, answer_text, question_text, row_source
 
-__all__ = ["PROJECTOR", "MMedPOTrainer", "PreferenceCollator", "adapter_config", "image_token_count", "pair_keys",
-           "preference_dataset", "preference_loss"]
 PROJECTOR = "multi_modal_projector"
-LENGTH = "length"
+CACHED_IMAGES = 2048  # decoded images that a collator keeps: each comes once an epoch
 
 
-def preference_loss(policy_chosen_logps: torch.Tensor, policy_rejected_logps: torch.Tensor,
-                    reference_chosen_logps: torch.Tensor, reference_rejected_logps: torch.Tensor,
-                    beta: float, weights: torch.Tensor | float = 1.0) -> torch.Tensor:
-    """Relevance-weighted DPO loss, one value per pair; its mean is the training loss (arXiv 2412.06141, method step 3).
+def preference_loss(
+    policy_chosen_logps: torch.Tensor,
+    policy_rejected_logps: torch.Tensor,
+    reference_chosen_logps: torch.Tensor,
+    reference_rejected_logps: torch.Tensor,
+    beta: float,
+    weights: torch.Tensor | float = 1.0,
+) -> torch.Tensor:
+    """Relevance-weighted DPO loss, one value per pair; its mean is the training loss.
 
-    ``weight * -log sigmoid(beta * ((policy_chosen - reference_chosen) - (policy_rejected - reference_rejected)))``
+    ``weight * -log sigmoid(beta * ((policy_chosen - reference_chosen)
+    - (policy_rejected - reference_rejected)))``
 
     Args:
-        policy_chosen_logps: log-probability (sum over answer tokens) of y_w given image x under the policy. Shape: [B].
+        policy_chosen_logps: log-probability (sum over answer tokens) of y_w given image x under the
+            policy. Shape: [B].
         policy_rejected_logps: the same for y_l given the rejected image x*. Shape: [B].
-        reference_chosen_logps: log-probability of y_w given x under the model before training. Shape: [B].
+        reference_chosen_logps: log-probability of y_w given x under the model before training.
+            Shape: [B].
         reference_rejected_logps: the same for y_l given x*. Shape: [B].
         beta: strength of the tie to the reference, above 0 (0.1 in the released recipe).
-        weights: normalised clinical relevance s' of each pair, 0 or more. Shape: [B], or one number.
+        weights: normalised clinical relevance s' of each pair, 0 or more. Shape: [B], or one
+            number.
 
     Returns:
         Losses, 0 or more; ``weight * ln 2`` where the policy equals the reference. Shape: [B].
     """
-    margins = (policy_chosen_logps - reference_chosen_logps) - (policy_rejected_logps - reference_rejected_logps)
-    return -weights * F.logsigmoid(beta * margins)
+    chosen_log_ratio = policy_chosen_logps - reference_chosen_logps
+    rejected_log_ratio = policy_rejected_logps - reference_rejected_logps
+    margins = chosen_log_ratio - rejected_log_ratio
+    return -weights * F.logsigmoid(beta * margins)  # arXiv 2412.06141, the weighted objective
 
 
-def adapter_config(rank: int, alpha: int, dropout: float, trains: Sequence[str] = ("lora", "projector")) -> LoraConfig:
-    """LoRA on every linear layer of the language model except lm_head, the projector beside it, or one of the two alone."""
-    return LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout,
-                      target_modules="all-linear" if "lora" in trains else DUMMY_TARGET_MODULES,
-                      modules_to_save=[PROJECTOR] if "projector" in trains else None,
-                      exclude_modules=rf".*(vision_tower|{PROJECTOR}).*")
+def adapter_config(
+    rank: int, alpha: int, dropout: float, trains: Sequence[str] = ("lora", "projector")
+) -> LoraConfig:
+    """What is trained: LoRA on every linear layer of the language model except lm_head, the
+    projector beside it, or one of the two alone.
+    """
+    return LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules="all-linear" if "lora" in trains else DUMMY_TARGET_MODULES,
+        modules_to_save=[PROJECTOR] if "projector" in trains else None,
+        exclude_modules=rf".*(vision_tower|{PROJECTOR}).*",
+    )
 
 
-class FrozenTower:
-    """A frozen vision tower that remembers what it last said, until `clear`: policy and reference read one batch."""
+def preference_dataset(
+    rows: Sequence[Row],
+    weights: Sequence[float],
+    processor: ProcessorMixin,
+    image_root: Path,
+    rejected_root: Path,
+    max_length: int,
+) -> Dataset:
+    """Tokenised preference pairs; images stay on disk, as paths.
 
-    def __init__(self, tower: torch.nn.Module) -> None:
-        self.encode, self.pixels, self.states = tower.forward, None, None
-        tower.forward = self.forward
+    Args:
+        rows: manifest rows. Length: N.
+        weights: normalised relevance s' of each row. Length: N.
+        processor: the LLaVA processor; its chat template writes prompt and answer.
+        image_root: folder of ``image``.
+        rejected_root: folder of ``rejected_image``; a row without one is rejected on its own
+            ``image``.
+        max_length: tokens of prompt (image tokens included) and one answer that the model is given
+            at most.
 
-    def forward(self, pixel_values: torch.Tensor, **options: Any) -> BaseModelOutputWithPooling:
-        """The tower's hidden states, without gradient; from memory for the images of the call before. [I, 3, H, W]."""
-        if self.pixels is None or not torch.equal(self.pixels, pixel_values):
-            with torch.no_grad():
-                self.states = self.encode(pixel_values, **options).hidden_states
-            self.pixels = pixel_values
-        return BaseModelOutputWithPooling(hidden_states=self.states)
+    Returns:
+        ``prompt_ids``, ``chosen_ids``, ``rejected_ids``, ``image``, ``rejected_image``, ``weight``
+        and ``visual`` (whether the two images differ) of each pair.
 
-    def clear(self) -> None:
-        """Forget."""
-        self.pixels = self.states = None
+    Raises:
+        InputError: an image is missing, or of an answer nothing is left within ``max_length``.
+    """
+    image_tokens = processor.image_token * image_token_count(processor)
+    pairs = []
+    for row, weight in zip(rows, weights, strict=True):
+        texts = _texts(row, processor)
+        texts["prompt"] = texts["prompt"].replace(processor.image_token, image_tokens)
+        pair: dict[str, Any] = {}
+        for part in ("prompt", "chosen", "rejected"):
+            encoded = processor.tokenizer(texts[part], add_special_tokens=False)
+            pair[f"{part}_ids"] = encoded["input_ids"]
+        if len(pair["prompt_ids"]) >= max_length:
+            raise InputError(
+                f"pair {row['id']}: its prompt has {len(pair['prompt_ids'])} tokens, image "
+                "included, and leaves no room for an answer; raise the profile's "
+                f"`training.max_length` ({max_length})"
+            )
+        image = resolve_image(image_root, row["image"])
+        rejected_image = image
+        if row.get("rejected_image"):
+            rejected_image = resolve_image(rejected_root, row["rejected_image"])
+        pair["image"] = str(image)
+        pair["rejected_image"] = str(rejected_image)
+        pair["weight"] = float(weight)
+        pair["visual"] = row_source(row) == "visual"
+        pairs.append(pair)
+    return Dataset.from_list(pairs)
 
 
-def spread_images(model: torch.nn.Module, arguments: tuple, options: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """Hook before the LLaVA model: encode each different image once, give every row its own by ``image_rows`` [R]."""
-    rows = options.pop("image_rows", None)
-    if rows is not None:
-        images = model.get_image_features(options.pop("pixel_values"), return_dict=True)
-        images.pooler_output = list(torch.stack(images.pooler_output)[rows])
-        options["mm_encoder_outputs"] = {"image": images}
-    return arguments, options
+def _texts(row: Row, processor: ProcessorMixin) -> dict[str, str]:
+    """Prompt, chosen and rejected answer of a row as the chat template writes them."""
+    question = [{"type": "image"}, {"type": "text", "text": question_text(row)}]
+    messages: dict[str, Any] = {"prompt": [{"role": "user", "content": question}]}
+    for side in ("chosen", "rejected"):
+        answer = answer_text(row, rejected=side == "rejected")
+        content = [{"type": "text", "text": answer}]
+        messages[side] = [{"role": "assistant", "content": content}]
+    return apply_chat_template(messages, processor)
 
 
-def keep_answers(_: torch.nn.Module, __: tuple, options: dict[str, Any], output: Any) -> Any:
-    """Hook after the language model: keep the positions that predict answer tokens, [1, N] of [R, T]; lm_head sees no other."""
-    if "answer_rows" in options:
-        output.last_hidden_state = output.last_hidden_state[options["answer_rows"], options["answer_positions"]][None]
-    return output
+@dataclass
+class PreferenceBatch(ModelOutput):
+    """B pairs as 2B rows: the chosen rows first, then the rejected ones in the same order.
+
+    A `ModelOutput`, so that transformers and accelerate move it as they move a dictionary.
+    """
+
+    input_ids: torch.Tensor | None = None  # [2B, T] prompt, answer, padding
+    attention_mask: torch.Tensor | None = None  # [2B, T] 1 where there is a token
+    answer_mask: torch.Tensor | None = None  # [2B, T] True at the answer's tokens
+    pixel_values: torch.Tensor | None = None  # [2B, 3, H, W] each row's own image
+    weights: torch.Tensor | None = None  # [B] normalised relevance s'
+    visual: torch.Tensor | None = None  # [B] 1 for a visual pair, 0 for a text pair
+    chosen_lengths: torch.Tensor | None = None  # [B] tokens of the chosen answer
+    tokens: torch.Tensor | None = None  # [B] tokens that the model reads of the pair
+
+
+@dataclass
+class PreferenceCollator:
+    """Batches of pairs, from rows of `preference_dataset`.
+
+    Two pairs whose prompts have the tokens 1 2 3 and 1 4::
+
+        {prompt_ids: [1, 2, 3], chosen_ids: [7], rejected_ids: [8, 9], ...}
+        {prompt_ids: [1, 4],    chosen_ids: [7], rejected_ids: [5],    ...}
+
+    become four rows, padded on the right with 0::
+
+        input_ids              answer_mask
+        1 2 3 7 0              . . . x .     pair 0, chosen
+        1 4 7 0 0              . . x . .     pair 1, chosen
+        1 2 3 8 9              . . . x x     pair 0, rejected
+        1 4 5 0 0              . . x . .     pair 1, rejected
+
+    A row is cut where prompt and answer reach ``max_length``.
+    """
+
+    pad_token_id: int
+    max_length: int
+    processor: ProcessorMixin
+
+    def __post_init__(self) -> None:
+        self.pixels = lru_cache(maxsize=CACHED_IMAGES)(self.read_pixels)
+
+    def read_pixels(self, path: str) -> torch.Tensor:
+        """The image at ``path`` as the vision tower takes it. Shape: [3, H, W]."""
+        image = open_image(path).convert("RGB")
+        return self.processor.image_processor(images=image, return_tensors="pt")["pixel_values"][0]
+
+    def __call__(self, pairs: Sequence[dict[str, Any]]) -> PreferenceBatch:
+        """Collate B pairs."""
+        rows = []
+        answer_masks = []
+        images = []
+        answer_lengths = []
+        for side, image in (("chosen_ids", "image"), ("rejected_ids", "rejected_image")):
+            for pair in pairs:
+                prompt = pair["prompt_ids"]
+                answer = pair[side][: self.max_length - len(prompt)]
+                rows.append(torch.tensor(prompt + answer))
+                answer_masks.append(torch.tensor([False] * len(prompt) + [True] * len(answer)))
+                images.append(self.pixels(pair[image]))
+                answer_lengths.append(len(answer))
+        row_lengths = torch.tensor([len(row) for row in rows])
+        input_ids = pad_sequence(rows, batch_first=True, padding_value=self.pad_token_id)
+        chosen_tokens, rejected_tokens = row_lengths.chunk(2)
+        return PreferenceBatch(
+            input_ids=input_ids,
+            attention_mask=(torch.arange(input_ids.shape[1]) < row_lengths[:, None]).long(),
+            answer_mask=pad_sequence(answer_masks, batch_first=True),
+            pixel_values=torch.stack(images),
+            weights=torch.tensor([pair["weight"] for pair in pairs]),
+            visual=torch.tensor([float(pair["visual"]) for pair in pairs]),
+            chosen_lengths=torch.tensor(answer_lengths[: len(pairs)]),
+            tokens=chosen_tokens + rejected_tokens,
+        )
 
 
 class EpochOrder(torch.utils.data.Sampler):
-    """The order of the pairs in each epoch: seed and epoch alone decide, so that every process and a resumed run agree.
+    """The order of the pairs in each epoch: seed and epoch alone decide, so that every process and
+    a resumed run agree.
 
     Args:
-        lengths: tokens of each pair. Length: N.
+        lengths: tokens of each pair's longest row. Length: N.
         group: pairs of one step; with it, pairs of like length come together. None: any order.
-        epoch: tells the epoch that begins; the libraries' own samplers forget it where several processes resume.
+        epoch: tells the epoch that begins; the libraries' own samplers forget it where several
+            processes resume.
     """
 
-    def __init__(self, lengths: Sequence[int], group: int | None, seed: int, epoch: Callable[[], int]) -> None:
-        self.lengths, self.group, self.seed, self.epoch = lengths, group, seed, epoch
+    def __init__(
+        self, lengths: Sequence[int], group: int | None, seed: int, epoch: Callable[[], int]
+    ) -> None:
+        self.lengths = lengths
+        self.group = group
+        self.seed = seed
+        self.epoch = epoch
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -121,233 +258,221 @@ class EpochOrder(torch.utils.data.Sampler):
         return iter(torch.randperm(len(self.lengths), generator=generator).tolist())
 
 
-class ReferenceCallback(TrainerCallback):
-    """Computes the reference when training begins: the model is where it trains then, also inside DeepSpeed's engine."""
-
-    def __init__(self, trainer: MMedPOTrainer) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        """Compute, or read, what `MMedPOTrainer.precompute_reference` gives."""
-        self.trainer.precompute_reference()
-
-
 class MMedPOTrainer(DPOTrainer):
-    """TRL's DPO trainer with a weight per pair, rejected images, and a learning rate for the projector.
+    """TRL's DPO trainer with a weight per pair, rejected images, and a learning rate for the
+    projector.
 
-    ``loss_type="sft"`` trains on the chosen answers alone and ignores the weights. Rows come from `preference_dataset`,
-    batches from `PreferenceCollator`, whose ``shared_prefix`` halves the work of a pair with one image.
+    ``loss_type="sft"`` trains on the chosen answers alone and ignores the weights. Rows come from
+    `preference_dataset`, batches from `PreferenceCollator`.
 
     Args:
-        model: the Med-LVLM before training; ``peft_config`` (`adapter_config`) says what is trained.
+        model: the Med-LVLM before training; ``peft_config`` (`adapter_config`) says what is
+            trained.
         projector_learning_rate: of the projector; ``args.learning_rate`` is LoRA's.
-        reuse_vision_features: read each image of a batch once with a frozen tower, for policy and reference together.
-        reference: "initial": the model before training (adapter off, the projector as it was); "released": adapter off,
-            but the projector as trained so far, as the released code does, so that the reference drifts.
-        cache_reference: compute the initial reference once, when training begins, instead of in every step.
-        reference_cache: JSON file that keeps the reference between runs; one file belongs to one model.
+        reference: "initial": the model before training (adapter off, the projector as it was);
+            "released": adapter off, but the projector as trained so far, as the released code does,
+            so that the reference drifts.
         arguments: TRL's own.
 
     Raises:
-        InputError: rows share their prompt, and the model's attention reaches less than ``max_length`` tokens back; or
-            FlexAttention is asked for on a CPU.
+        InputError: FlexAttention is asked for on a CPU.
     """
 
-    def __init__(self, model: PreTrainedModel, *, projector_learning_rate: float, reuse_vision_features: bool = True,
-                 reference: str = "initial", cache_reference: bool = True, reference_cache: Path | None = None,
-                 **arguments: Any) -> None:
-        self.projector_learning_rate, self.reference = projector_learning_rate, reference
-        self.reference_cache, self.known_reference = reference_cache, {}
-        self.reuse_vision_features = reuse_vision_features
-        super().__init__(model, **arguments)
-        if not self.is_deepspeed_enabled:  # which keeps a 32-bit copy itself
-            for parameter in self.model.parameters():  # in bfloat16 a step of 1e-7 rounds to nothing
-                parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
-        llava = self.model.get_base_model().model
-        frozen = not any(parameter.requires_grad for parameter in llava.vision_tower.parameters())
-        self.tower = FrozenTower(llava.vision_tower) if reuse_vision_features and frozen else None
-        llava.register_forward_pre_hook(spread_images, with_kwargs=True)
-        llava.language_model.register_forward_hook(keep_answers, with_kwargs=True)
-        self._prepare_attention(llava.language_model)
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        projector_learning_rate: float,
+        reference: str = "initial",
+        **arguments: Any,
+    ) -> None:
+        self.projector_learning_rate = projector_learning_rate
+        self.reference = reference
         self.train_tokens = 0
-        if cache_reference and reference == "initial":
-            self._add_column("key", lambda data: pair_keys(data, self.args.max_length))
-            self.add_callback(ReferenceCallback(self))
-        self._add_column(LENGTH, lambda data: [max(len(row) for row, _ in self.data_collator.rows(pair)) for pair in data])
+        super().__init__(model, **arguments)
+        self.language_model = self.model.get_base_model().model.language_model
+        attention = self.language_model.config._attn_implementation
+        if attention == "flex_attention" and self.args.device.type == "cpu":
+            raise InputError(
+                "training.attention: flex_attention needs a GPU to train; set training.attention "
+                "to sdpa"
+            )
 
-    def _add_column(self, name: str, values: Any) -> None:
-        for attribute in ("train_dataset", "eval_dataset"):
-            data = getattr(self, attribute)
-            if data is not None:
-                setattr(self, attribute, data.add_column(name, values(data)))
+    def compute_logps(
+        self, model: torch.nn.Module, batch: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probabilities (sums over answer tokens) of chosen and rejected answers, in one
+        forward pass. Shape: [B] each.
+        """
+        outputs = model(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            pixel_values=batch.pixel_values,
+            use_cache=False,
+        )
+        # One to the left: the logits at position t predict the token at t + 1.
+        logits = outputs.logits[:, :-1].float()
+        next_tokens = batch.input_ids[:, 1:]
+        is_answer = batch.answer_mask[:, 1:]
+        token_logps = logits.log_softmax(-1).gather(-1, next_tokens[..., None])[..., 0]
+        row_logps = (token_logps * is_answer).sum(-1)  # [2B]
+        chosen_logps, rejected_logps = row_logps.chunk(2)
+        return chosen_logps, rejected_logps
 
-    def _prepare_attention(self, language_model: PreTrainedModel) -> None:
-        """Choose the attention that fits shared rows."""
-        config = language_model.config
-        window = getattr(config, "sliding_window", None)
-        if self.data_collator.shared_prefix and window and window < self.args.max_length:
-            raise InputError(f"training.shared_prefix: the model's attention window is {window} tokens, fewer than "
-                             f"`training.max_length` ({self.args.max_length}); set training.shared_prefix to false")
-        if config._attn_implementation == "flex_attention" and self.args.device.type == "cpu":
-            raise InputError("training.attention: flex_attention needs a GPU to train; set training.attention to sdpa")
-        if config._attn_implementation == "sdpa":
-            language_model.set_attn_implementation(prefix.PREFIX_ATTENTION)
-        self.attention = config._attn_implementation
+    @contextmanager
+    def reference_model(self) -> Iterator[None]:
+        """Inside, the model is the reference and nothing has a gradient."""
+        checkpointing = disable_gradient_checkpointing(
+            self.model, self.args.gradient_checkpointing_kwargs
+        )
+        with torch.no_grad(), checkpointing, self.model.disable_adapter():
+            if self.reference == "released":
+                for module in self.model.modules():
+                    if isinstance(module, AuxiliaryTrainingWrapper):  # the projector's copy
+                        module.enable_adapters(True)
+            yield
+
+    def reference_logps(self, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probabilities of chosen and rejected answers under the reference. Shape: [B] each."""
+        with self.reference_model():
+            return self.compute_logps(self.model, batch)
+
+    def _compute_loss(self, model: torch.nn.Module, inputs: Any, return_outputs: bool) -> Any:
+        # The reference first: what the policy keeps for its backward pass is not there yet.
+        reference_chosen_logps, reference_rejected_logps = self.reference_logps(inputs)
+        policy_chosen_logps, policy_rejected_logps = self.compute_logps(model, inputs)
+        losses = preference_loss(
+            policy_chosen_logps,
+            policy_rejected_logps,
+            reference_chosen_logps,
+            reference_rejected_logps,
+            self.beta,
+            inputs.weights,
+        )
+        if self.loss_types == ["sft"]:
+            loss = -policy_chosen_logps.sum() / inputs.chosen_lengths.sum()
+        else:
+            loss = losses.mean()
+        self._record(
+            {
+                "loss": losses,
+                "chosen_logp": policy_chosen_logps,
+                "rejected_logp": policy_rejected_logps,
+                "reference_chosen_logp": reference_chosen_logps,
+                "reference_rejected_logp": reference_rejected_logps,
+                "weight": inputs.weights,
+                "visual": inputs.visual,
+                "tokens": inputs.tokens,
+            }
+        )
+        if not return_outputs:
+            return loss
+        return loss, {"logps": torch.stack([policy_chosen_logps, policy_rejected_logps])}
+
+    def _record(self, pairs: dict[str, torch.Tensor]) -> None:
+        """Keep every pair's values, of all processes, for the next log. Shape of each: [B]."""
+        training = self.model.training
+        names = list(pairs)
+        table = torch.stack([pairs[name].detach().float() for name in names], dim=1)
+        if training:
+            # A step's batches are fetched ahead, so that none of them knows that it is the last.
+            table = self.accelerator.gather(table)
+        else:
+            table = self.accelerator.gather_for_metrics(table)
+        values = dict(zip(names, table.unbind(1), strict=True))
+        self._log_pairs(values, "train" if training else "eval")
+
+    def _log_pairs(self, pairs: dict[str, torch.Tensor], mode: str) -> None:
+        """Add pairs to what the next log averages, over all and over each source.
+
+        A reward is ``beta * (policy - reference)``, in nats times beta; a pair is ranked right
+        where the chosen answer's is the greater.
+        """
+        chosen_reward = self.beta * (pairs["chosen_logp"] - pairs["reference_chosen_logp"])
+        rejected_reward = self.beta * (pairs["rejected_logp"] - pairs["reference_rejected_logp"])
+        values = {
+            "chosen_logp": pairs["chosen_logp"],
+            "rejected_logp": pairs["rejected_logp"],
+            "chosen_reward": chosen_reward,
+            "rejected_reward": rejected_reward,
+            "margin": chosen_reward - rejected_reward,
+            "accuracy": (chosen_reward > rejected_reward).float(),
+        }
+        metrics = self._metrics[mode]
+        metrics["weight"] += pairs["weight"].tolist()
+        for name, value in values.items():
+            metrics[name] += value.tolist()
+        for number, source in enumerate(("text", "visual")):
+            of_source = pairs["visual"] == number
+            if of_source.any():
+                metrics[f"{source}_loss"] += pairs["loss"][of_source].tolist()
+                for name, value in values.items():
+                    metrics[f"{source}_{name}"] += value[of_source].tolist()
+        # Tokens are a sum, and what is kept here is averaged: so one number, the sum so far.
+        read = int(pairs["tokens"].sum())
+        if mode == "train":
+            self.train_tokens += read
+            metrics["tokens"] = [self.train_tokens]
+        else:
+            metrics["tokens"] = [sum(metrics["tokens"], read)]
+
+    def row_lengths(self, data: Dataset) -> list[int]:
+        """Tokens of each pair's longest row, by which pairs of like length come together."""
+        lengths = []
+        for pair in data:
+            answer = max(len(pair["chosen_ids"]), len(pair["rejected_ids"]))
+            lengths.append(min(len(pair["prompt_ids"]) + answer, self.args.max_length))
+        return lengths
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> torch.utils.data.Sampler:
-        data, args = self.train_dataset if train_dataset is None else train_dataset, self.args
-        if args.train_sampling_strategy == "sequential":
+        data = self.train_dataset if train_dataset is None else train_dataset
+        strategy = self.args.train_sampling_strategy
+        if strategy == "sequential":
             return torch.utils.data.SequentialSampler(data)
-        step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        return EpochOrder(data[LENGTH], step if args.train_sampling_strategy == "group_by_length" else None, args.seed,
-                          lambda: int(self.state.epoch or 0))
+        step = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        group = step * self.args.world_size if strategy == "group_by_length" else None
+        return EpochOrder(
+            self.row_lengths(data), group, self.args.seed, lambda: int(self.state.epoch or 0)
+        )
 
     def _get_eval_sampler(self, eval_dataset: Dataset) -> torch.utils.data.Sampler | None:
         return torch.utils.data.SequentialSampler(eval_dataset)
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
-        """The optimiser of ``args.optim`` with two groups: LoRA at ``learning_rate``, the projector at its own rate."""
+        """The optimiser of ``args.optim`` with two groups: LoRA at ``learning_rate``, the projector
+        at its own rate.
+        """
         if self.optimizer is None:
-            groups: dict[bool, list[torch.nn.Parameter]] = {False: [], True: []}
+            lora = []
+            projector = []
             for name, parameter in self.model.named_parameters():
                 if parameter.requires_grad:
-                    groups[PROJECTOR in name].append(parameter)
-            rates = {False: self.args.learning_rate, True: self.projector_learning_rate}
+                    (projector if PROJECTOR in name else lora).append(parameter)
+            groups = []
+            if lora:
+                groups.append({"params": lora, "lr": self.args.learning_rate})
+            if projector:
+                groups.append({"params": projector, "lr": self.projector_learning_rate})
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            self.optimizer = kind([{"params": group, "lr": rates[key]} for key, group in groups.items() if group],
-                                  **options, weight_decay=self.args.weight_decay)
+            self.optimizer = kind(groups, **options, weight_decay=self.args.weight_decay)
         return self.optimizer
 
-    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """The batch on the device; a weight stays in 32 bits where DeepSpeed makes the rest bfloat16."""
-        exact = {key: inputs[key].to(self.args.device) for key in ("weights", "visual")}
-        return super()._prepare_inputs(inputs) | exact
-
-    def precompute_reference(self) -> None:
-        """Know the reference log-probabilities of every pair, computed once, shared between the processes.
-
-        The reference never changes, so each step saves a forward pass, and each later run all of them: what is
-        computed goes to ``reference_cache``. What is read from there is checked on a few pairs first; where it does not
-        hold, everything is computed anew. All processes make the same number of forward passes, as ZeRO stage 3 needs.
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        """The batch on the device; a weight stays in 32 bits where DeepSpeed makes the rest
+        bfloat16.
         """
-        self.model.eval()
-        datasets = [data for data in (self.train_dataset, self.eval_dataset) if data is not None]
-        places = [(length, key, data, number) for data in datasets
-                  for number, (length, key) in enumerate(zip(data[LENGTH], data["key"]))]
-        pairs = {key: (data, number) for _, key, data, number in sorted(places, key=lambda place: place[:2])}
-        known = self._read_reference(pairs)
-        missing, found = [key for key in pairs if key not in known], {}
-        size, rank, world = self.args.per_device_eval_batch_size, self.args.process_index, self.args.world_size
-        for start in range(0, len(missing), world * size):
-            batch = missing[start + rank * size : start + (rank + 1) * size] or missing[:1]
-            found |= zip(batch, self._reference_of([pairs[key] for key in batch]), strict=True)
-        known |= dict(gather_object(list(found.items())))
-        if missing and self.reference_cache and self.is_world_process_zero():
-            write_json(self.reference_cache, known)
-        self.known_reference = known
+        exact = {"weights": inputs["weights"], "visual": inputs["visual"]}
+        prepared = super()._prepare_inputs(inputs)
+        for name, value in exact.items():
+            prepared[name] = value.to(self.args.device)
+        return prepared
 
-    def _read_reference(self, pairs: dict[str, tuple[Dataset, int]]) -> dict[str, list[float]]:
-        """The cache's values, or none where they are not what the model says of up to four of ``pairs``."""
-        stored = {}
-        if self.reference_cache and self.reference_cache.is_file() and self.is_world_process_zero():
-            with suppress(ValueError):  # a damaged file is as good as none
-                stored = json.loads(self.reference_cache.read_text(encoding="utf-8"))
-        known = broadcast_object_list([stored])[0]
-        probe = [key for key in pairs if key in known][:4]
-        if not probe:
-            return known
-        again = torch.tensor(self._reference_of([pairs[key] for key in probe]))
-        precision = torch.finfo(torch.bfloat16 if self.args.bf16 else self.model.dtype).eps
-        near = torch.allclose(again, torch.tensor([known[key] for key in probe]), 10 * precision, max(1e-3, 64 * precision))
-        holds = broadcast_object_list([near])
-        return known if holds[0] else {}
 
-    def _reference_of(self, pairs: list[tuple[Dataset, int]]) -> list[list[float]]:
-        """Reference log-probabilities [chosen, rejected] of a batch of pairs, each named by its data set and number."""
-        inputs = self._prepare_inputs(self.data_collator([data[number] for data, number in pairs]))
-        with self.accelerator.autocast():
-            logps = self.reference_logps(inputs)
-        self._forget_images()
-        return torch.stack(logps, dim=1).tolist()
+def train_in_32_bits(model: torch.nn.Module) -> None:
+    """Keep the trained parameters in 32 bits: in bfloat16 a step of 1e-7 rounds to nothing.
 
-    @contextmanager
-    def reference_model(self) -> Iterator[None]:
-        """Inside, the model is the reference and nothing has a gradient."""
-        checkpointing = disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
-        with torch.no_grad(), checkpointing, self.model.disable_adapter():
-            for module in self.model.modules():
-                if self.reference == "released" and isinstance(module, AuxiliaryTrainingWrapper):
-                    module.enable_adapters(True)
-            yield
-
-    def reference_logps(self, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probabilities of chosen and rejected answers under the reference. Shape: [B] each."""
-        with self.reference_model():
-            return self.policy_logps(self.model, inputs)
-
-    def policy_logps(self, model: torch.nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probabilities (sums over answer tokens) of chosen and rejected answers, in one forward pass. Shape: [B] each."""
-        images = ({"pixel_values": inputs["pixel_values"], "image_rows": inputs["image_rows"]} if self.reuse_vision_features
-                  else {"pixel_values": inputs["pixel_values"][inputs["image_rows"]]})
-        outputs = model(input_ids=inputs["input_ids"], **images, **self._attention_inputs(inputs),
-                        answer_rows=inputs["answer_rows"], answer_positions=inputs["answer_positions"],
-                        shift_labels=inputs["answer_ids"][None], use_cache=False, fused_lm_head=True)
-        sums = outputs.log_probs.new_zeros(2 * len(inputs["weights"]))
-        return sums.index_add(0, inputs["answer_owners"], outputs.log_probs[0]).chunk(2)
-
-    def _attention_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Mask and positions; none where no row has two answers: padding is on the right, so that causal attention is enough."""
-        branches = inputs["branches"]
-        start = prefix.first_branching(branches)
-        if start == branches.shape[1]:
-            return {}
-        if self.attention == "flex_attention":
-            mask = prefix.block_mask(branches)
-        elif self.attention == prefix.PREFIX_ATTENTION:
-            mask = prefix.attention_mask(branches, start)
-        else:
-            lowest = torch.finfo(self.model.dtype).min
-            mask = torch.where(prefix.attention_mask(branches), 0.0, lowest).to(self.model.dtype)
-        return {"attention_mask": mask, "position_ids": inputs["position_ids"]}
-
-    def _forget_images(self) -> None:
-        if self.tower:
-            self.tower.clear()
-
-    def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
-        keys = inputs.get("pair_keys")
-        if keys and self.known_reference:
-            values = torch.tensor([self.known_reference[key] for key in keys], device=inputs["weights"].device)
-            reference = values.unbind(1)
-        else:
-            reference = self.reference_logps(inputs)
-        chosen, rejected = self.policy_logps(model, inputs)
-        self._forget_images()
-        losses = preference_loss(chosen, rejected, *reference, self.beta, inputs["weights"])
-        if self.loss_types == ["sft"]:
-            loss = -chosen.sum() / (inputs["answer_owners"] < len(chosen)).sum()
-        else:
-            loss = losses.mean()
-        columns = [losses, chosen, rejected, *reference, inputs["weights"], inputs["visual"], inputs["tokens"]]
-        self._record(torch.stack(columns, dim=1).detach())
-        return (loss, {"logps": torch.stack([chosen, rejected])}) if return_outputs else loss
-
-    def _record(self, pairs: torch.Tensor) -> None:
-        """Keep every pair's values for the next log, which averages them. ``pairs``: as `_compute_loss` stacks them. [B, 8]."""
-        training = self.model.training  # the batches of a step are fetched ahead, so none of them knows that it is the last
-        pairs = self.accelerator.gather(pairs) if training else self.accelerator.gather_for_metrics(pairs)
-        losses, chosen, rejected, reference_chosen, reference_rejected, weights, visual, tokens = pairs.unbind(1)
-        rewards = self.beta * (chosen - reference_chosen), self.beta * (rejected - reference_rejected)
-        values = {"chosen_logp": chosen, "rejected_logp": rejected, "chosen_reward": rewards[0], "rejected_reward": rewards[1],
-                  "margin": rewards[0] - rewards[1], "accuracy": (rewards[0] > rewards[1]).float()}
-        mode = "train" if training else "eval"
-        for key, value in ({"weight": weights} | values).items():
-            self._metrics[mode][key] += value.tolist()
-        for number, source in enumerate(("text", "visual")):
-            for key, value in ({"loss": losses} | values).items():
-                if (visual == number).any():
-                    self._metrics[mode][f"{source}_{key}"] += value[visual == number].tolist()
-        if training:
-            self.train_tokens += int(tokens.sum())
-        self._metrics[mode]["tokens"] = [self.train_tokens if training else
-                                         sum(self._metrics[mode]["tokens"], tokens.sum().item())]
+    Not for DeepSpeed, which keeps a 32-bit copy itself.
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()

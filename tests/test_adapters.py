@@ -17,14 +17,15 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, LlavaForConditionalGeneration
 
-from mmedpo_utils.adapters import adapter_folder, put_on
-from mmedpo_utils.errors import InputError
-from mmedpo_utils.export import merge
-from mmedpo_utils.lvlm import PHANTOM_WEIGHTS, generate, image_attention, load_lvlm, model_folder
-from mmedpo_utils.manifests import write_manifest
+from mmedpo_utils.base.errors import InputError
+from mmedpo_utils.convert.adapters import adapter_folder, put_on
+from mmedpo_utils.convert.model_folder import model_folder
+from mmedpo_utils.lvlm import PHANTOM_WEIGHTS, generate, image_attention, load_lvlm
+from mmedpo_utils.preference_rows import write_manifest
 from mmedpo_utils.profiles import load_profile
+from mmedpo_utils.programs.export import merge
+from mmedpo_utils.programs.train import run
 from mmedpo_utils.run_folder import read_events
-from mmedpo_utils.train import run
 from mmedpo_utils.trainer import adapter_config
 
 from .original_llava import CLIP, CONFIG, TOWER, random_state, write_original

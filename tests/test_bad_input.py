@@ -24,17 +24,18 @@ import yaml
 from PIL import Image
 from safetensors.torch import save
 
-from mmedpo_utils import cards, lvlm, medklip
-from mmedpo_utils.cards import load_card
-from mmedpo_utils.errors import InputError
+from mmedpo_utils import lvlm, medklip
+from mmedpo_utils.base.cards import load_card
+from mmedpo_utils.base.errors import InputError
+from mmedpo_utils.base.files import write_json
+from mmedpo_utils.base import cards
+from mmedpo_utils.convert.layouts import import_hugging_face, read_layout
 from mmedpo_utils.evaluate import read_predictions
-from mmedpo_utils.files import write_json
-from mmedpo_utils.loaders import import_hugging_face, read_layout
 from mmedpo_utils.lvlm import load_lvlm
-from mmedpo_utils.manifests import pair_row, read_manifest, read_questions, write_manifest
 from mmedpo_utils.medklip import load_medklip
 from mmedpo_utils.noise import lesion_mask, localized_noise
 from mmedpo_utils.phantom.texts import read_masks
+from mmedpo_utils.preference_rows import pair_row, read_manifest, read_questions, write_manifest
 from mmedpo_utils.profiles import IMAGE_FOLDERS, load_profile
 from mmedpo_utils.relevance import normalise
 

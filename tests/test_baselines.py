@@ -13,16 +13,15 @@ import numpy as np
 import pytest
 import torch
 
-from mmedpo_utils import baselines
-from mmedpo_utils.datasets import prepare_dataset
-from mmedpo_utils.errors import InputError
-from mmedpo_utils.hallucinate import sample_candidates
+from mmedpo_utils.base.errors import InputError
+from mmedpo_utils.base.images import open_image
+from mmedpo_utils.dataset import prepare_dataset
 from mmedpo_utils.lvlm import generate, load_lvlm
-from mmedpo_utils.manifests import answer_text, open_image, question_text, read_manifest
 from mmedpo_utils.phantom.panel import FactJudge, fact_panel
+from mmedpo_utils.preference_rows import answer_text, question_text, read_manifest
 from mmedpo_utils.profiles import load_profile
-from mmedpo_utils.relevance import debate, normalise
-from mmedpo_utils.train import training_weights
+from mmedpo_utils.programs import baselines
+from mmedpo_utils.relevance import debate, normalise, sample_candidates, training_weights
 
 from .conftest import REPOSITORY
 

@@ -15,7 +15,7 @@ from peft import get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlavaForConditionalGeneration
 
-from mmedpo_utils.prefix import attention_mask
+from mmedpo_utils.scale.shared_prefix import attention_mask
 from mmedpo_utils.trainer import adapter_config
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -26,7 +26,7 @@ from flops import lora_weights, pair_flops, row_flops  # noqa: E402
 from gpu_step import methods as gpu_methods  # noqa: E402
 from gpu_step import peak_tflops, seconds_per_pair, sides  # noqa: E402
 
-SWITCHES = {"shared_prefix", "reuse_vision_features", "cache_reference", "group_by_length"}
+SWITCHES = {"shared_prefix", "cache_reference", "group_by_length"}
 
 
 def run(script: str, output: Path, *options: str) -> dict:

@@ -13,15 +13,15 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mmedpo_utils import cards
-from mmedpo_utils.cards import DatasetCard, card_names, check_dataset, load_card
-from mmedpo_utils.croissant import export_croissant
-from mmedpo_utils.datasets import prepare_dataset
-from mmedpo_utils.errors import InputError
-from mmedpo_utils.loaders import import_hugging_face
-from mmedpo_utils.plots import results_table
+from mmedpo_utils.base.cards import DatasetCard, card_names, load_card
+from mmedpo_utils.base.errors import InputError
+from mmedpo_utils.base import cards
+from mmedpo_utils.convert.cards import check_dataset, export_croissant
+from mmedpo_utils.convert.layouts import import_hugging_face
+from mmedpo_utils.dataset import prepare_dataset
 from mmedpo_utils.profiles import load_profile
-from mmedpo_utils.published_audit import COUNTS
+from mmedpo_utils.released.published_audit import COUNTS
+from mmedpo_utils.show.plots import results_table
 from tests.test_loaders import MAKERS, hugging_face, vqa_rad
 
 PAPER_NAMES = {

@@ -14,9 +14,9 @@ from email.utils import formatdate
 import numpy as np
 import pytest
 
-from mmedpo_utils.chat import Chat, EndpointModel, Limits, Sampling
-from mmedpo_utils.errors import InputError
-from mmedpo_utils.judges import LanguageModelJudge
+from mmedpo_utils.base.errors import InputError
+from mmedpo_utils.judges.chat import Chat, EndpointModel, Limits, Sampling
+from mmedpo_utils.judges.language_models import LanguageModelJudge
 from mmedpo_utils.profiles import LanguageModel
 from tests import servers
 from tests.servers import running

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from mmedpo_utils import curate
-from mmedpo_utils.datasets import prepare_dataset
-from mmedpo_utils.environment import check_environment, versions
-from mmedpo_utils.errors import InputError
+from mmedpo_utils.base.environment import check_environment, versions
+from mmedpo_utils.base.errors import InputError
+from mmedpo_utils.dataset import prepare_dataset
 from mmedpo_utils.lvlm import load_lvlm
 from mmedpo_utils.medklip import load_medklip
 from mmedpo_utils.phantom.panel import FactJudge, fact_panel

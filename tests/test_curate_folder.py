@@ -17,14 +17,15 @@ import pytest
 import torch
 from PIL import Image
 
+from mmedpo_utils.base.errors import InputError
+from mmedpo_utils.base.images import open_image
 from mmedpo_utils.curate import curate_folder
-from mmedpo_utils.errors import InputError
-from mmedpo_utils.journal import Journal
-from mmedpo_utils.manifests import open_image, read_manifest
 from mmedpo_utils.medklip import MedKLIP, MedKLIPConfig
 from mmedpo_utils.noise import lesion_mask
 from mmedpo_utils.pairs import Look, image_batches, medklip_look, visual_pairs
+from mmedpo_utils.preference_rows import read_manifest
 from mmedpo_utils.profiles import load_profile
+from mmedpo_utils.scale.journal import Journal
 
 NOISE = load_profile("phantom-smoke").noise
 HEAT = np.exp(-((np.mgrid[:14, :14][0] - 4) ** 2 + (np.mgrid[:14, :14][1] - 9) ** 2) / 6) / 196

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmedpo_utils import dicom
-from mmedpo_utils.errors import InputError
-from mmedpo_utils.manifests import open_image
+from mmedpo_utils.base.errors import InputError
+from mmedpo_utils.base.images import open_image
+from mmedpo_utils.convert import dicom
 
 pydicom = pytest.importorskip("pydicom", reason="the extra `dicom` is not installed")
 RAMP = np.arange(0, 4096, 16, dtype=np.uint16).reshape(16, 16)

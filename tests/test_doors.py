@@ -15,14 +15,16 @@ import datasets
 import pytest
 from PIL import Image
 
-from mmedpo_utils import manifests, schema
-from mmedpo_utils.cards import load_card
-from mmedpo_utils.datasets import prepare_dataset
-from mmedpo_utils.errors import InputError
-from mmedpo_utils.judges import build_judges
-from mmedpo_utils.loaders import import_hugging_face
-from mmedpo_utils.manifests import open_image, pair_row, read_manifest, read_questions
-from mmedpo_utils.privacy import check_origin, check_outputs
+from mmedpo_utils import preference_rows
+from mmedpo_utils.base import settings
+from mmedpo_utils.base.cards import load_card
+from mmedpo_utils.base.errors import InputError
+from mmedpo_utils.base.images import open_image
+from mmedpo_utils.base.privacy import check_origin, check_outputs
+from mmedpo_utils.convert.layouts import import_hugging_face
+from mmedpo_utils.dataset import prepare_dataset
+from mmedpo_utils.judges.language_models import build_judges
+from mmedpo_utils.preference_rows import pair_row, read_manifest, read_questions
 from mmedpo_utils.profiles import LanguageModel, load_profile
 
 from .conftest import REPOSITORY
@@ -138,7 +140,7 @@ def test_a_file_in_the_working_folder_is_no_card(tmp_path, monkeypatch, name):
 def test_a_folder_called_phantom_is_no_model(tmp_path, monkeypatch):
     (tmp_path / "phantom").mkdir()
     (tmp_path / "own").mkdir()
-    monkeypatch.setattr(schema, "repository_root", lambda: tmp_path)
+    monkeypatch.setattr(settings, "repository_root", lambda: tmp_path)
     profile = load_profile("phantom-smoke", {"visual_tool.checkpoint": "own"})
     assert profile.lvlm.model == "phantom" and profile.visual_tool.checkpoint == str(
         tmp_path / "own"
@@ -282,6 +284,6 @@ def test_a_picture_of_pillow_that_is_on_no_list_is_refused(tmp_path):
     Image.new("L", (8, 8)).save(tmp_path / "a.png", format="PCX")
     with pytest.raises(InputError, match="PNG, JPEG, TIFF"):
         open_image(tmp_path / "a.png")
-    for kind in manifests.IMAGE_FORMATS:
+    for kind in preference_rows.IMAGE_FORMATS:
         Image.new("RGB", (8, 8), (9, 9, 9)).save(tmp_path / "b.png", format=kind)
         assert open_image(tmp_path / "b.png").size == (8, 8)

@@ -12,10 +12,11 @@ import torch
 from peft import get_peft_model
 
 from mmedpo_utils import evaluate, lvlm, metrics
-from mmedpo_utils.datasets import Dataset
-from mmedpo_utils.errors import InputError
-from mmedpo_utils.manifests import open_image, question_text, read_questions
+from mmedpo_utils.base.errors import InputError
+from mmedpo_utils.base.images import open_image
+from mmedpo_utils.dataset import Dataset
 from mmedpo_utils.phantom.texts import read_masks, write_dataset
+from mmedpo_utils.preference_rows import question_text, read_questions
 from mmedpo_utils.profiles import load_profile
 from mmedpo_utils.trainer import adapter_config
 

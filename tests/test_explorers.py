@@ -15,7 +15,7 @@ from IPython.core.interactiveshell import InteractiveShell
 from IPython.utils.capture import capture_output
 from PIL import Image
 
-from mmedpo_utils import explorers, plots
+from mmedpo_utils.show import explorers, plots
 
 EVIL = "<script>alert(1)</script>"
 RNG = np.random.default_rng(0)

@@ -16,13 +16,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from mmedpo_utils.errors import InputError
-from mmedpo_utils.export import add_scores, base_licence, main, merge, public_name, write_model_card
+from mmedpo_utils.base.errors import InputError
+from mmedpo_utils.base.settings import repository_root
 from mmedpo_utils.lvlm import generate, load_lvlm
-from mmedpo_utils.manifests import write_manifest
+from mmedpo_utils.preference_rows import write_manifest
 from mmedpo_utils.profiles import load_profile
-from mmedpo_utils.schema import repository_root
-from mmedpo_utils.train import run
+from mmedpo_utils.programs.export import add_scores, base_licence, main, merge, public_name, write_model_card
+from mmedpo_utils.programs.train import run
 
 from .conftest import REPOSITORY
 from .test_trainer import tiny_lvlm, tiny_pairs
@@ -187,7 +187,7 @@ def test_a_failing_merge_leaves_nothing_and_a_full_folder_is_kept(finished, tmp_
 
 
 def test_the_command_line_merges_and_says_what_is_wrong(finished, tmp_path, monkeypatch, capsys):
-    arguments = ["-m", "mmedpo_utils.export", "--adapter", str(finished[0]), "--output", str(tmp_path / "merged")]
+    arguments = ["-m", "mmedpo_utils.programs.export", "--adapter", str(finished[0]), "--output", str(tmp_path / "merged")]
     done = subprocess.run([sys.executable, *arguments], cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0 and (tmp_path / "merged" / "model.safetensors").is_file(), done.stderr
     monkeypatch.setattr(sys, "argv", arguments[1:])

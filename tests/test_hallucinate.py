@@ -8,13 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmedpo_utils.errors import InputError
-from mmedpo_utils.hallucinate import choose_rejected, sample_candidates
-from mmedpo_utils.manifests import question_text
+from mmedpo_utils.base.errors import InputError
 from mmedpo_utils.phantom.panel import FactJudge, claims, errors, fact_panel
 from mmedpo_utils.phantom.texts import questions
 from mmedpo_utils.phantom.world import films
-from mmedpo_utils.relevance import debate
+from mmedpo_utils.preference_rows import question_text
+from mmedpo_utils.relevance import choose_rejected, debate, sample_candidates
 
 JUDGE = FactJudge()
 WHERE, IS_THERE, WHAT = "Where is the nodule?", "Is there a nodule?", "What is seen in the right upper zone?"

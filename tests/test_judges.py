@@ -9,9 +9,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from mmedpo_utils.chat import Chat, Limits, Reply, Sampling
-from mmedpo_utils.errors import InputError
-from mmedpo_utils.judges import (
+from mmedpo_utils.base.errors import InputError
+from mmedpo_utils.base.privacy import agreement_sentence
+from mmedpo_utils.judges.chat import Chat, Limits, Reply, Sampling
+from mmedpo_utils.judges.language_models import (
     HALLUCINATIONS,
     LanguageModelJudge,
     LanguageModelMember,
@@ -24,7 +25,6 @@ from mmedpo_utils.judges import (
 )
 from mmedpo_utils.pairs import text_pairs
 from mmedpo_utils.phantom.panel import FactJudge, FactMember
-from mmedpo_utils.privacy import agreement_sentence
 from mmedpo_utils.profiles import load_profile
 from mmedpo_utils.relevance import debate
 from tests.servers import running

@@ -28,26 +28,25 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from mmedpo_utils import launch
-from mmedpo_utils import train as train_program
+from mmedpo_utils.base.errors import InputError
 from mmedpo_utils.commands import check_hostfile, commands, free_cores, free_port, process_count
-from mmedpo_utils.errors import InputError
+from mmedpo_utils.curate import manifest_path
 from mmedpo_utils.launch import TrainingError, load_run, train
 from mmedpo_utils.lvlm import load_lvlm
-from mmedpo_utils.manifests import read_manifest, write_manifest
-from mmedpo_utils.plots import training_curves
+from mmedpo_utils.preference_rows import read_manifest, write_manifest
 from mmedpo_utils.profiles import load_profile
-from mmedpo_utils.run_folder import read_events
-from mmedpo_utils.train import (
+from mmedpo_utils.programs import train as train_program
+from mmedpo_utils.programs.train import (
     EventWriter,
     build_trainer,
     deepspeed_config,
     held_out,
-    manifest_path,
-    run_digest,
     settle_environment,
     training_arguments,
-    training_weights,
 )
+from mmedpo_utils.relevance import training_weights
+from mmedpo_utils.run_folder import read_events, run_digest
+from mmedpo_utils.show.plots import training_curves
 
 from .conftest import REPOSITORY
 from .test_trainer import tiny_lvlm, tiny_pairs
@@ -204,7 +203,7 @@ def test_two_commands_take_different_ports_and_one_process_needs_no_launcher(wor
     alone = commands(
         tiny_profile(workspace, **{"training.processes": 1}), "dpo", 0, folder, ssh=False
     )[0]
-    assert alone[1:3] == ["-m", "mmedpo_utils.train"] and "deepspeed" not in " ".join(alone)
+    assert alone[1:3] == ["-m", "mmedpo_utils.programs.train"] and "deepspeed" not in " ".join(alone)
 
 
 def test_half_a_line_of_events_is_left_for_the_next_look(tmp_path):
@@ -357,7 +356,7 @@ def test_a_terminal_and_a_cell_start_the_same_run_and_tensorboard_is_filled(work
     words = [
         sys.executable,
         "-m",
-        "mmedpo_utils.launch",
+        "mmedpo_utils.programs.launch",
         "--profile",
         str(file),
         "--variant",
@@ -415,13 +414,13 @@ def test_cores_are_those_that_other_trainings_leave(monkeypatch):
             "-m",
             "deepspeed.launcher.runner",
             "--module",
-            "mmedpo_utils.train",
+            "mmedpo_utils.programs.train",
             "--cores",
             "3",
         ),
-        Process(11, "python", "-m", "mmedpo_utils.train", "--cores", "3"),
-        Process(20, "python", "-m", "mmedpo_utils.train", "--cores", "2"),
-        Process(30, "vim", "mmedpo_utils.train"),
+        Process(11, "python", "-m", "mmedpo_utils.programs.train", "--cores", "3"),
+        Process(20, "python", "-m", "mmedpo_utils.programs.train", "--cores", "2"),
+        Process(30, "vim", "mmedpo_utils.programs.train"),
     ]
     monkeypatch.setattr("psutil.process_iter", lambda attributes: running)
     monkeypatch.setattr("os.getpgid", lambda pid: pid // 10)
@@ -572,7 +571,7 @@ def test_a_plain_call_of_the_program_trains_alone_too(monkeypatch, tmp_path):
     seen = []
     # It would wait ten minutes for the others.
     monkeypatch.setattr("deepspeed.init_distributed", lambda *_: pytest.fail("joins others"))
-    monkeypatch.setattr("mmedpo_utils.train.run", lambda *_: seen.append(dict(os.environ)))
+    monkeypatch.setattr("mmedpo_utils.programs.train.run", lambda *_: seen.append(dict(os.environ)))
     words = "train --profile phantom-smoke --variant sft --cores 1 --run-folder".split()
     monkeypatch.setattr(sys, "argv", [*words, str(tmp_path)])
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")

@@ -31,12 +31,13 @@ from transformers import (
 )
 from trl.data_utils import apply_chat_template
 
-from mmedpo_utils import llava_checkpoint
-from mmedpo_utils.errors import InputError
-from mmedpo_utils.llava_checkpoint import KNOWN_TOWERS
-from mmedpo_utils.llava_text import TEMPLATES, image_tokenizer
+from mmedpo_utils.base.chat_templates import TEMPLATES
+from mmedpo_utils.base.errors import InputError
+from mmedpo_utils.convert import llava_med
+from mmedpo_utils.convert.llava_med import KNOWN_TOWERS
+from mmedpo_utils.convert.llava_text import image_tokenizer
 from mmedpo_utils.lvlm import MedLVLM, generate, load_lvlm, prompt
-from mmedpo_utils.manifests import pair_row
+from mmedpo_utils.preference_rows import pair_row
 from mmedpo_utils.trainer import preference_dataset
 
 from .conftest import REPOSITORY
@@ -239,7 +240,7 @@ def test_the_known_tower_needs_no_network(tmp_path, state, monkeypatch):
     source = write_original(tmp_path / "original", CONFIG | {"mm_vision_tower": name}, state)
     assert load_lvlm(source, "cpu").model.config.vision_config.hidden_size == 16
     (tmp_path / "partly").mkdir()
-    monkeypatch.setattr(llava_checkpoint, "snapshot_download", lambda name, **others: str(tmp_path / "partly"))
+    monkeypatch.setattr(llava_med, "snapshot_download", lambda name, **others: str(tmp_path / "partly"))
     assert load_lvlm(source, "cpu").model.config.vision_config.hidden_size == 16, "where the cache has no configuration of it"
     monkeypatch.undo()
     with pytest.raises(InputError, match="mm_vision_tower.*not to be had from the Hub.*lvlm.vision_tower to checkpoint"):
@@ -342,7 +343,7 @@ def test_a_hub_repository(tmp_path, state, kind, monkeypatch, cache):
                 shutil.copy(file, tmp_path / "hub")
         return str(tmp_path / "hub")
 
-    monkeypatch.setattr(llava_checkpoint, "snapshot_download", download)
+    monkeypatch.setattr(llava_med, "snapshot_download", download)
     torch.testing.assert_close(load_lvlm("team/llava", "cpu").model.lm_head.weight, state["lm_head.weight"])
     folder = next(path for path in cache.iterdir() if path.is_dir())
     assert folder.name.startswith("llava-checkpoint-")
@@ -437,7 +438,7 @@ def test_killed_at_any_step_nothing_half_written_loads(original, step, again, ca
     """A process that is killed before, or halfway through, the n-th write leaves no folder that loads as this model."""
     if again:
         load_lvlm(original, "cpu")
-        monkeypatch.setattr(llava_checkpoint, "LAYOUT", 2)
+        monkeypatch.setattr(llava_med, "LAYOUT", 2)
     killed = os.fork()
     if not killed:
         kill_at(*step)
@@ -462,7 +463,7 @@ def test_killed_at_any_step_nothing_half_written_loads(original, step, again, ca
 
 def kill_at(name: str, count: int) -> None:
     """Have this process killed at the ``count``-th call of a function that writes; a weight file is half written by then."""
-    owner = Path if name == "rename" else llava_checkpoint
+    owner = Path if name == "rename" else llava_med
     usual, calls = getattr(owner, name), []
 
     def counted(*arguments, **others):
@@ -501,7 +502,7 @@ def whole(large, tmp_path_factory) -> tuple[dict[str, str], float]:
 
 def convert_process(source: Path, home: Path, convert: bool = True) -> subprocess.Popen:
     """A process that converts, or imports the same and does nothing, and prints its peak memory in kB."""
-    code = ("import re, sys\nfrom pathlib import Path\nfrom mmedpo_utils.llava_checkpoint import converted, original_config\n"
+    code = ("import re, sys\nfrom pathlib import Path\nfrom mmedpo_utils.convert.llava_med import converted, original_config\n"
             "source = Path(sys.argv[1])\n"
             + "converted(source, original_config(source), 'checkpoint', str(source))\n" * convert
             + "print(re.search(r'VmHWM:\\s*(\\d+)', Path('/proc/self/status').read_text())[1])")

@@ -13,20 +13,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmedpo_utils import loaders
-from mmedpo_utils.cards import check_dataset, load_card
-from mmedpo_utils.datasets import prepare_dataset
-from mmedpo_utils.errors import InputError
-from mmedpo_utils.loaders import LAYOUTS, REPORT_QUESTION, import_hugging_face, read_layout
-from mmedpo_utils.manifests import (
-    open_image,
-    pair_row,
-    question_text,
-    read_manifest,
-    read_questions,
-    write_manifest,
-)
+from mmedpo_utils.base.cards import load_card
+from mmedpo_utils.base.errors import InputError
+from mmedpo_utils.base.images import open_image
+from mmedpo_utils.convert import layouts
+from mmedpo_utils.convert.cards import check_dataset
+from mmedpo_utils.convert.layouts import LAYOUTS, REPORT_QUESTION, import_hugging_face, read_layout
+from mmedpo_utils.dataset import prepare_dataset
 from mmedpo_utils.metrics import patient_of
+from mmedpo_utils.preference_rows import pair_row, question_text, read_manifest, read_questions, write_manifest
 from mmedpo_utils.profiles import IMAGE_FOLDERS, load_profile
 
 
@@ -564,13 +559,13 @@ def test_languages_are_read_however_they_are_written(tmp_path: Path, code: str) 
 )
 def test_the_findings_of_a_report(tmp_path: Path, report: str, findings: str) -> None:
     (tmp_path / "s1.txt").write_text(report)
-    assert loaders._findings(tmp_path / "s1.txt") == findings
+    assert layouts._findings(tmp_path / "s1.txt") == findings
 
 
 def test_a_report_of_blank_lines_takes_no_time(tmp_path: Path) -> None:
     (tmp_path / "s1.txt").write_text("FINDINGS: " + "\n " * 200_000 + "A" * 200_000 + "\n")
     began = time.monotonic()
-    assert loaders._findings(tmp_path / "s1.txt") == "A" * 200_000
+    assert layouts._findings(tmp_path / "s1.txt") == "A" * 200_000
     assert time.monotonic() - began < 5
 
 
@@ -606,7 +601,7 @@ def test_a_report_that_is_a_link_out_of_the_folder_is_refused(tmp_path: Path) ->
 )
 def test_the_findings_keep_to_their_section(tmp_path: Path, report: str, findings: str) -> None:
     (tmp_path / "s1.txt").write_text(report)
-    assert loaders._findings(tmp_path / "s1.txt") == findings
+    assert layouts._findings(tmp_path / "s1.txt") == findings
 
 
 def test_a_split_that_is_named_twice_is_refused(tmp_path: Path) -> None:

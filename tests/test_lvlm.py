@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mmedpo_utils.errors import InputError
+from mmedpo_utils.base.errors import InputError
 from mmedpo_utils.lvlm import PHANTOM_WEIGHTS, generate, image_attention, load_lvlm, prompt
 from mmedpo_utils.metrics import score_predictions
 from mmedpo_utils.phantom.texts import questions

@@ -15,30 +15,29 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmedpo_utils.cards import card_folder
-from mmedpo_utils.errors import InputError
-from mmedpo_utils.manifests import (
+from mmedpo_utils.base.cards import card_folder
+from mmedpo_utils.base.errors import InputError
+from mmedpo_utils.base.images import open_image, resolve_image
+from mmedpo_utils.curate import training_rows
+from mmedpo_utils.dataset import with_images
+from mmedpo_utils.preference_rows import (
     PAIR_KEYS,
     answer_text,
     audit_manifest,
     is_identical,
-    open_image,
     pair_row,
     question_text,
     read_manifest,
     read_questions,
     repair_manifest,
-    resolve_image,
     row_sha,
     row_source,
     rows_to_questions,
-    with_images,
     write_manifest,
 )
-from mmedpo_utils.plots import weight_histograms
 from mmedpo_utils.profiles import load_profile
-from mmedpo_utils.relevance import normalise
-from mmedpo_utils.train import training_rows, training_weights
+from mmedpo_utils.relevance import normalise, training_weights
+from mmedpo_utils.show.plots import weight_histograms
 
 QUESTION = {
     "question_id": "q1",

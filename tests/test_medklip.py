@@ -14,7 +14,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, BertTokenizer
 
-from mmedpo_utils.errors import InputError
+from mmedpo_utils.base.errors import InputError
+from mmedpo_utils.convert.medklip_official import OFFICIAL_QUERIES, query_embeddings
 from mmedpo_utils.medklip import (
     PHANTOM_CHECKPOINT,
     MedKLIP,
@@ -25,10 +26,9 @@ from mmedpo_utils.medklip import (
     pointing_hit,
     score_medklip,
 )
-from mmedpo_utils.medklip_checkpoint import OFFICIAL_QUERIES, query_embeddings
-from mmedpo_utils.phantom.build_medklip import read_report, training_films
 from mmedpo_utils.phantom.texts import report
 from mmedpo_utils.phantom.world import FINDINGS, films
+from mmedpo_utils.programs.build_phantom_medklip import read_report, training_films
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def test_the_official_file_gives_the_official_outputs(shared, tmp_path, monkeypa
     recipe, state = recipe_of(shared)
     expected = np.load(golden / "medklip" / "expected.npz")
     book = torch.from_numpy(recipe.tensor("disease_book", (75, 768)))
-    monkeypatch.setattr("mmedpo_utils.medklip.query_embeddings", lambda *_: book)
+    monkeypatch.setattr("mmedpo_utils.convert.medklip_official.query_embeddings", lambda *_: book)
     torch.save({"model": state}, tmp_path / "official.pth")
     model = load_medklip(tmp_path / "official.pth")
     assert model.queries == tuple(json.loads((golden / "medklip" / "classes.json").read_text()))
@@ -80,7 +80,7 @@ def test_the_official_file_gives_the_official_outputs(shared, tmp_path, monkeypa
 def test_every_form_of_the_file_gives_the_same_network(shared, tmp_path, monkeypatch):
     recipe, state = recipe_of(shared)
     book = torch.from_numpy(recipe.tensor("disease_book", (75, 768)))
-    monkeypatch.setattr("mmedpo_utils.medklip.query_embeddings", lambda *_: book)
+    monkeypatch.setattr("mmedpo_utils.convert.medklip_official.query_embeddings", lambda *_: book)
     torch.save({"model": state}, tmp_path / "official.pth")
     expected = load_medklip(tmp_path / "official.pth").state_dict()
     assert torch.equal(expected["cl_fc.weight"], state["module.cl_fc.weight"]), "stored, though the maps don't need it"
@@ -89,13 +89,13 @@ def test_every_form_of_the_file_gives_the_same_network(shared, tmp_path, monkeyp
     save_file(expected, tmp_path / "ours.safetensors")
     for name in ("bare.pth", "official.safetensors", "ours.safetensors"):
         if name == "ours.safetensors":
-            monkeypatch.setattr("mmedpo_utils.medklip.query_embeddings", lambda *_: pytest.fail("the file holds them"))
+            monkeypatch.setattr("mmedpo_utils.convert.medklip_official.query_embeddings", lambda *_: pytest.fail("the file holds them"))
         found = load_medklip(tmp_path / name).state_dict()
         assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found), name
 
 
 def test_a_wrong_official_file_names_what_is_wrong(shared, tmp_path, monkeypatch):
-    monkeypatch.setattr("mmedpo_utils.medklip.query_embeddings", lambda *_: torch.zeros(75, 768))
+    monkeypatch.setattr("mmedpo_utils.convert.medklip_official.query_embeddings", lambda *_: torch.zeros(75, 768))
     _, state = recipe_of(shared)
     path = tmp_path / "checkpoint.pth"
 

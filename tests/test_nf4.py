@@ -12,9 +12,9 @@ from PIL import Image
 from torch import nn
 
 from mmedpo_utils.lvlm import MedLVLM, generate, load_lvlm, load_profile_lvlm, model_digest, prompt
-from mmedpo_utils.manifests import read_manifest, write_manifest
+from mmedpo_utils.preference_rows import read_manifest, write_manifest
 from mmedpo_utils.profiles import load_profile
-from mmedpo_utils.train import build_trainer, save_adapter, training_arguments
+from mmedpo_utils.programs.train import build_trainer, save_adapter, training_arguments
 
 from .test_trainer import tiny_pairs
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmedpo_utils.errors import InputError
+from mmedpo_utils.base.errors import InputError
 from mmedpo_utils.noise import (
     global_noise,
     lesion_mask,

@@ -13,9 +13,9 @@ import nbformat
 import papermill
 import pytest
 
-from mmedpo_utils import tutorial
-from mmedpo_utils.errors import InputError
+from mmedpo_utils.base.errors import InputError
 from mmedpo_utils.profiles import load_profile
+from mmedpo_utils.programs import run_notebooks
 from tests.conftest import REPOSITORY
 
 NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("[0-9]*.ipynb"))
@@ -28,7 +28,7 @@ def smoke(tmp_path_factory):
     folder = tmp_path_factory.mktemp("smoke")
     profile = load_profile("phantom-smoke", {"output": str(folder / "run"), "figures": str(folder / "figures")})
     profile.save(folder / "profile.yaml")
-    seconds = tutorial.run(profile, str(folder / "profile.yaml"))
+    seconds = run_notebooks.run(profile, str(folder / "profile.yaml"))
     return profile, seconds
 
 
@@ -57,14 +57,14 @@ def test_a_run_leaves_manifests_adapters_predictions_and_figures(smoke):
     scores = json.loads((profile.output / "evaluation" / "scores.json").read_text())["models"]
     assert {"base", "mmedpo", "mmedpo_shuffled", *profile.training.variants} <= scores.keys()
     assert len(list(profile.figures.glob("*.png"))) >= 15
-    table = tutorial.results_table(scores)
+    table = run_notebooks.results_table(scores)
     assert len(table.splitlines()) == len(scores) + 1 and "closed accuracy" in table
 
 
 def test_a_second_run_reads_what_is_there(smoke):
     profile, _ = smoke
     stamps = {path: path.stat().st_mtime_ns for path in profile.output.glob("train/*/result.json")}
-    tutorial.run_notebook(NOTEBOOKS[4], profile.output / "again.ipynb", str(profile.output.parent / "profile.yaml"))
+    run_notebooks.run_notebook(NOTEBOOKS[4], profile.output / "again.ipynb", str(profile.output.parent / "profile.yaml"))
     assert stamps and stamps == {path: path.stat().st_mtime_ns for path in stamps}, "nothing is trained twice"
 
 
@@ -80,7 +80,7 @@ def test_real_images_go_through_notebooks_01_to_05(shared, tmp_path, monkeypatch
         "training.variants": {"mmedpo": variants["mmedpo"]}})
     profile.save(tmp_path / "profile.yaml")
     for path in NOTEBOOKS[1:6]:
-        tutorial.run_notebook(path, tmp_path / path.name, str(tmp_path / "profile.yaml"))
+        run_notebooks.run_notebook(path, tmp_path / path.name, str(tmp_path / "profile.yaml"))
     rows = json.loads((profile.output / "pairs" / "train.json").read_text())
     released = json.loads((root / "train_preferences.json").read_text())
     text = [row for row in rows if row["source"] == "text"]
@@ -94,7 +94,7 @@ def test_a_failing_cell_stops_the_run_and_names_the_error(tmp_path):
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("raise KeyError('lesion')")])
     nbformat.write(notebook, tmp_path / "bad.ipynb")
     with pytest.raises(papermill.PapermillExecutionError, match="lesion"):
-        tutorial.run_notebook(tmp_path / "bad.ipynb", tmp_path / "out.ipynb", "phantom")
+        run_notebooks.run_notebook(tmp_path / "bad.ipynb", tmp_path / "out.ipynb", "phantom")
 
 
 def test_the_command_line_refuses_to_publish_credentialed_data(tmp_path, monkeypatch, capsys):
@@ -102,10 +102,10 @@ def test_the_command_line_refuses_to_publish_credentialed_data(tmp_path, monkeyp
                                             "output": str(tmp_path / "run"), "figures": str(tmp_path / "run" / "figures")})
     profile.save(tmp_path / "mimic.yaml")
     monkeypatch.setattr("sys.argv", ["tutorial", "--profile", str(tmp_path / "mimic.yaml"), "--in-place"])
-    assert tutorial.main() == 2
+    assert run_notebooks.main() == 2
     assert "mimic-cxr is credentialed data" in capsys.readouterr().err and not (tmp_path / "run").exists()
     monkeypatch.setattr("sys.argv", ["tutorial", "--profile", "fantom"])
-    assert tutorial.main() == 2 and "`phantom`" in capsys.readouterr().err
+    assert run_notebooks.main() == 2 and "`phantom`" in capsys.readouterr().err
 
 
 def test_a_profile_in_the_working_folder_reaches_kernels_that_run_elsewhere(tmp_path, monkeypatch):
@@ -114,16 +114,16 @@ def test_a_profile_in_the_working_folder_reaches_kernels_that_run_elsewhere(tmp_
 
     load_profile("phantom-smoke").save(tmp_path / "mine.yaml")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(tutorial, "run", stop)
+    monkeypatch.setattr(run_notebooks, "run", stop)
     monkeypatch.setattr("sys.argv", ["tutorial", "--profile", "mine.yaml"])
     errors = io.StringIO()
     with contextlib.redirect_stderr(errors):
-        assert tutorial.main() == 2
+        assert run_notebooks.main() == 2
     assert errors.getvalue().strip() == str(tmp_path / "mine.yaml")
 
 
 def test_peak_memory_sees_an_allocation():
-    watch = tutorial.PeakMemory()
+    watch = run_notebooks.PeakMemory()
     watch.start()
     block = bytearray(os.urandom(1)) * (600 * 2**20)
     watch._stop_event.wait(0.6)
@@ -136,7 +136,7 @@ def test_clean_drops_the_executors_marks_only():
     cell.metadata.update(papermill={"duration": 1}, tags=["solution"])
     injected = nbformat.v4.new_code_cell("profile_name = 'x'", metadata={"tags": ["injected-parameters"]})
     notebook = nbformat.v4.new_notebook(cells=[cell, injected], metadata={"papermill": {}, "language_info": {"name": "python"}})
-    cleaned = tutorial.clean(notebook)
+    cleaned = run_notebooks.clean(notebook)
     assert [dict(c.metadata) for c in cleaned.cells] == [{"tags": ["solution"]}]
     assert "papermill" not in cleaned.metadata and "language_info" in cleaned.metadata
 

@@ -9,27 +9,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmedpo_utils.errors import InputError
-from mmedpo_utils.manifests import (
+from mmedpo_utils.base.errors import InputError
+from mmedpo_utils.base.images import open_image
+from mmedpo_utils.noise import lesion_mask
+from mmedpo_utils.pairs import medklip_look, merge_pairs, pick_questions, reject_image, text_pairs, visual_pairs
+from mmedpo_utils.phantom.panel import FactJudge, fact_panel
+from mmedpo_utils.phantom.texts import write_dataset
+from mmedpo_utils.preference_rows import (
     answer_text,
     audit_manifest,
-    open_image,
     read_manifest,
     read_questions,
     rows_to_questions,
     write_manifest,
 )
-from mmedpo_utils.noise import lesion_mask
-from mmedpo_utils.pairs import (
-    medklip_look,
-    merge_pairs,
-    pick_questions,
-    reject_image,
-    text_pairs,
-    visual_pairs,
-)
-from mmedpo_utils.phantom.panel import FactJudge, fact_panel
-from mmedpo_utils.phantom.texts import write_dataset
 from mmedpo_utils.profiles import Profile, load_profile
 
 NOISE = load_profile("phantom-smoke").noise

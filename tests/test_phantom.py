@@ -10,16 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mmedpo_utils.base.settings import SPLITS
 from mmedpo_utils.phantom.anatomy import IMAGE_SIZE, draw_anatomy, draw_chest, ellipse, smooth_noise, soft
-from mmedpo_utils.phantom.texts import (
-    SPLITS,
-    pack_masks,
-    questions,
-    read_masks,
-    report,
-    with_article,
-    write_dataset,
-)
+from mmedpo_utils.phantom.texts import pack_masks, questions, read_masks, report, with_article, write_dataset
 from mmedpo_utils.phantom.world import FINDINGS, LEVELS, ZONES, choose_zones, draw_film, films
 
 

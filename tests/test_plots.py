@@ -13,7 +13,7 @@ from matplotlib import pyplot
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from mmedpo_utils import plots
+from mmedpo_utils.show import plots
 
 DATA_MANIFESTS = Path(__file__).resolve().parents[1] / "data_manifests"
 RNG = np.random.default_rng(0)

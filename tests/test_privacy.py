@@ -7,9 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from mmedpo_utils.errors import InputError
-from mmedpo_utils.files import write_json
-from mmedpo_utils.privacy import agreement_sentence, check_endpoint, check_outputs, is_loopback, private_folder
+from mmedpo_utils.base.errors import InputError
+from mmedpo_utils.base.files import write_json
+from mmedpo_utils.base.privacy import agreement_sentence, check_endpoint, check_outputs, is_loopback, private_folder
 
 MIMIC = SimpleNamespace(name="mimic-cxr", credentialed=True)
 SLAKE = SimpleNamespace(name="slake", credentialed=False)

@@ -10,10 +10,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mmedpo_utils import estimate, profiles, schema
-from mmedpo_utils.errors import InputError
-from mmedpo_utils.profiles import check_device, load_profile, profile_names
-from mmedpo_utils.schema import repository_root
+from mmedpo_utils import profiles
+from mmedpo_utils.base import settings
+from mmedpo_utils.base.environment import check_device
+from mmedpo_utils.base.errors import InputError
+from mmedpo_utils.base.settings import repository_root
+from mmedpo_utils.profiles import load_profile, profile_names
+from mmedpo_utils.scale import estimate
 
 PHANTOM = profiles.PROFILE_FOLDER / "phantom.yaml"
 
@@ -119,7 +122,7 @@ def test_each_missing_key_is_named(tmp_path: Path) -> None:
     named_freely = "training.variants."
     keys = [key for key in _keys(yaml.safe_load(text)) if not (key.startswith(named_freely) and key.count(".") == 2)]
     for key in keys:
-        values = yaml.load(text, Loader=schema._Loader)
+        values = yaml.load(text, Loader=settings._Loader)
         *parents, last = key.split(".")
         section = values
         for parent in parents:

@@ -11,17 +11,9 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 
-from mmedpo_utils import published_audit, released_metrics
-from mmedpo_utils.cards import card_folder
-from mmedpo_utils.published_audit import (
-    FLOOR,
-    ORDERS,
-    Line,
-    audit,
-    read_tables,
-    remainders,
-    undone_bleu,
-)
+from mmedpo_utils.base.cards import card_folder
+from mmedpo_utils.released import evaluation, published_audit
+from mmedpo_utils.released.published_audit import FLOOR, ORDERS, Line, audit, read_tables, remainders, undone_bleu
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +49,7 @@ def test_smoothed_bleu_of_any_texts_obeys_the_rules(tables, seed):
     be.
     """
     pairs = reports(seed)
-    means = [100 * np.mean([released_metrics.bleu_n(*pair, n) for pair in pairs]) for n in ORDERS]
+    means = [100 * np.mean([evaluation.bleu_n(*pair, n) for pair in pairs]) for n in ORDERS]
     altered = copy.deepcopy(tables)
     for order, mean in zip(ORDERS, means):
         altered["7"][0][f"iu_xray_bleu{order}"] = round(mean, 2)
@@ -81,7 +73,7 @@ def test_the_smoothing_is_undone_exactly_where_nothing_was_short():
         said = truth[:start] + [f"x{number}" for number in range(start, 40)]
         pairs.append((truth, said))
     smoothed = [
-        100 * np.mean([released_metrics.bleu_n(" ".join(a), " ".join(b), n) for a, b in pairs])
+        100 * np.mean([evaluation.bleu_n(" ".join(a), " ".join(b), n) for a, b in pairs])
         for n in ORDERS
     ]
     plain = []

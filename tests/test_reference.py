@@ -9,9 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from mmedpo_utils import reference
 from mmedpo_utils.profiles import load_profile
-from mmedpo_utils.tutorial import results_table
+from mmedpo_utils.programs import reference_results
+from mmedpo_utils.programs.run_notebooks import results_table
 from tests.conftest import REPOSITORY
 
 RESULTS = json.loads((REPOSITORY / "figures" / "reference" / "phantom_results.json").read_text())
@@ -101,14 +101,14 @@ def test_a_shuffled_name_asks_that_model_about_other_films_and_every_seed_is_sco
     def trained(profile, name, seed, live):
         return SimpleNamespace(adapter=f"{name}{seed}", result={"pairs": 5, "seconds": {"steps": seed + 1.0}})
 
-    monkeypatch.setattr(reference, "train", trained)
-    monkeypatch.setattr(reference, "answer_test", answer)
-    monkeypatch.setattr(reference, "attend_test", lambda *_: [])
-    monkeypatch.setattr(reference, "add_scores", lambda adapter, scores: cards.append((adapter, len(scores))))
+    monkeypatch.setattr(reference_results, "train", trained)
+    monkeypatch.setattr(reference_results, "answer_test", answer)
+    monkeypatch.setattr(reference_results, "attend_test", lambda *_: [])
+    monkeypatch.setattr(reference_results, "add_scores", lambda adapter, scores: cards.append((adapter, len(scores))))
     profile = load_profile("phantom-smoke", {"evaluation.seeds": [4]})
     one = dataclasses.replace(profile.training, variants={"dpo": profile.training.variants["dpo"]})
     pairs = [("dpo", "base"), ("dpo_shuffled", "base")]
-    table = reference.evaluate_seeds(dataclasses.replace(profile, training=one), None, (4, 5), pairs)
+    table = reference_results.evaluate_seeds(dataclasses.replace(profile, training=one), None, (4, 5), pairs)
     assert asked == [("base", None, False), ("dpo", "dpo4", False), ("dpo_shuffled", "dpo4", True),
                      ("dpo-seed5", "dpo5", False), ("dpo-seed5_shuffled", "dpo5", True)]
     assert cards == [("dpo4", 1), ("dpo5", 1)] and table["training"] == {"dpo": {"pairs": 5, "seconds": [5.0, 6.0]}}

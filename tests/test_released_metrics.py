@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mmedpo_utils import metrics, released_metrics
-from mmedpo_utils.released_metrics import bleu, bleu_n, normalise, word_overlap
+from mmedpo_utils import metrics
+from mmedpo_utils.released import evaluation
+from mmedpo_utils.released.evaluation import bleu, bleu_n, normalise, word_overlap
 
 DEBIAN_WORDNET = Path("/usr/share/wordnet")
 LEXICOGRAPHERS = """
@@ -51,7 +52,7 @@ def test_normalisation(golden):
         assert normalise(case["text"]) == case["normalised"], case["text"]
     assert (
         json.loads((golden / "normalisation.json").read_text()).items()
-        <= released_metrics.TABLES.items()
+        <= evaluation.TABLES.items()
     )
 
 
@@ -63,7 +64,7 @@ def test_every_question(golden):
         assert normalise(answer) == item["normalised_answer"]
         assert normalise(prediction) == item["normalised_prediction"]
         if item["answer_type"] == "CLOSED":
-            assert released_metrics.closed_correct(answer, prediction) == bool(item["closed"])
+            assert evaluation.closed_correct(answer, prediction) == bool(item["closed"])
         else:
             for key, value in word_overlap(answer, prediction).items():
                 assert value == pytest.approx(item[key], abs=1e-9), (item["question_id"], key)
@@ -90,7 +91,7 @@ def test_every_report(golden):
             "precision": overlap["precision"],
             "recall": overlap["recall"],
             "bleu_score": bleu(*pair, (0.25, 0.25, 0.25, 0.25)),
-            "rouge_l": released_metrics.rouge_l(*pair),
+            "rouge_l": evaluation.rouge_l(*pair),
         }
         given |= {f"bleu_score_{n}": bleu_n(*pair, n) for n in (1, 2, 3, 4)}
         for key, value in given.items():
@@ -144,12 +145,12 @@ def wordnet(tmp_path_factory):
 def test_meteor_of_every_report(golden, wordnet):
     found = items(golden / "report.json")
     for item in found:
-        value = released_metrics.meteor(item["answer"], item["prediction"], wordnet)
+        value = evaluation.meteor(item["answer"], item["prediction"], wordnet)
         assert value == pytest.approx(item["meteor"], abs=1e-6), item["question_id"]
 
 
 def test_what_one_may_not_expect():
-    assert released_metrics.closed_correct("no", "The film is abnormal.")
+    assert evaluation.closed_correct("no", "The film is abnormal.")
     assert not metrics.closed_correct("no", "The film is abnormal.")
     assert word_overlap("left lung", "left left left")["recall"] == pytest.approx(3 / 4)
     assert metrics.recall("left lung", "left left left") == pytest.approx(1 / 2)
@@ -162,7 +163,7 @@ def test_what_one_may_not_expect():
     assert bleu_n(report, "nothing matches", 1) == 0
     assert [
         bleu_n(report, "...", 1),
-        released_metrics.rouge_l(report, "..."),
+        evaluation.rouge_l(report, "..."),
         word_overlap("", report)["f1"],
     ] == [0, 0, 0]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mmedpo_utils.errors import InputError
+from mmedpo_utils.base.errors import InputError
 from mmedpo_utils.relevance import Opinion, debate, normalise
 
 

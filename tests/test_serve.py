@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 import torch
 
-from mmedpo_utils.chat import Chat, EndpointModel, LocalModel, Sampling
-from mmedpo_utils.errors import InputError
-from mmedpo_utils.judges import LanguageModelJudge, LanguageModelMember, build_judges, usage_table
+from mmedpo_utils.base.errors import InputError
+from mmedpo_utils.judges.chat import Chat, EndpointModel, LocalModel, Sampling
+from mmedpo_utils.judges.language_models import LanguageModelJudge, LanguageModelMember, build_judges, usage_table
 from mmedpo_utils.pairs import text_pairs
 from mmedpo_utils.profiles import LanguageModel, load_profile
 from tests.tiny_chat import train_tiny_chat

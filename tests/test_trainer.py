@@ -27,16 +27,17 @@ from transformers import (
 )
 from trl import DPOConfig, DPOTrainer
 
-from mmedpo_utils.errors import InputError
+from mmedpo_utils.base.errors import InputError
+from mmedpo_utils.lvlm import image_token_count
+from mmedpo_utils.scale.fast_trainer import FastTrainer, PackingCollator, pair_key
 from mmedpo_utils.trainer import (
     PROJECTOR,
     MMedPOTrainer,
     PreferenceCollator,
     adapter_config,
-    image_token_count,
-    pair_keys,
     preference_dataset,
     preference_loss,
+    train_in_32_bits,
 )
 
 TEMPLATE = ("{% for message in messages %}{{ 'USER: ' if message['role'] == 'user' else 'ASSISTANT: ' }}"
@@ -104,26 +105,33 @@ def arguments(folder: Path, **changes) -> DPOConfig:
     return DPOConfig(output_dir=str(folder), **{**values, **changes})
 
 
-PLAIN = {"shared_prefix": False, "reuse_vision_features": False, "cache_reference": False}
+PLAIN = {"shared_prefix": False, "cache_reference": False}
 
 
 def trainer(tiny: dict, folder: Path, rows=None, weights=None, projector_rate=1e-2, evaluation=None, shared_prefix=True,
-            reuse_vision_features=True, cache_reference=True, reference="initial", reference_cache=None, max_length=64,
-            trains=("lora", "projector"), attention="sdpa", **changes) -> MMedPOTrainer:
+            cache_reference=True, reference="initial", reference_cache=None, max_length=64,
+            trains=("lora", "projector"), attention="sdpa", plain=False, **changes) -> MMedPOTrainer:
     def dataset(rows, weights):
         return preference_dataset(rows, weights, tiny["processor"], tiny["images"], tiny["noised"], max_length)
 
     rows = tiny["rows"] if rows is None else rows
     model = LlavaForConditionalGeneration.from_pretrained(tiny["model"])
     model.model.language_model.set_attn_implementation(attention)
-    return MMedPOTrainer(
-        model, projector_learning_rate=projector_rate, reuse_vision_features=reuse_vision_features, reference=reference,
-        cache_reference=cache_reference, reference_cache=reference_cache,
-        args=arguments(folder, max_length=max_length, **changes),
-        train_dataset=dataset(rows, np.ones(len(rows)) if weights is None else weights),
-        eval_dataset=dataset(evaluation, np.ones(len(evaluation))) if evaluation else None,
-        data_collator=PreferenceCollator(0, max_length, tiny["processor"], shared_prefix=shared_prefix),
-        processing_class=tiny["processor"], peft_config=adapter_config(4, 8, 0.0, trains))
+    options = {
+        "projector_learning_rate": projector_rate,
+        "reference": reference,
+        "args": arguments(folder, max_length=max_length, **changes),
+        "train_dataset": dataset(rows, np.ones(len(rows)) if weights is None else weights),
+        "eval_dataset": dataset(evaluation, np.ones(len(evaluation))) if evaluation else None,
+        "processing_class": tiny["processor"],
+        "peft_config": adapter_config(4, 8, 0.0, trains),
+    }
+    if plain:
+        collator = PreferenceCollator(0, max_length, tiny["processor"])
+        return MMedPOTrainer(model, data_collator=collator, **options)
+    collator = PackingCollator(0, max_length, tiny["processor"], shared_prefix=shared_prefix)
+    return FastTrainer(model, data_collator=collator, cache_reference=cache_reference, reference_cache=reference_cache,
+                       **options)
 
 
 def batch_of(run: MMedPOTrainer, count: int) -> dict:
@@ -143,6 +151,11 @@ def answer_logps(model: LlavaForConditionalGeneration, batch: dict) -> torch.Ten
         found = logits[first:-1].log_softmax(-1)
         sums.append(found.gather(1, answer[:, None]).sum())
     return torch.stack(sums)
+
+
+def computed_reference(run: MMedPOTrainer, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """The reference log-probabilities by the model itself, whatever a cache says. Shape: [B] each."""
+    return MMedPOTrainer.reference_logps(run, batch)
 
 
 def losses(run: DPOTrainer, key: str = "loss") -> list[float]:
@@ -169,7 +182,7 @@ def test_preference_loss_and_its_gradient_match_the_closed_form():
 def test_the_collator_gives_each_answer_its_own_image(tiny, shared_prefix):
     rows = tiny["rows"][:4]
     pairs = preference_dataset(rows, [0.8, 0.9, 1.0, 1.1], tiny["processor"], tiny["images"], tiny["noised"], 64)
-    collator = PreferenceCollator(0, 64, tiny["processor"], shared_prefix=shared_prefix)
+    collator = PackingCollator(0, 64, tiny["processor"], shared_prefix=shared_prefix)
     batch = collator([pairs[number] for number in range(4)])
     assert len(batch["input_ids"]) == (6 if shared_prefix else 8) and len(batch["pixel_values"]) == 6
     for owner, folder in ((1, "images"), (5, "noised")):  # the chosen and the rejected answer of a visual pair
@@ -189,10 +202,8 @@ def test_the_collator_gives_each_answer_its_own_image(tiny, shared_prefix):
 
 
 @pytest.mark.parametrize(("switches", "encoded"), [
-    ({}, [6, 6]), ({"cache_reference": False}, [6, 6]), ({"reuse_vision_features": False}, [6, 6]),
-    ({"reuse_vision_features": False, "cache_reference": False}, [6, 6, 6, 6]),
-    ({**PLAIN, "cache_reference": True}, [8, 8])])
-def test_a_frozen_tower_reads_each_image_of_a_step_once(tiny, tmp_path, switches, encoded):
+    ({}, [6, 6]), ({"cache_reference": False}, [6, 6, 6, 6]), ({"plain": True}, [8, 8, 8, 8])])
+def test_each_different_image_of_a_forward_pass_is_encoded_once(tiny, tmp_path, switches, encoded):
     run, seen = trainer(tiny, tmp_path, tiny["rows"][:4], max_steps=2, **switches), []
     embeddings, compute = run.model.get_base_model().model.vision_tower.embeddings, run.compute_loss
 
@@ -203,15 +214,57 @@ def test_a_frozen_tower_reads_each_image_of_a_step_once(tiny, tmp_path, switches
     run.compute_loss = watched
     run.train()
     assert seen == encoded
-    assert run.tower is None or run.tower.states is None
 
 
-def test_a_tower_that_is_trained_is_never_remembered(tiny, tmp_path):
-    model = LlavaForConditionalGeneration.from_pretrained(tiny["model"])
-    assert MMedPOTrainer(model, projector_learning_rate=1.0, args=arguments(tmp_path), train_dataset=trainer(
-        tiny, tmp_path).train_dataset.remove_columns(["key", "length"]), processing_class=tiny["processor"],
-        data_collator=PreferenceCollator(0, 64, tiny["processor"]), peft_config=LoraConfig(
-            target_modules=["q_proj"], modules_to_save=["vision_tower"])).tower is None
+def test_the_plain_batch_is_the_one_in_the_collators_docstring(tiny):
+    image = str(tiny["images"] / "0.png")
+    noised = str(tiny["noised"] / "0.png")
+    shared = {"chosen_ids": [7], "image": image, "rejected_image": noised, "weight": 1.0, "visual": True}
+    pairs = [{**shared, "prompt_ids": [1, 2, 3], "rejected_ids": [8, 9]},
+             {**shared, "prompt_ids": [1, 4], "rejected_ids": [5], "visual": False}]
+    batch = PreferenceCollator(0, 64, tiny["processor"])(pairs)
+    assert batch.input_ids.tolist() == [[1, 2, 3, 7, 0], [1, 4, 7, 0, 0], [1, 2, 3, 8, 9], [1, 4, 5, 0, 0]]
+    assert batch.answer_mask.int().tolist() == [[0, 0, 0, 1, 0], [0, 0, 1, 0, 0], [0, 0, 0, 1, 1], [0, 0, 1, 0, 0]]
+    assert batch.attention_mask.tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]
+    assert batch.chosen_lengths.tolist() == [1, 1] and batch.tokens.tolist() == [9, 6] and batch.visual.tolist() == [1, 0]
+    for row, path in enumerate([image, image, noised, noised]):
+        expected = tiny["processor"].image_processor(images=Image.open(path).convert("RGB"), return_tensors="pt")
+        assert torch.equal(batch.pixel_values[row], expected["pixel_values"][0])
+    cut = PreferenceCollator(0, 4, tiny["processor"])(pairs)
+    assert cut.input_ids[2].tolist() == [1, 2, 3, 8] and cut.tokens.tolist() == [8, 6]
+
+
+def test_the_packed_batch_is_the_one_in_the_collators_docstring(tiny):
+    image = str(tiny["images"] / "0.png")
+    pair = {"prompt_ids": [1, 2, 3], "chosen_ids": [7], "rejected_ids": [8, 9], "image": image, "rejected_image": image,
+            "weight": 1.0, "visual": False}
+    batch = PackingCollator(0, 64, tiny["processor"])([pair])
+    assert batch.input_ids.tolist() == [[1, 2, 3, 7, 8, 9]] and batch.position_ids.tolist() == [[0, 1, 2, 3, 3, 4]]
+    assert batch.branches.tolist() == [[0, 0, 0, 1, 2, 2]]
+    assert batch.answer_ids.tolist() == [7, 8, 9] and batch.answer_owners.tolist() == [0, 1, 1]
+    assert batch.answer_positions.tolist() == [2, 2, 4]
+
+
+def test_the_plain_trainer_hooks_and_replaces_nothing_that_trls_does_not(tiny, tmp_path):
+    def touched(run):
+        found = set()
+        for name, module in run.model.named_modules():
+            hooks = len(module._forward_hooks), len(module._forward_pre_hooks)
+            if any(hooks) or "forward" in vars(module):
+                found.add((name, *hooks, "forward" in vars(module)))
+        return found
+
+    run = trainer(tiny, tmp_path, plain=True)
+    assert touched(run) == touched(stock_trainer(tiny, tmp_path, tiny["rows"][:4:2]))
+    assert run.train_dataset.column_names == [
+        "prompt_ids", "chosen_ids", "rejected_ids", "image", "rejected_image", "weight", "visual"]
+
+
+def test_what_is_trained_in_bfloat16_moves_in_32_bits():
+    layer = torch.nn.Linear(2, 2, dtype=torch.bfloat16)
+    layer.bias.requires_grad_(False)
+    train_in_32_bits(layer)
+    assert layer.weight.dtype == torch.float32 and layer.bias.dtype == torch.bfloat16
 
 
 def test_a_prompt_that_leaves_no_room_for_an_answer_is_refused(tiny):
@@ -219,24 +272,29 @@ def test_a_prompt_that_leaves_no_room_for_an_answer_is_refused(tiny):
         preference_dataset(tiny["rows"], [1.0] * 24, tiny["processor"], tiny["images"], tiny["noised"], 8)
 
 
-def test_with_equal_images_and_weights_of_one_every_loss_is_trls(tiny, tmp_path):
-    rows = [row for row in tiny["rows"] if row["rejected_image"] is None]
+def stock_trainer(tiny: dict, folder: Path, rows: list[dict]) -> DPOTrainer:
+    """TRL's own trainer on text pairs."""
     def message(role, row, key):
         return [{"role": role, "content": row[key][role == "assistant"]["value"].replace("<image>\n", "")}]
 
-    stock = DPOTrainer(
+    return DPOTrainer(
         LlavaForConditionalGeneration.from_pretrained(tiny["model"]),
-        args=arguments(tmp_path, train_sampling_strategy="sequential"), peft_config=lora(),
+        args=arguments(folder, train_sampling_strategy="sequential"), peft_config=lora(),
         processing_class=tiny["processor"], train_dataset=Dataset.from_list([
             {"images": [Image.open(tiny["images"] / row["image"]).convert("RGB")],
              "prompt": message("user", row, "conversations"), "chosen": message("assistant", row, "conversations"),
              "rejected": message("assistant", row, "rejected_conversations")} for row in rows]))
-    expected = losses(stock)
+
+
+def test_with_equal_images_and_weights_of_one_every_loss_is_trls(tiny, tmp_path):
+    rows = [row for row in tiny["rows"] if row["rejected_image"] is None]
+    expected = losses(stock_trainer(tiny, tmp_path, rows))
     ours = trainer(tiny, tmp_path, rows, train_sampling_strategy="sequential")
     assert losses(ours) == pytest.approx(expected, abs=1e-5) and len(expected) == 5
     assert expected[0] == pytest.approx(math.log(2), abs=1e-5) and abs(expected[-1] - expected[0]) > 1e-2
-    plain = trainer(tiny, tmp_path, rows, **PLAIN, train_sampling_strategy="sequential")
-    assert losses(plain) == pytest.approx(expected, abs=1e-5)
+    for switches in (PLAIN, {"plain": True}):
+        other = trainer(tiny, tmp_path, rows, **switches, train_sampling_strategy="sequential")
+        assert losses(other) == pytest.approx(expected, abs=1e-5)
 
 
 def uneven_rows(tiny: dict) -> list[dict]:
@@ -260,14 +318,14 @@ def wake(model: torch.nn.Module) -> None:
 
 def first_step(run: MMedPOTrainer) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The pairs' recorded values, in rising order of their loss, and the gradients of the first optimiser step."""
-    gradients, records, record = {}, [], run._record
+    gradients, records, log_pairs = {}, [], run._log_pairs
 
     class Watch(TrainerCallback):
         def on_pre_optimizer_step(self, args, state, control, model=None, **others):
             gradients.update({name: parameter.grad.clone() for name, parameter in model.named_parameters()
                               if parameter.requires_grad})
 
-    run._record = lambda pairs: records.append(pairs) or record(pairs)
+    run._log_pairs = lambda pairs, mode: records.append(torch.stack(list(pairs.values()), 1)) or log_pairs(pairs, mode)
     run.add_callback(Watch())
     wake(run.model)
     run.train()
@@ -299,7 +357,8 @@ def first_step_by_hand(run: MMedPOTrainer) -> tuple[torch.Tensor, dict[str, torc
     return pairs[pairs[:, 0].argsort()].detach(), gradients
 
 
-SWITCHES = [{}, PLAIN, *({key: False} for key in PLAIN), {"attention": "eager"}, {"train_sampling_strategy": "group_by_length"}]
+SWITCHES = [{}, {"plain": True}, PLAIN, *({key: False} for key in PLAIN), {"attention": "eager"}, {"train_sampling_strategy": "group_by_length"},
+            {"plain": True, "train_sampling_strategy": "group_by_length"}]
 
 
 @pytest.mark.parametrize("max_length", [64, 17])
@@ -332,12 +391,12 @@ def test_the_first_loss_is_the_mean_weight_times_ln_2(tiny, tmp_path):
 def test_with_the_adapter_off_the_trained_model_is_the_one_before_training(tiny, tmp_path):
     run = trainer(tiny, tmp_path)
     batch = batch_of(run, 8)
-    before = torch.cat(run.reference_logps(batch))
-    torch.testing.assert_close(torch.cat(run.policy_logps(run.model, batch)).detach(), before, atol=1e-6, rtol=0)
+    before = torch.cat(computed_reference(run, batch))
+    torch.testing.assert_close(torch.cat(run.compute_logps(run.model, batch)).detach(), before, atol=1e-6, rtol=0)
     projector = {name: value.clone() for name, value in run.model.named_parameters() if "multi_modal_projector" in name}
     run.train()
-    torch.testing.assert_close(torch.cat(run.reference_logps(batch)), before, atol=1e-6, rtol=0)
-    assert (torch.cat(run.policy_logps(run.model, batch)) - before).abs().max() > 1e-2
+    torch.testing.assert_close(torch.cat(computed_reference(run, batch)), before, atol=1e-6, rtol=0)
+    assert (torch.cat(run.compute_logps(run.model, batch)) - before).abs().max() > 1e-2
     moved = {name: not torch.equal(value, dict(run.model.named_parameters())[name]) for name, value in projector.items()}
     assert all(changed == ("modules_to_save" in name) for name, changed in moved.items()) and any(moved.values())
 
@@ -345,9 +404,9 @@ def test_with_the_adapter_off_the_trained_model_is_the_one_before_training(tiny,
 def test_the_released_reference_drifts_with_the_projector_and_with_nothing_else(tiny, tmp_path):
     run = trainer(tiny, tmp_path, reference="released")
     batch = batch_of(run, 8)
-    before = torch.cat(run.reference_logps(batch))
+    before = torch.cat(computed_reference(run, batch))
     assert losses(run)[0] == pytest.approx(losses(trainer(tiny, tmp_path))[0], abs=1e-6)
-    after = torch.cat(run.reference_logps(batch))
+    after = torch.cat(computed_reference(run, batch))
     assert (after - before).abs().max() > 1e-3 and not after.requires_grad and not run.known_reference
     by_hand = LlavaForConditionalGeneration.from_pretrained(tiny["model"])
     trained = run.model.get_base_model().model.multi_modal_projector.modules_to_save["default"].state_dict()
@@ -355,7 +414,7 @@ def test_the_released_reference_drifts_with_the_projector_and_with_nothing_else(
     torch.testing.assert_close(answer_logps(by_hand, batch), after, atol=1e-5, rtol=0)
     still = trainer(tiny, tmp_path, reference="released", trains=["lora"])
     still.train()
-    torch.testing.assert_close(torch.cat(still.reference_logps(batch)), before, atol=1e-6, rtol=0)
+    torch.testing.assert_close(torch.cat(computed_reference(still, batch)), before, atol=1e-6, rtol=0)
 
 
 def test_lora_sits_on_the_language_model_only_and_the_projector_has_its_own_rate(tiny, tmp_path):
@@ -394,8 +453,8 @@ def test_validation_pairs_are_scored_in_the_same_terms(tiny, tmp_path):
 def test_the_reference_cache_is_read_checked_and_extended(tiny, tmp_path, monkeypatch):
     def run(rows):
         made, scored = trainer(tiny, tmp_path, rows, reference_cache=tmp_path / "reference.json"), []
-        compute = made._reference_of
-        monkeypatch.setattr(made, "_reference_of", lambda pairs: scored.append(len(pairs)) or compute(pairs))
+        compute = made._compute_reference
+        monkeypatch.setattr(made, "_compute_reference", lambda pairs: scored.append(len(pairs)) or compute(pairs))
         made.precompute_reference()
         return made, sum(scored)
 
@@ -414,7 +473,8 @@ def test_the_reference_cache_is_read_checked_and_extended(tiny, tmp_path, monkey
     assert run(tiny["rows"])[1] == 24, "a damaged file is written anew"
     assert len(json.loads((tmp_path / "reference.json").read_text())) == 24
     data = first.train_dataset
-    assert len(set(data["key"])) == 16 and data["key"] == pair_keys(data, 64) != pair_keys(data, 63)
+    assert len({pair_key(pair, 64) for pair in data}) == 16
+    assert pair_key(data[0], 64) != pair_key(data[0], 63)
 
 
 @pytest.mark.parametrize("changed", ["image", "rejected_image", "prompt_ids", "chosen_ids", "rejected_ids"])
@@ -423,12 +483,12 @@ def test_the_key_of_a_pair_follows_its_tokens_and_both_its_images(tmp_path, chan
     for name in ("image", "rejected_image"):
         (tmp_path / name).write_bytes(name.encode())
         pair[name] = str(tmp_path / name)
-    before = pair_keys([pair], 64)
+    before = pair_key(pair, 64)
     if changed.endswith("image"):
         (tmp_path / changed).write_bytes(b"another")
     else:
         pair[changed] = [*pair[changed], 5]
-    assert pair_keys([pair], 64) != before
+    assert pair_key(pair, 64) != before
 
 
 @pytest.mark.parametrize("trains", [("lora",), ("projector",), ("lora", "projector")])
@@ -438,13 +498,13 @@ def test_lora_or_projector_can_be_trained_alone_and_the_adapter_loads_in_peft(ti
     assert {PROJECTOR if PROJECTOR in name else "lora" for name, parameter in run.model.named_parameters()
             if parameter.requires_grad} == {"projector": {PROJECTOR}, "lora": {"lora"}}.get(trains[-1], {"lora"}) | (
                 {"lora"} if "lora" in trains else set())
-    before = torch.cat(run.reference_logps(batch))
+    before = torch.cat(computed_reference(run, batch))
     values = losses(run)
     assert values[0] == pytest.approx(math.log(2), abs=1e-6) and abs(values[-1] - values[0]) > 1e-3
-    torch.testing.assert_close(torch.cat(run.reference_logps(batch)), before, atol=1e-6, rtol=0)
+    torch.testing.assert_close(torch.cat(computed_reference(run, batch)), before, atol=1e-6, rtol=0)
     run.model.save_pretrained(tmp_path / "adapter")
     loaded = PeftModel.from_pretrained(LlavaForConditionalGeneration.from_pretrained(tiny["model"]), tmp_path / "adapter")
-    found = torch.cat(run.policy_logps(run.model, batch)).detach()
+    found = torch.cat(run.compute_logps(run.model, batch)).detach()
     torch.testing.assert_close(answer_logps(loaded, batch), found, atol=1e-5, rtol=0)
     assert (found - before).abs().max() > 1e-3
 
@@ -463,8 +523,9 @@ def test_the_log_tells_each_source_apart_and_counts_the_tokens_read(tiny, tmp_pa
     rows, weights = uneven_rows(tiny), np.linspace(0.75, 1.25, 8)
     run = trainer(tiny, tmp_path, rows, weights, evaluation=rows, eval_strategy="steps", eval_steps=1, max_steps=1,
                   per_device_train_batch_size=3, gradient_accumulation_steps=3, per_device_eval_batch_size=3)
-    records, record = [], run._record
-    run._record = lambda pairs: records.append((run.model.training, pairs)) or record(pairs)
+    records, log_pairs = [], run._log_pairs
+    run._log_pairs = lambda pairs, mode: records.append(
+        (mode == "train", torch.stack(list(pairs.values()), 1))) or log_pairs(pairs, mode)
     run.train()
     logs = {"": run.state.log_history[0], "eval_": run.state.log_history[1]}
     for prefix, log in logs.items():
@@ -490,7 +551,7 @@ def test_pairs_of_like_length_come_together_in_an_order_that_seed_and_epoch_deci
     rows = uneven_rows(tiny) * 5
     run = trainer(tiny, tmp_path, [{**row, "id": number} for number, row in enumerate(rows)],
                   train_sampling_strategy="group_by_length", max_steps=1)
-    lengths, order = run.train_dataset["length"], {}
+    lengths, order = run.row_lengths(run.train_dataset), {}
     for epoch in (0, 1):
         run.state.epoch = float(epoch)
         torch.rand(epoch + 1)
@@ -534,7 +595,7 @@ def test_flex_attention_gives_the_same_log_probabilities(tiny, tmp_path):
     flex.model.get_base_model().model.language_model.set_attn_implementation("flex_attention")
     flex.attention = "flex_attention"
     batch = batch_of(sdpa, 8)
-    torch.testing.assert_close(torch.cat(flex.reference_logps(batch)), torch.cat(sdpa.reference_logps(batch)), atol=1e-5, rtol=0)
+    torch.testing.assert_close(torch.cat(computed_reference(flex, batch)), torch.cat(computed_reference(sdpa, batch)), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("strategy", ["random", "group_by_length"])

@@ -11,13 +11,13 @@ import torch
 from safetensors.torch import load_file
 
 from mmedpo_utils.launch import RunResult, train
-from mmedpo_utils.manifests import write_manifest
+from mmedpo_utils.preference_rows import write_manifest
 from mmedpo_utils.profiles import load_profile
 
 from .test_trainer import tiny_lvlm, tiny_pairs, uneven_rows
 
 pytestmark = pytest.mark.slow
-PLAIN = {"training.shared_prefix": False, "training.reuse_vision_features": False, "training.cache_reference": False,
+PLAIN = {"training.shared_prefix": False, "training.cache_reference": False,
          "training.processes": 1, "training.per_device_batch_size": 8}
 LOGGED = {prefix + key for prefix in ("", "validation_")
           for key in ("loss", "chosen_logp", "rejected_logp", "margin", "text_loss", "visual_loss", "weight")}

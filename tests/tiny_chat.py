@@ -9,8 +9,8 @@ import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from mmedpo_utils.chat import Chat, Reply, Sampling
-from mmedpo_utils.judges import LanguageModelJudge, LanguageModelMember
+from mmedpo_utils.judges.chat import Chat, Reply, Sampling
+from mmedpo_utils.judges.language_models import LanguageModelJudge, LanguageModelMember
 
 TEMPLATE = "{% for message in messages %}<user> {{ message['content'] }} <assistant>{% endfor %}"
 WORDS = ("left", "right", "upper", "lower", "nodule", "effusion", "opacity", "no", "yes", "clear", "lung", "heart")

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..files import atomic_write, write_json, write_json_lines
-from ..manifests import open_image
+from ..base.files import atomic_write, write_json, write_json_lines
+from ..base.images import open_image
+from ..base.settings import SPLITS
 from .world import FINDINGS, LEVELS, SIDES, Film, films
 
-SPLITS = ("train", "validation", "test")
 REPORT_PROMPT = "Write the report."
 _PRESENCE = ("Is there {a}?", "Does the film show {a}?", "Is {a} present?")
 _SIDE = ("Is the {finding} on the {side}?", "Is the {finding} in the {side} side?")

@@ -1,0 +1,75 @@
+"""What this machine has, and what that allows; where a result comes from."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import subprocess
+from typing import Any
+
+import psutil
+import torch
+
+from .errors import InputError
+from .settings import repository_root
+
+PACKAGES = ("torch", "transformers", "trl", "peft", "deepspeed", "bitsandbytes")
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of Python and of the packages that decide a run's numbers; None where one is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for name in PACKAGES:
+        found[name] = importlib.metadata.version(name) if importlib.util.find_spec(name) else None
+    return found
+
+
+def provenance(**machine: Any) -> dict[str, Any]:
+    """Machine, versions, date and commit (None outside a git checkout) of a result.
+
+    Args:
+        machine: what to say of the machine; its platform and cores where nothing is given.
+    """
+    found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=repository_root())
+    return {"machine": machine or {"platform": platform.platform(), "cores": os.cpu_count()}, "versions": versions(),
+            "date": datetime.date.today().isoformat(), "commit": found.stdout.strip() or None}
+
+
+def check_environment() -> list[tuple[str, str, str]]:
+    """One row per part of this machine: the part, what is there, what it allows."""
+    found = versions()
+    memory = psutil.virtual_memory()
+    gpu = torch.cuda.is_available()
+    device = torch.cuda.get_device_name(0) if gpu else "CPU"
+    return [
+        ("Python", found["python"], f"{platform.system()} {platform.machine()}"),
+        ("torch", found["torch"], "every notebook"),
+        ("transformers, trl, peft", ", ".join(found[name] for name in ("transformers", "trl", "peft")), "every notebook"),
+        ("device", device, "the phantom profile, and 7B models through QLoRA" if gpu else "the phantom profile, in minutes"),
+        ("memory", f"{memory.total / 2**30:.0f} GiB, {memory.available / 2**30:.0f} GiB free",
+         "enough" if memory.available > 6 * 2**30 else "the notebooks need up to 6 GiB: close other programs"),
+        ("cores", str(os.cpu_count()), "two or more keep both training processes busy"),
+        ("deepspeed", found["deepspeed"] or "not installed",
+         "notebook 04 trains in two processes" if found["deepspeed"] else
+         "notebook 04 trains in one process; everything else is the same"),
+        ("bitsandbytes", found["bitsandbytes"] or "not installed",
+         "4-bit models" if found["bitsandbytes"] else "no 4-bit models; the phantom profile does not need them"),
+    ]
+
+
+def check_device(device: str) -> str:
+    """Resolve ``lvlm.device`` to ``cpu`` or ``cuda``. Raises InputError: a GPU is asked for where
+    torch sees none.
+    """
+    import torch
+
+    available = torch.cuda.is_available()
+    if device == "cuda" and not available:
+        raise InputError(
+            "profile key `lvlm.device`: asks for cuda, but torch finds no GPU here; write auto or "
+            "cpu, or install a CUDA build of torch on a machine with a GPU"
+        )
+    return ("cuda" if available else "cpu") if device == "auto" else device

@@ -1,0 +1,117 @@
+"""Images on disk: found inside their folder, opened upright, as 8 bits."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path, PurePath
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from .doors import open_door
+from .errors import InputError, first_line
+
+# Pillow would try all its formats, whatever a file is called, and hand EPS to Ghostscript.
+IMAGE_FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "PPM", "JPEG2000")
+
+
+def resolve_image(root: str | os.PathLike, name: str) -> Path:
+    """The file ``name`` inside ``root``. Raises InputError: missing, or outside root (.., an
+    absolute path, a link).
+    """
+    root = Path(root).resolve()
+    try:
+        named = Path(os.path.normpath(root / name))
+        path = named.resolve()
+        relative = not PurePath(name).is_absolute() and named.is_relative_to(root)
+        inside = relative and path.is_relative_to(root)
+        found = inside and path.is_file()
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(
+            f"image {name!r:.80}: is not a usable file name ({reason}); correct the name"
+        ) from error
+    if relative and not inside:
+        raise InputError(
+            f"image {name!r}: is a link that leads outside the image folder {root}, to "
+            f"{path.parent}; copy the files that the links lead to (cp -rL {root} COPY), and give "
+            "the copy as the image folder"
+        )
+    if not inside:
+        raise InputError(
+            f"image {name!r}: lies outside the image folder {root}; give a path relative to that "
+            "folder"
+        )
+    if not found:
+        raise InputError(
+            f"image {name!r}: is missing in {root}; put the file there, or correct the name"
+        )
+    return path
+
+
+def open_image(path: str | os.PathLike) -> Image.Image:
+    """Open an image upright, as mode L (grey) or RGB, 8 bits.
+
+    Deep grey images (16 or 32 bits) are scaled from their own minimum and maximum; alpha is laid
+    over black; DICOM needs the extra ``dicom``.
+
+    Raises:
+        InputError: missing, truncated, or not an image of a kind in `IMAGE_FORMATS`.
+    """
+    if is_dicom(path):
+        return open_door("DICOM")(path)
+    try:
+        with Image.open(path, formats=IMAGE_FORMATS) as opened:
+            opened.load()
+            image = ImageOps.exif_transpose(opened)
+    except Exception as error:  # decoders of damaged files raise whatever they meet
+        raise InputError(
+            f"{path}: cannot be opened as an image ({first_line(error)}); the file is missing, "
+            f"truncated or not an image ({', '.join(IMAGE_FORMATS)} or DICOM): fetch it again, or "
+            "remove its row"
+        ) from error
+    if image.mode[0] in "IF":
+        try:
+            return Image.fromarray(scale_to_8_bits(np.asarray(image)))
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "black"), image).convert("RGB")
+    return image.convert("L" if image.mode in ("1", "L") else "RGB")
+
+
+def is_dicom(path: str | os.PathLike) -> bool:
+    """Whether the file says that it is DICOM: by its name, or by the mark after its preamble."""
+    if os.fspath(path).lower().endswith((".dcm", ".dicom")):
+        return True
+    try:
+        with open(path, "rb") as stream:
+            return stream.read(132)[128:] == b"DICM"
+    except OSError:
+        return False
+
+
+def scale_to_8_bits(values: np.ndarray, counted: np.ndarray | None = None) -> np.ndarray:
+    """Grey values of any range to 0 to 255, from the least to the greatest of the finite ones.
+
+    Args:
+        values: Shape: [H, W].
+        counted: False where a value shall neither count nor be seen (black). Shape: [H, W]; None:
+            all.
+
+    Returns:
+        uint8; NaN is black, an infinity the end that it lies beyond. Shape: [H, W].
+
+    Raises:
+        InputError: no value is finite.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    counted = np.ones(values.shape, bool) if counted is None else counted
+    known = values[counted & np.isfinite(values)]
+    if not known.size:
+        raise InputError("holds no finite grey value; fetch the file again, or remove its row")
+    low, high = known.min(), known.max()
+    scaled = (np.clip(values, low, high) - low) / max(high - low, 1e-12)
+    scaled[np.isnan(values) | ~counted] = 0
+    return np.round(scaled * 255).astype(np.uint8)

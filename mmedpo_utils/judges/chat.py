@@ -1,0 +1,480 @@
+"""Language models that answer in text: two back ends, and around them a cache on disk, retries and
+limits.
+
+A back end answers one request once. ``Chat`` reads the cache first, and asks within limits of rate,
+requests and money.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import random
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from email.utils import parsedate_to_datetime
+from typing import Any, Protocol
+
+from ..base.environment import check_device
+from ..base.errors import InputError, first_line
+from ..base.files import write_json
+from ..base.privacy import is_loopback, private_folder
+from ..profiles import LanguageModel
+from .refusals import ADAPTED, Refusal, hint
+
+Messages = list[dict[str, str]]
+ATTEMPTS = 5
+LONGEST_WAIT = 300.0
+MILLION = 1_000_000
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Parameters of one answer: temperature (0 decodes greedily), seed, and the longest answer in
+    tokens.
+    """
+
+    temperature: float
+    seed: int
+    max_tokens: int
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One answer. ``complete``: not cut off at the longest length. Tokens are None where the server
+    counts none.
+    """
+
+    text: str
+    complete: bool
+    prompt_tokens: int | None
+    completion_tokens: int | None
+
+
+class Adapted(Exception):
+    """The server does not take a parameter, and gets it no more; this happens once a parameter."""
+
+
+class Unanswered(Exception):
+    """A request that failed and may succeed later: after ``wait`` seconds where known; ``billed``
+    if it may cost.
+    """
+
+    def __init__(self, reason: str, wait: float | None = None, billed: bool = False) -> None:
+        super().__init__(reason)
+        self.wait, self.billed = wait, billed
+
+
+class Backend(Protocol):
+    """What answers: a server or a model in this process."""
+
+    name: str
+
+    def __call__(self, messages: Messages, schema: dict[str, Any], sampling: Sampling) -> Reply:
+        """Answer ``messages``, if it can as JSON by ``schema``.
+
+        Raises:
+            Unanswered: later it may.
+            Adapted: it will be asked in another way.
+            InputError: it never will.
+        """
+
+
+@dataclass
+class Counters:
+    """What one language model was asked, and what became of it; ``cost`` is in the unit of the
+    prices.
+    """
+
+    requests: int = 0
+    cached: int = 0
+    retries: int = 0
+    unreadable: int = 0
+    fallbacks: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cost: float = 0.0
+
+
+@dataclass
+class Limits:
+    """Rate, requests and cost that several models share; a request that could pass a limit isn't
+    made.
+    """
+
+    requests_per_minute: float = math.inf
+    max_requests: float = math.inf
+    max_cost: float = math.inf
+    sleep: Callable[[float], None] = time.sleep
+    clock: Callable[[], float] = time.monotonic
+    requests: int = 0
+    cost: float = 0.0
+    _next: float = field(default=-math.inf, init=False)
+
+    def admit(self, cost: float) -> None:
+        """Wait for the rate, and count one request that costs ``cost`` at most. Raises InputError:
+        a limit is reached.
+        """
+        kept = "raise it and run again: every answer so far is in the cache and costs nothing"
+        if self.requests >= self.max_requests:
+            raise InputError(
+                f"judge: {self.requests} requests are made, and the profile's `judge.max_requests` "
+                f"is {self.max_requests}; {kept}"
+            )
+        if self.cost + cost > self.max_cost:
+            raise InputError(
+                f"judge: {self.cost:.4f} is spent and the next request may cost {cost:.4f}, which "
+                f"passes the profile's `judge.max_cost` {self.max_cost:g}; {kept}"
+            )
+        wait = self._next - self.clock()
+        if wait > 0:
+            self.sleep(wait)
+        self._next = max(self._next, self.clock()) + 60 / self.requests_per_minute
+        self.requests += 1
+
+
+class EndpointModel:
+    """A model behind an OpenAI-compatible endpoint. The key stays in the client; answers and errors
+    are rid of it.
+    """
+
+    def __init__(self, model: LanguageModel, timeout: float) -> None:
+        import openai
+
+        self.name, self._url, self._key = model.model, model.base_url, _api_key(model.api_key_env)
+        self._refused: set[str] = set()  # parameters that the server does not take from this model
+        web = openai.DefaultHttpxClient(
+            follow_redirects=False, trust_env=not is_loopback(model.base_url)
+        )
+        self._client = openai.OpenAI(
+            base_url=model.base_url,
+            api_key=self._key or "none",
+            timeout=timeout,
+            max_retries=0,
+            http_client=web,
+        )
+        self._client.organization = self._client.project = (
+            None  # else taken from the environment and sent along
+        )
+
+    def __call__(self, messages: Messages, schema: dict[str, Any], sampling: Sampling) -> Reply:
+        """Answer once; a parameter that the server refuses is left out, or renamed, from then
+        on.
+        """
+        import openai
+
+        try:
+            answer = self._client.chat.completions.create(
+                **self._request(messages, schema, sampling)
+            )
+        except openai.APITimeoutError:
+            raise Unanswered("no answer in time", billed=True) from None
+        except openai.APIConnectionError:
+            raise Unanswered("no connection, or it broke", billed=True) from None
+        except openai.APIStatusError as error:
+            raise self._refusal(error, messages) from None
+        except (openai.APIError, ValueError):
+            raise Unanswered("half an answer", billed=True) from None
+        return self._read(answer)
+
+    def _request(
+        self, messages: Messages, schema: dict[str, Any], sampling: Sampling
+    ) -> dict[str, Any]:
+        """The request as this server takes it. The cache names answers by what was wanted, whatever
+        was left out.
+        """
+        request = {"model": self.name, "messages": messages, **asdict(sampling)}
+        request["response_format"] = {
+            "type": "json_schema",
+            "json_schema": {"name": "answer", "strict": True, "schema": schema},
+        }
+        for refused in self._refused:
+            value = request.pop(refused)
+            if ADAPTED[refused]:
+                request[ADAPTED[refused]] = value
+        return request
+
+    def _refusal(self, error: Any, messages: Messages) -> Exception:
+        """What an answer with an error status means: ask again, ask in another way, or give up."""
+        status, refusal = error.status_code, Refusal.of(error.body)
+        said = refusal.shown(self._key, " ".join(message["content"] for message in messages))
+        passing = status in (408, 409, 429) or status >= 500
+        if passing and not refusal.no_money:
+            reason = f"status {status}: {said}" if said else f"status {status}"
+            return Unanswered(reason, _retry_after(error.response.headers))
+        if status in (400, 422):
+            sent = [name for name in ADAPTED if name not in self._refused]
+            refused = refusal.parameter(sent)
+            if refused:
+                self._leave_out(refused)
+                return Adapted(refused)
+        parts = [hint(status, refusal), f"the server says: {said}" if said else ""]
+        why = "; ".join(part for part in parts if part)
+        answer = f"{self._url}: answers {status} for the model {self.name!r}"
+        return InputError(f"{answer} ({why})" if why else answer)
+
+    def _leave_out(self, refused: str) -> None:
+        self._refused.add(refused)
+        if refused in ("temperature", "seed"):  # they decide what is answered, not only its form
+            warnings.warn(
+                f"judge model {self.name!r}: the server takes no {refused}; it answers with its "
+                "own, and the profile's does not hold",
+                stacklevel=2,
+            )
+
+    def reach(self) -> str:
+        """Ask which models the endpoint serves, and say so in words; no completion is asked for.
+
+        Raises:
+            InputError: it does not answer, refuses the key, or serves other models only.
+        """
+        import openai
+
+        try:
+            served = [model.id for model in self._client.models.list()]
+        except openai.APIStatusError as error:
+            if error.status_code != 404:  # not every server lists its models
+                told = hint(error.status_code, Refusal.of(error.body))
+                raise InputError(
+                    f"{self._url}: answers {error.status_code}{f' ({told})' if told else ''}"
+                ) from None
+            return f"{self.name} at {self._url}, which answers and lists no models"
+        except (openai.APIError, ValueError):
+            raise InputError(
+                f"{self._url}: does not answer; start the server, or correct the base_url"
+            ) from None
+        if served and self.name not in served:
+            names = ", ".join(map(str, served[:5]))
+            raise InputError(
+                f"{self._url}: serves {names} and not {self.name}; correct the model's name"
+            )
+        return f"{self.name} at {self._url}, which serves it"
+
+    def _read(self, answer: Any) -> Reply:
+        try:
+            choice, usage = answer.choices[0], answer.usage
+            text = choice.message.content or ""
+            counts = (usage.prompt_tokens, usage.completion_tokens) if usage else (None, None)
+            if not isinstance(text, str):
+                raise TypeError("the content is no text")
+            # A negative count would give money back, and no limit of cost be reached.
+            if any(type(count) is not int or count < 0 for count in counts):
+                counts = (None, None)
+        except (AttributeError, IndexError, TypeError):
+            raise Unanswered("an answer that is no chat completion", billed=True) from None
+        if self._key:
+            text = text.replace(self._key, "***")
+        return Reply(
+            text.encode("utf-8", "replace").decode(), choice.finish_reason != "length", *counts
+        )
+
+
+class LocalModel:
+    """A text-generation model in this process, prompted through its chat template;
+    ``quantization``: none or nf4.
+    """
+
+    def __init__(self, model: LanguageModel, device: str = "auto") -> None:
+        import torch
+        from safetensors import SafetensorError
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        from ..lvlm import nf4_config, quiet_loading
+
+        target, small = torch.device(check_device(device)), model.quantization == "nf4"
+        if small and target.type != "cuda":
+            raise InputError(
+                f"judge model {model.model}: quantization nf4 needs a GPU and there is none in "
+                "use; write none"
+            )
+        self.name = f"{model.model} (nf4)" if small else model.model
+        device_map = ("auto" if torch.cuda.device_count() > 1 else {"": target}) if small else None
+        try:
+            with quiet_loading():
+                self._tokenizer = AutoTokenizer.from_pretrained(
+                    model.model, trust_remote_code=False
+                )
+                self._model = AutoModelForCausalLM.from_pretrained(
+                    model.model,
+                    trust_remote_code=False,
+                    dtype=torch.float32 if target.type == "cpu" else torch.bfloat16,
+                    device_map=device_map,
+                    quantization_config=nf4_config() if small else None,
+                ).eval()
+        except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
+            raise InputError(
+                f"judge model {model.model}: cannot be loaded as a text-generation model "
+                f"({first_line(error)}); give a folder, or a name on the Hub"
+            ) from error
+        if self._tokenizer.chat_template is None:
+            raise InputError(
+                f"judge model {model.model}: its tokenizer has no chat template; use an "
+                "instruction-tuned model, or put chat_template.jinja into its folder"
+            )
+        if not small:
+            self._model.to(target)
+
+    def __call__(self, messages: Messages, schema: dict[str, Any], sampling: Sampling) -> Reply:
+        """Answer once; ``schema`` is in the prompt's words only. torch's own random state is left
+        as it was.
+        """
+        import torch
+
+        model, hot = self._model, sampling.temperature > 0
+        inputs = self._tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        ).to(model.device)
+        ways = (
+            {"do_sample": True, "temperature": sampling.temperature, "top_k": 0, "top_p": 1.0}
+            if hot
+            else {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
+        )
+        with (
+            torch.inference_mode(),
+            torch.random.fork_rng([model.device] if model.device.type == "cuda" else []),
+        ):
+            torch.manual_seed(sampling.seed)
+            tokens = model.generate(**inputs, max_new_tokens=sampling.max_tokens, **ways)[0]
+        answer = tokens[inputs["input_ids"].shape[1] :]
+        return Reply(
+            self._tokenizer.decode(answer, skip_special_tokens=True),
+            len(answer) < sampling.max_tokens,
+            inputs["input_ids"].shape[1],
+            len(answer),
+        )
+
+
+class Chat:
+    """A back end with a cache in ``folder``, retries, limits and prices per million tokens;
+    ``counters`` keeps score.
+
+    An entry's name is the SHA-256 of model, messages, schema and sampling; it holds the answer, not
+    the question.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        folder: str | os.PathLike,
+        limits: Limits | None = None,
+        input_price: float = 0.0,
+        output_price: float = 0.0,
+    ) -> None:
+        self.backend, self.limits, self.counters = backend, limits or Limits(), Counters()
+        self._folder, self._prices = private_folder(folder), (input_price, output_price)
+
+    @property
+    def name(self) -> str:
+        """The model's name."""
+        return self.backend.name
+
+    def __call__(self, messages: Messages, schema: dict[str, Any], sampling: Sampling) -> str:
+        """The answer's text, from the cache where it is there.
+
+        Raises:
+            InputError: a limit is reached, the endpoint refuses, or there is no answer after
+                several attempts.
+        """
+        request = {"model": self.name, "messages": messages, "schema": schema, **asdict(sampling)}
+        digest = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
+        path = self._folder / f"{digest}.json"
+        try:
+            text = json.loads(path.read_text(encoding="utf-8"))["text"]
+            if not isinstance(text, str):
+                raise TypeError("the entry holds no text")
+        except (OSError, ValueError, KeyError, TypeError):
+            reply = self._ask(messages, schema, sampling)
+            write_json(path, asdict(reply) | {"model": self.name}, mode=0o600)
+            return reply.text
+        self.counters.cached += 1
+        return text
+
+    def _ask(self, messages: Messages, schema: dict[str, Any], sampling: Sampling) -> Reply:
+        prompt_bytes, longest, reason = (
+            len(json.dumps([messages, schema]).encode()),
+            4 * sampling.max_tokens,
+            "",
+        )
+        for attempt in range(ATTEMPTS):
+            worst = self._price(prompt_bytes, sampling.max_tokens)
+            try:
+                reply = self._in_its_way(messages, schema, sampling, worst)
+            except Unanswered as error:
+                self._spend(worst if error.billed else 0.0)
+                reason, wait = str(error), error.wait
+            else:
+                self._book(reply, worst)
+                if reply.complete or sampling.max_tokens >= longest or attempt + 1 == ATTEMPTS:
+                    return reply
+                sampling, wait = replace(sampling, max_tokens=2 * sampling.max_tokens), 0.0
+            if attempt + 1 < ATTEMPTS:
+                self.counters.retries += 1
+                self.limits.sleep(_back_off(attempt) if wait is None else min(wait, LONGEST_WAIT))
+        raise InputError(
+            f"judge model {self.name!r}: no answer in {ATTEMPTS} attempts (the last: {reason}); "
+            "check the server and run again: every answer so far is in the cache"
+        )
+
+    def _in_its_way(
+        self, messages: Messages, schema: dict[str, Any], sampling: Sampling, worst: float
+    ) -> Reply:
+        """Ask until the server takes the request's form. That is no failed attempt, and it ends:
+        see ``Adapted``.
+        """
+        while True:
+            self.limits.admit(worst)
+            self.counters.requests += 1
+            try:
+                return self.backend(messages, schema, sampling)
+            except Adapted:
+                self.counters.retries += 1
+
+    def _book(self, reply: Reply, worst: float) -> None:
+        counted = reply.prompt_tokens is not None and reply.completion_tokens is not None
+        self._spend(self._price(reply.prompt_tokens, reply.completion_tokens) if counted else worst)
+        self.counters.prompt_tokens += reply.prompt_tokens or 0
+        self.counters.completion_tokens += reply.completion_tokens or 0
+
+    def _price(self, prompt_tokens: int, completion_tokens: int) -> float:
+        return (prompt_tokens * self._prices[0] + completion_tokens * self._prices[1]) / MILLION
+
+    def _spend(self, cost: float) -> None:
+        self.counters.cost += cost
+        self.limits.cost += cost
+
+
+def _api_key(variable: str | None) -> str | None:
+    if variable is None:
+        return None
+    key = os.environ.get(variable, "").strip()
+    if not key:
+        raise InputError(
+            f"environment variable {variable}: is not set; it should hold the key that the "
+            "profile's judge section asks for. Set it before you start Jupyter; never write the "
+            "key into a profile or notebook"
+        )
+    return key
+
+
+def _back_off(attempt: int) -> float:
+    """Seconds before the next attempt: 1, 2, 4, ... with jitter of a half."""
+    return 2**attempt * random.uniform(0.5, 1.5)
+
+
+def _retry_after(headers: Mapping[str, str]) -> float | None:
+    """Seconds that a server asks to wait, given as a number or as a date; None where it says
+    nothing readable.
+    """
+    value = headers.get("retry-after", "")
+    try:
+        seconds = float(value)
+    except ValueError:
+        try:
+            seconds = parsedate_to_datetime(value).timestamp() - time.time()
+        except ValueError:
+            return None
+    return max(0.0, seconds) if math.isfinite(seconds) else None

@@ -1,0 +1,517 @@
+"""Questions and preference pairs on disk (the released MMedPO formats): schema, read, check, audit,
+write.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .base.errors import InputError, Unusable, first_line
+from .base.files import WrittenTwice, _object, load_json, read_text, write_json
+from .base.images import open_image, resolve_image
+from .base.privacy import is_mimic
+from .base.rows import _is_text, check_fields, check_text, place
+from .metrics import is_yes_no, opener
+
+IMAGE_MARK = "<image>"
+ANSWER_TYPES = ("CLOSED", "OPEN", "REPORT")
+OPTIONAL_KEYS = ("patient_id", "finding", "question_type")
+PAIR_KEYS = (
+    "id",
+    "image",
+    "rejected_image",
+    "conversations",
+    "rejected_conversations",
+    "weighted_score",
+    "source",
+    "origin",
+    "rejected_noised",
+    *OPTIONAL_KEYS,
+)
+Row = dict[str, Any]
+
+
+def read_manifest(
+    path: str | os.PathLike,
+    image_root: str | os.PathLike | None = None,
+    rejected_root: str | os.PathLike | None = None,
+    strict: bool = False,
+) -> list[Row]:
+    """Read preference pairs in the released MMedPO format and check every row.
+
+    Args:
+        path: JSON list of rows with ``id``, ``image``, ``conversations``,
+            ``rejected_conversations`` and optionally ``weighted_score`` (raw relevance in [0, 1])
+            and ``rejected_image``.
+        image_root: folder of the images; given, every ``image`` is opened and verified.
+        rejected_root: folder of the rejected images; given, every ``rejected_image`` is opened and
+            verified.
+        strict: a row that cannot be used is an error: for what the kit wrote itself, where it
+            means damage, and its other files count on every row.
+
+    A row that cannot be used is left out; one warning counts such rows and names them. What is
+    clear is mended: numbers among the answers become text, and a missing image mark is put first.
+
+    Warns of keys that are not read, and where chosen and rejected are identical (these rows are
+    kept), except in rows that have no rejected answer at all (``origin`` none, for the SFT
+    objective). Where images are named like MIMIC-CXR's, no message shows an id or a value.
+
+    Raises:
+        InputError: the file is no list of pairs, or none of its rows can be used (``strict``: one
+            cannot). It names the file, the row, its id and the field, and says what was expected.
+    """
+    stored = load_json(path, "a list of preference pairs")
+    if not isinstance(stored, list) or not stored:
+        raise InputError(
+            f"{path}: expected a non-empty list of preference pairs, found "
+            f"{'an empty list' if stored == [] else type(stored).__name__}"
+        )
+    verified: set[Path] = set()
+    private = any(is_mimic(name) for name in _images(stored))
+    rows, left_out = [], Unusable(path, private)
+    for number, row in enumerate(stored):
+        where = place(path, number, row, "id")
+        try:
+            row = mended_pair(row)
+            _check_pair(row, where)
+            for root, key in ((image_root, "image"), (rejected_root, "rejected_image")):
+                if root is not None and row.get(key) is not None:
+                    _verify_image(root, row[key], f"{where}: `{key}`", verified)
+        except InputError as error:
+            left_out.note(error)
+            if strict:
+                left_out.tell(0)
+        else:
+            rows.append(row)
+    left_out.tell(len(rows))
+    _tell_unknown_keys(path, rows)
+    same = [row["id"] for row in rows if _teaches_nothing(row, image_root, rejected_root)]
+    if same:
+        ids = f" (ids {', '.join(map(repr, same[:5]))}{', ...' if len(same) > 5 else ''})"
+        warnings.warn(
+            f"{path}: {len(same)} of {len(rows)} rows have identical chosen and rejected sides and "
+            f"teach nothing{'' if private else ids}",
+            stacklevel=2,
+        )
+    return rows
+
+
+def _teaches_nothing(
+    row: Row, image_root: str | os.PathLike | None, rejected_root: str | os.PathLike | None
+) -> bool:
+    """Whether both sides of a pair are the same, though the row does not say that it has only one."""
+    return row.get("origin") != "none" and is_identical(row, image_root, rejected_root)
+
+
+def pair_images(path: str | os.PathLike) -> list[str]:
+    """The images that a preference file names, whatever else its rows hold. Raises InputError: not
+    a JSON file.
+    """
+    if not Path(path).is_file():
+        return []
+    return _images(load_json(path, "a list of preference pairs"))
+
+
+def _images(stored: Any) -> list[str]:
+    rows = [row for row in stored if isinstance(row, dict)] if isinstance(stored, list) else []
+    return [row["image"] for row in rows if isinstance(row.get("image"), str)]
+
+
+def _tell_unknown_keys(path: str | os.PathLike, rows: Sequence[Row]) -> None:
+    """Warn once of keys that would be dropped in silence; another maker's key may change what a
+    pair means.
+    """
+    unknown = Counter(key for row in rows for key in row if key not in PAIR_KEYS)
+    if unknown:
+        named = ", ".join(f"`{key}` ({count} rows)" for key, count in unknown.most_common(5))
+        warnings.warn(
+            f"{path}: keys that are not read: {named}; the keys that are: {', '.join(PAIR_KEYS)}",
+            stacklevel=3,
+        )
+
+
+def write_manifest(path: str | os.PathLike, rows: Sequence[Row]) -> None:
+    """Check ``rows`` and write them as JSON, atomically. Raises InputError: a wrong row, no place
+    to write.
+    """
+    if not rows:
+        raise InputError(f"{path}: no preference pairs to write")
+    for number, row in enumerate(rows):
+        _check_pair(row, place(path, number, row, "id"))
+    write_json(path, list(rows))
+
+
+def read_questions(
+    path: str | os.PathLike, image_root: str | os.PathLike | None = None
+) -> list[Row]:
+    """Read questions (JSON lines: question_id, image, text, gpt4_answer, answer_type) and check
+    every line.
+
+    A line that cannot be used is left out; one warning counts such lines and names them.
+    `mended_question` says what is mended. Further keys are kept.
+
+    Raises:
+        InputError: no line can be used; it names the file, the line, the question and the field.
+    """
+    text = read_text(path)
+    rows, verified, left_out = [], set(), Unusable(path, private=is_mimic(text))
+    for number, line in enumerate(text.split("\n")):
+        if not line.strip():
+            continue
+        try:
+            try:
+                row = json.loads(line, object_pairs_hook=_object)
+            except (ValueError, RecursionError) as error:
+                raise InputError(
+                    f"{path}: row {number}: is not JSON ({first_line(error)}); expected one "
+                    "question per line"
+                ) from error
+            where = place(path, number, row, "question_id")
+            row = mended_question(row)
+            check_question(row, where)
+            if image_root is not None:
+                _verify_image(image_root, row["image"], f"{where}: `image`", verified)
+        except InputError as error:
+            left_out.note(error)
+        else:
+            rows.append(row)
+    left_out.tell(len(rows))
+    if not rows:
+        raise InputError(f"{path}: holds no question; expected one JSON object per line")
+    return rows
+
+
+def mended_text(value: Any) -> Any:
+    """A number as the text that it means; anything else, NaN and true among it, as it is.
+
+    A table program writes the whole numbers of a column that has gaps as 2.0: that is "2".
+    """
+    if type(value) is int:
+        return str(value)
+    if type(value) is not float or not math.isfinite(value):
+        return value
+    return str(int(value) if value.is_integer() else value)
+
+
+def mended_question(row: Any) -> Any:
+    """A question with what other makers write otherwise put right: the one place that says what
+    that is.
+
+    Numbers among the answers become text; an answer type loses blanks and becomes upper case; a
+    missing image mark is put last. A row that needs nothing, or is no object, comes back as it is.
+    """
+    if not isinstance(row, dict):
+        return row
+    row = dict(row) if type(row) is dict else row
+    if "gpt4_answer" in row:
+        row["gpt4_answer"] = mended_text(row["gpt4_answer"])
+    if isinstance(row.get("answer_type"), str):
+        row["answer_type"] = row["answer_type"].strip().upper()
+    text = row.get("text")
+    if isinstance(text, str) and text.strip() and IMAGE_MARK not in text:
+        row["text"] = f"{text.strip()}\n{IMAGE_MARK}"
+    return row
+
+
+def mended_pair(row: Any) -> Any:
+    """A preference row with the same put right as in `mended_question`; both sides are mended
+    alike.
+    """
+    if not isinstance(row, dict):
+        return row
+    row = dict(row) if type(row) is dict else row
+    for key in ("conversations", "rejected_conversations"):
+        if not isinstance(row.get(key), list):
+            continue
+        turns = []
+        for turn in row[key]:
+            if type(turn) is dict and "value" in turn:
+                turn = turn | {"value": mended_text(turn["value"])}
+            turns.append(turn)
+        row[key] = turns
+        texts = [
+            turn["value"]
+            for turn in turns
+            if isinstance(turn, dict) and isinstance(turn.get("value"), str)
+        ]
+        marked = any(IMAGE_MARK in text for text in texts)
+        if (
+            turns
+            and not marked
+            and type(turns[0]) is dict
+            and isinstance(turns[0].get("value"), str)
+        ):
+            turns[0] = turns[0] | {"value": f"{IMAGE_MARK}\n{turns[0]['value'].strip()}"}
+    return row
+
+
+def audit_manifest(rows: Sequence[Row]) -> Row:
+    """Count what deserves a look: rows by source and origin, images, scores, repeats, and what
+    leaks the label.
+
+    A pair leaks its label where something other than its content tells the answers apart:
+    ``rejected_longer`` and ``rejected_shorter`` (in words), ``opposite_openers`` (one side begins
+    with yes, the other with no) and ``one_sided_openers`` (only one side begins with yes or no).
+    ``without_weight`` rows have no score. ``duplicate_prompts`` are rows after the first that ask
+    the same question about the same image within a source; ``duplicate_ids`` repeat an id within a
+    source.
+    """
+    scores = [float(row["weighted_score"]) for row in rows if has_weight(row)]
+    lengths = [
+        [len(answer_text(row, rejected).split()) for rejected in (False, True)] for row in rows
+    ]
+    openers = [[opener(answer_text(row, rejected)) for rejected in (False, True)] for row in rows]
+    return {
+        "rows": len(rows),
+        "sources": dict(Counter(row_source(row) for row in rows)),
+        "origins": dict(
+            Counter(row.get("origin", "unknown") for row in rows if row_source(row) == "text")
+        ),
+        "images": len({row["image"] for row in rows}),
+        "zero_weights": sum(score == 0 for score in scores),
+        "identical_pairs": sum(is_identical(row) for row in rows),
+        "duplicate_ids": len(rows) - len({(row_source(row), str(row["id"])) for row in rows}),
+        "duplicate_prompts": len(rows) - len({_prompt(row) for row in rows}),
+        "rejected_longer": sum(chosen < rejected for chosen, rejected in lengths),
+        "rejected_shorter": sum(chosen > rejected for chosen, rejected in lengths),
+        "opposite_openers": sum({*pair} == {"yes", "no"} for pair in openers),
+        "one_sided_openers": sum(pair.count("") == 1 for pair in openers),
+        "without_weight": len(rows) - len(scores),
+        "score_mean": float(np.mean(scores)) if scores else None,
+        "score_range": [min(scores), max(scores)] if scores else None,
+    }
+
+
+def repair_manifest(
+    rows: Sequence[Row], choices: Sequence[str]
+) -> tuple[list[Row], dict[str, int]]:
+    """Drop what the audit found, by choice.
+
+    Args:
+        choices: any of ``drop_zero_weight`` (a weight of 0 teaches nothing under the released
+            code's raw weights), ``drop_identical`` (both sides the same) and ``drop_duplicates``
+            (keeps the first row of each prompt), applied in the order given.
+
+    Returns:
+        the rows that are left, in their order, and how many each choice dropped.
+
+    Raises:
+        InputError: an unknown choice.
+    """
+    left, counts, seen = list(rows), {}, set()
+    wrong = {
+        "drop_zero_weight": lambda row: row.get("weighted_score") == 0,
+        "drop_identical": is_identical,
+        "drop_duplicates": lambda row: _prompt(row) in seen or seen.add(_prompt(row)),
+    }
+    for choice in choices:
+        if choice not in wrong:
+            raise InputError(f"repair {choice!r}: unknown; choose among {', '.join(wrong)}")
+        kept = [row for row in left if not wrong[choice](row)]
+        counts[choice], left = len(left) - len(kept), kept
+    return left, counts
+
+
+def is_identical(
+    row: Row,
+    image_root: str | os.PathLike | None = None,
+    rejected_root: str | os.PathLike | None = None,
+) -> bool:
+    """Whether both sides of a pair say the same text about the same image."""
+    if answer_text(row) != answer_text(row, rejected=True):
+        return False
+    if row.get("rejected_image") is None:
+        return True
+    if image_root is None or rejected_root is None:
+        return False
+    return (Path(image_root) / row["image"]).resolve() == (
+        Path(rejected_root) / row["rejected_image"]
+    ).resolve()
+
+
+def has_weight(row: Row) -> bool:
+    """Whether a preference row has a raw relevance score of its own."""
+    return row.get("weighted_score") is not None
+
+
+def row_source(row: Row) -> str:
+    """``visual`` for a pair with a rejected image of its own, else ``text``."""
+    return "text" if row.get("rejected_image") is None else "visual"
+
+
+def question_text(item: Row | str) -> str:
+    """The question of a preference row, a question or a text, without the image mark."""
+    if isinstance(item, dict):
+        item = item["conversations"][0]["value"] if "conversations" in item else item["text"]
+    return item.replace(IMAGE_MARK, "").strip()
+
+
+def answer_text(row: Row, rejected: bool = False) -> str:
+    """The preferred (or rejected) answer of a preference row, stripped."""
+    return row["rejected_conversations" if rejected else "conversations"][-1]["value"].strip()
+
+
+def pair_row(question: Row, rejected: str, score: float, **optional: Any) -> Row:
+    """A preference row from a question, the rejected answer, the raw score in [0, 1] and optional
+    keys.
+    """
+
+    def turns(answer: str) -> list[dict[str, str]]:
+        prompt = f"{IMAGE_MARK}\n{question_text(question)}"
+        return [{"from": "human", "value": prompt}, {"from": "gpt", "value": answer}]
+
+    carried = {key: question[key] for key in OPTIONAL_KEYS if key in question}
+    return {
+        "id": question["question_id"],
+        "image": question["image"],
+        "rejected_image": None,
+        "conversations": turns(question["gpt4_answer"]),
+        "rejected_conversations": turns(rejected),
+        "weighted_score": float(score),
+        **carried,
+        **optional,
+    }
+
+
+def rows_to_questions(rows: Sequence[Row]) -> list[Row]:
+    """The questions behind preference rows, in the format of ``read_questions``; yes/no answers
+    count as closed.
+    """
+    questions = []
+    for row in rows:
+        answer = answer_text(row)
+        carried = {key: row[key] for key in OPTIONAL_KEYS if key in row}
+        questions.append(
+            {
+                "question_id": row["id"],
+                "image": row["image"],
+                "gpt4_answer": answer,
+                "text": f"{question_text(row)}\n{IMAGE_MARK}",
+                "answer_type": "CLOSED" if is_yes_no(answer) else "OPEN",
+                **carried,
+            }
+        )
+    return questions
+
+
+def row_sha(rows: Sequence[Row]) -> str:
+    """SHA-256 (hexadecimal) of rows, whatever the order of their keys."""
+    return hashlib.sha256(
+        json.dumps(list(rows), sort_keys=True, ensure_ascii=False).encode()
+    ).hexdigest()
+
+
+def _prompt(row: Row) -> tuple[str, str, str]:
+    """What makes two rows ask the same: source, image, and the question whatever its case and
+    spacing.
+    """
+    return row_source(row), row["image"], " ".join(question_text(row).casefold().split())
+
+
+def _verify_image(root: str | os.PathLike, name: str, where: str, verified: set[Path]) -> None:
+    try:
+        path = resolve_image(root, name)
+        if path not in verified:
+            open_image(path)
+            verified.add(path)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
+
+
+def _check_pair(row: Any, where: str) -> None:
+    check_fields(row, where, ("id", "image", "conversations", "rejected_conversations"))
+    check_text(row["image"], f"{where}: `image`")
+    if row.get("rejected_image") is not None:
+        check_text(row["rejected_image"], f"{where}: `rejected_image`")
+    elif row.get("rejected_noised"):
+        raise InputError(
+            f"{where}: `rejected_noised` is {row['rejected_noised']!r:.20}: the rejected side is a "
+            "noised image, and no `rejected_image` names it; make the noised images (notebook 02) "
+            "and name them there"
+        )
+    elif row.get("source") == "visual":
+        raise InputError(
+            f"{where}: `source` is visual, and no `rejected_image` names the rejected side's "
+            "image; name it there, or take `source` out"
+        )
+    for key in ("conversations", "rejected_conversations"):
+        _check_conversation(row[key], f"{where}: `{key}`")
+    if question_text(row) != question_text(row["rejected_conversations"][0]["value"]):
+        raise InputError(
+            f"{where}: `rejected_conversations`: asks another question than `conversations`"
+        )
+    score = row.get("weighted_score")
+    if has_weight(row) and (type(score) not in (int, float) or not 0 <= score <= 1):
+        raise InputError(
+            f"{where}: `weighted_score`: expected a number from 0 to 1, found {score!r:.80}"
+        )
+
+
+def _check_conversation(turns: Any, where: str) -> None:
+    if not isinstance(turns, list) or not turns or len(turns) % 2:
+        raise InputError(
+            f"{where}: expected an even number of turns, human then gpt, found "
+            f"{len(turns) if isinstance(turns, list) else type(turns).__name__}"
+        )
+    for number, turn in enumerate(turns):
+        speaker = ("human", "gpt")[number % 2]
+        known = isinstance(turn, dict) and not isinstance(turn, WrittenTwice)
+        if not known or turn.get("from") != speaker or not _is_text(turn.get("value")):
+            raise InputError(
+                f"{where}: turn {number}: expected {{from: {speaker}, value: text}}, found "
+                f"{turn!r:.80}"
+            )
+    if len(turns) > 2:
+        # The prompt holds one question: an earlier turn would be dropped, and the last answer
+        # belong to another question.
+        raise InputError(
+            f"{where}: has {len(turns)} turns; expected one question and one answer: write the "
+            "last turn's question and answer as a pair of its own, or leave the row out"
+        )
+    if not question_text(turns[0]["value"]):
+        raise InputError(
+            f"{where}: turn 0: asks nothing beside the {IMAGE_MARK} mark; expected a question"
+        )
+    marks = [turn["value"].count(IMAGE_MARK) for turn in turns]
+    if marks[0] != 1 or sum(marks) != 1:
+        raise InputError(
+            f"{where}: expected one {IMAGE_MARK} mark, in the first turn, found {sum(marks)}"
+        )
+
+
+def check_question(row: Any, where: str) -> None:
+    """Check one question in the format of ``read_questions``. Raises InputError: begins with
+    ``where``, names the key.
+    """
+    check_fields(row, where, ("question_id", "image", "text", "gpt4_answer", "answer_type"))
+    for key in ("image", "text", "gpt4_answer"):
+        check_text(row[key], f"{where}: `{key}`")
+    if row["text"].count(IMAGE_MARK) != 1:
+        raise InputError(
+            f"{where}: `text`: expected one {IMAGE_MARK} mark, found "
+            f"{row['text'].count(IMAGE_MARK)}"
+        )
+    if not question_text(row["text"]):
+        raise InputError(
+            f"{where}: `text`: asks nothing beside the {IMAGE_MARK} mark; expected a question"
+        )
+    if IMAGE_MARK in row["gpt4_answer"]:
+        raise InputError(
+            f"{where}: `gpt4_answer`: holds the mark {IMAGE_MARK}, which stands in questions "
+            "alone; take it out"
+        )
+    kind = row["answer_type"]
+    if kind not in ANSWER_TYPES:
+        raise InputError(
+            f"{where}: `answer_type`: expected one of {', '.join(ANSWER_TYPES)}, found {kind!r}"
+        )

@@ -1,0 +1,335 @@
+"""Will it load? What a profile names, looked at before anything long starts.
+
+    mmedpo check --profile paper-slake
+
+Nothing is downloaded, converted, trained or asked of a judge: configurations, names and shapes are
+read, and endpoints are asked which models they serve.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+from ..base.cards import load_card
+from ..base.environment import check_device
+from ..base.errors import InputError, exit_status
+from ..base.privacy import check_endpoint
+from ..commands import process_count
+from ..convert.adapters import adapter_folder, put_on
+from ..convert.cards import check_dataset
+from ..convert.llava_med import converted_before, fetch, inspect_original, original_config, weight_files
+from ..judges.chat import EndpointModel
+from ..lvlm import PHANTOM_WEIGHTS, empty_model, prepare_processor, read_config, read_processor
+from ..profiles import LanguageModel, Profile, load_profile
+from ..scale.estimate import GIB, NF4_BYTES, WORKING_SPACE, model_config, parameter_counts, profile_memory
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the check.
+
+    Attributes:
+        what: what was looked at.
+        found: what is there; empty where it could not be read.
+        to_do: what to do before a run; empty where it is right.
+    """
+
+    what: str
+    found: str
+    to_do: str = ""
+
+    def __str__(self) -> str:
+        mark = "to do" if self.to_do else "right"
+        parts = [part for part in (self.found, self.to_do) if part]
+        return f"{mark}  {self.what:<22}{'; '.join(parts)}"
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """The base model without its weights: on the meta device, with what its folder is called."""
+
+    model: LlavaForConditionalGeneration
+    names: tuple[str, ...]
+
+
+def check_profile(profile: Profile) -> list[Finding]:
+    """Look at everything that a run of the profile loads or asks.
+
+    Returns:
+        class, base, tower, template, processor, tokens per image, adapters, data set, judges,
+        device and memory, a line each or more; what could not be read is a line that says what to
+        do.
+    """
+    lines: list[Finding] = []
+    base = _model(profile, lines)
+    lines += _adapters(profile, base)
+    lines += _guarded("data set", lambda: _dataset(profile))
+    if profile.evaluation.adapters is None:  # else nothing is trained, so that no pairs are made
+        lines += _judges(profile)
+    lines += _guarded("device", lambda: _device(profile))
+    lines += _guarded("memory", lambda: _memory(profile))
+    return lines
+
+
+def _guarded(what: str, look: Callable[[], Iterator[Finding]]) -> list[Finding]:
+    """The findings of ``look``, and an error that ends it as one more."""
+    lines = []
+    try:
+        for line in look():
+            lines.append(line)
+    except InputError as error:
+        lines.append(Finding(what, "", str(error)))
+    return lines
+
+
+def _model(profile: Profile, lines: list[Finding]) -> BaseModel | None:
+    """Class, base, tower, template, processor and tokens per image; the model, where it can be
+    read.
+    """
+    found: list[BaseModel] = []
+
+    def look() -> Iterator[Finding]:
+        values = profile.lvlm
+        source = PHANTOM_WEIGHTS if values.model == "phantom" else Path(values.model)
+        if not source.is_dir():
+            source = fetch(values.model, cached=True)
+        original = original_config(source)
+        names = (values.model, source.name)
+        if original is not None:
+            before = converted_before(source, original, values.vision_tower, values.model)
+            if before is None:
+                yield from _original(profile, source, original, names, found)
+                return
+            kind = f"{_called(original)}, converted before"
+            source = before
+        else:
+            kind = "LlavaForConditionalGeneration"
+        config = read_config(source)
+        yield Finding("class", kind)
+        model = empty_model(source)
+        yield Finding("base", _size(weight_files(source), len(model.state_dict())))
+        yield Finding(
+            "vision tower",
+            _tower(config, "in the folder" if original is None else _origin(profile)),
+        )
+        yield from _processor(profile, source, config, read_processor(source))
+        found.append(BaseModel(model, names))
+
+    lines += _guarded("base model", look)
+    return found[0] if found else None
+
+
+def _original(
+    profile: Profile,
+    source: Path,
+    config: dict[str, Any],
+    names: tuple[str, ...],
+    found: list[BaseModel],
+) -> Iterator[Finding]:
+    """The same lines for a checkpoint in the original layout that is not converted yet."""
+    yield Finding("class", f"{_called(config)}, converted on first use")
+    original = inspect_original(source, config, profile.lvlm.vision_tower, download=False)
+    with torch.device("meta"):
+        model = LlavaForConditionalGeneration(original.config)
+    yield Finding("base", _size(list(original.shards), len(model.state_dict())))
+    yield Finding("vision tower", _tower(original.config, _origin(profile, original.tower)))
+    yield from _processor(profile, source, original.config, original.processor)
+    found.append(BaseModel(model, names))
+
+
+def _called(config: dict[str, Any]) -> str:
+    names = config.get("architectures") or [config.get("model_type")]
+    return f"{names[0]} in the original layout"
+
+
+def _size(files: list[Path], tensors: int) -> str:
+    total = sum(file.stat().st_size for file in files)
+    size = f"{total / 1e9:.1f} GB" if total > 1e9 else f"{total / 1e6:.1f} MB"
+    return f"{tensors} tensors, each in its shape; files: {len(files)}, {size}"
+
+
+def _tower(config: LlavaConfig, origin: str) -> str:
+    tower = config.vision_config
+    return (
+        f"{tower.model_type}, {tower.num_hidden_layers} layers, {tower.image_size} pixels; {origin}"
+    )
+
+
+def _origin(profile: Profile, tower: Path | None = None) -> str:
+    if profile.lvlm.vision_tower == "checkpoint":
+        return "the one inside the checkpoint"
+    return "the one that its configuration names" + (f", in {tower.name}" if tower else "")
+
+
+def _processor(
+    profile: Profile, source: Path, config: LlavaConfig, processor: Any
+) -> Iterator[Finding]:
+    template = profile.lvlm.template
+    tokens = prepare_processor(source, config, processor, template)
+    yield Finding(
+        "template", f"{template or 'the model folder: its own'}, one image mark for one image"
+    )
+    size = processor.image_processor.crop_size
+    yield Finding("processor", f"{type(processor.image_processor).__name__}, {size.height} pixels")
+    yield Finding("tokens per image", f"{tokens}, image token {config.image_token_id}")
+
+
+def _adapters(profile: Profile, base: BaseModel | None) -> list[Finding]:
+    named = {"base_adapter": profile.lvlm.base_adapter} if profile.lvlm.base_adapter else {}
+    named |= profile.evaluation.adapters or {}
+    lines = []
+    for name, place in named.items():
+        what = f"adapter {name}"
+
+        def look(place: str = place, what: str = what) -> Iterator[Finding]:
+            folder = adapter_folder(place, cached=True)
+            if base is None:
+                yield Finding(
+                    what, "", "whether it fits cannot be seen before the base model is here"
+                )
+                return
+            # A copy of the empty model: putting an adapter on changes it in place.
+            with torch.device("meta"):
+                empty = LlavaForConditionalGeneration(base.model.config)
+            yield Finding(what, str(put_on(empty, folder, base.names)[1]))
+
+        lines += _guarded(what, look)
+    return lines
+
+
+def _dataset(profile: Profile) -> Iterator[Finding]:
+    card = load_card(profile.data.card)
+    what = f"data set {card.name}"
+    if profile.data.source == "phantom":
+        yield Finding(what, "drawn by code when notebook 00 runs")
+        return
+    right: list[str] = []
+    missing: dict[str, list[str]] = {}
+    counted: list[Finding] = []
+    for row in check_dataset(card, profile.data.root):
+        if row["what to do"] == "nothing":
+            right.append(f"{row['what']} {row['found']}")
+        elif row["found"] == "missing":
+            missing.setdefault(row["what to do"], []).append(row["what"])
+        else:
+            told = f"{row['what']}: {row['found']}, the card says {row['expected']}"
+            counted.append(Finding(what, told, row["what to do"]))
+    for to_do, names in missing.items():
+        yield Finding(what, f"missing in {profile.data.root}: {'; '.join(names)}", to_do)
+    if missing and not right:
+        return  # that its questions cannot be read says no more
+    yield from counted
+    if right:
+        yield Finding(what, "; ".join(right))
+
+
+def _judges(profile: Profile) -> list[Finding]:
+    judge = profile.judge
+    if judge.backend == "phantom":
+        return [Finding("judge", "the phantom's rules")]
+    speakers = {"judge": judge.judge} | {
+        f"panel {name}": model for name, model in judge.panel.items()
+    }
+    lines = []
+    for role, model in speakers.items():
+
+        def look(role: str = role, model: LanguageModel = model) -> Iterator[Finding]:
+            if model.backend == "openai":
+                check_endpoint(model.base_url, load_card(profile.data.card), judge.agreement)
+                yield Finding(role, EndpointModel(model, judge.timeout).reach())
+            else:
+                folder = Path(model.model)
+                here = folder if folder.is_dir() else fetch(model.model, cached=True)
+                if not weight_files(here):
+                    raise InputError(
+                        f"{model.model}: its weights are not here; hf download {model.model}"
+                    )
+                yield Finding(role, f"{model.model}, on this machine")
+
+        lines += _guarded(role, look)
+    return lines
+
+
+def _device(profile: Profile) -> Iterator[Finding]:
+    device = check_device(profile.lvlm.device)
+    yield Finding("device", torch.cuda.get_device_name() if device == "cuda" else "CPU")
+    if profile.lvlm.quantization == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
+        yield Finding(
+            "4 bits", "bitsandbytes is not installed", "install the package's extra `gpu`"
+        )
+    process_count(profile)
+
+
+def _memory(profile: Profile) -> Iterator[Finding]:
+    """What training takes of each GPU or of this machine, or evaluation of one, beside what is free
+    now.
+    """
+    evaluation = _evaluation_memory(profile)
+    told, each, processes, cpu = f"{evaluation:.1f} GiB estimated to evaluate", evaluation, 1, 0.0
+    if profile.evaluation.adapters is None:
+        processes = process_count(profile, dry_run=True)
+        training = 0.0
+        for variant in profile.training.variants:
+            parts, shared = profile_memory(profile, variant, processes=processes)
+            training, cpu = max(training, sum(parts.values())), max(cpu, shared)
+        told += f", {training:.1f} GiB for each of {processes} training processes"
+        each = max(evaluation, training)
+    if profile.lvlm.device != "cpu" and torch.cuda.is_available():
+        gpus = range(torch.cuda.device_count())
+        free = min(torch.cuda.mem_get_info(gpu)[0] for gpu in gpus) / GIB
+        less = "try profile qlora-1gpu or zero3-offload, or a smaller training.max_length"
+        yield Finding("GPU memory", f"{told}, {free:.1f} GiB free", "" if each <= free else less)
+    elif profile.lvlm.device == "cuda":
+        yield Finding("GPU memory", told, "there is no GPU here to compare with")
+    else:
+        cpu += each * processes
+    if cpu:
+        available = psutil.virtual_memory().available / GIB
+        less = "close other programs, or take fewer processes"
+        told += f", {available:.1f} GiB available"
+        yield Finding("CPU memory", told, "" if cpu <= available else less)
+
+
+def _evaluation_memory(profile: Profile) -> float:
+    """GiB that one process takes to answer questions: the weights, an adapter, and working
+    space.
+    """
+    config, _ = model_config(profile.lvlm.model)
+    parts = parameter_counts(config, profile.training.lora_rank)
+    on_gpu = profile.lvlm.device == "cuda" or (
+        profile.lvlm.device == "auto" and torch.cuda.is_available()
+    )
+    width = 2 if on_gpu else 4
+    matrices = NF4_BYTES if profile.lvlm.quantization == "nf4" else width
+    others = sum(parts.values()) - parts["matrices"]
+    return (parts["matrices"] * matrices + others * width + WORKING_SPACE) / GIB
+
+
+def main() -> int:
+    """Print the check of a profile. The exit status is 1 where there is something to do."""
+    parser = argparse.ArgumentParser(description="Say whether all that a profile names will load.")
+    parser.add_argument(
+        "--profile", required=True, help="a profile's name, or the path of a YAML file"
+    )
+    options = parser.parse_args()
+    lines: list[Finding] = []
+
+    def action() -> None:
+        lines.extend(check_profile(load_profile(options.profile)))
+        print("\n".join(map(str, lines)))
+
+    return exit_status(action) or int(any(line.to_do for line in lines))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,360 @@
+"""What training leaves: the model card of an adapter, and adapter and base merged into a plain
+Hugging Face folder.
+
+    mmedpo export --adapter runs/phantom/train/mmedpo-seed0 --output mmedpo-merged
+
+The adapter itself is a standard PEFT folder with the projector in it:
+``PeftModel.from_pretrained(base, folder)`` loads it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from ..base.cards import load_card
+from ..base.errors import InputError, exit_status
+from ..base.files import atomic_write, load_json, write_json
+from ..base.settings import repository_root
+from ..convert.adapters import adapter_folder
+from ..convert.model_folder import save_merged
+from ..lvlm import PHANTOM_WEIGHTS, MedLVLM, load_lvlm
+from ..preference_rows import Row, row_source
+from ..profiles import LanguageModel, Profile, load_profile
+
+TAGS = ["mmedpo", "dpo", "lora", "medical", "llava"]
+SCORES = "\n## Test scores\n"
+BASE = "base.json"  # beside the adapter: how the base model was loaded that it was trained on
+# Keys of the profile's section lvlm that say so.
+LOADING = ("vision_tower", "template", "base_adapter")
+LIBRARY = "library_name: {}\n"
+USE = """For research and teaching on preference optimisation of medical vision-language models. **Not for clinical use**: its
+answers are not checked by anyone, and no diagnosis or treatment may rest on them."""
+CITATION = """```bibtex
+@inproceedings{zhu2025mmedpo,
+  title     = {{MMedPO}: Aligning Medical Vision-Language Models with Clinical-Aware Multimodal Preference Optimization},
+  author    = {Zhu, Kangyu and Xia, Peng and Li, Yun and Zhu, Hongtu and Wang, Sheng and Yao, Huaxiu},
+  booktitle = {Proceedings of the 42nd International Conference on Machine Learning},
+  series    = {PMLR 267},
+  year      = {2025},
+  note      = {arXiv:2412.06141}
+}
+```"""
+
+
+def write_model_card(
+    folder: Path, profile: Profile, name: str, seed: int, rows: Sequence[Row]
+) -> None:
+    """Write ``adapter/README.md`` in a run folder: data, recipe, last logged values, use, citation;
+    no path of this machine.
+
+    The base model is called by its public name, in the card and in ``adapter_config.json``.
+
+    Args:
+        folder: the run folder, with ``adapter/`` and ``events.jsonl`` in it.
+        name: the variant that was trained.
+        rows: the variant's pairs.
+
+    Raises:
+        InputError: the adapter's configuration cannot be read, or the card cannot be written.
+    """
+    adapter, base = folder / "adapter", public_name(profile.lvlm.model)
+    config = load_json(adapter / "adapter_config.json", "the configuration of a PEFT adapter")
+    write_json(adapter / "adapter_config.json", config | {"base_model_name_or_path": base})
+    settings = {key: getattr(profile.lvlm, key) for key in LOADING}
+    if settings["base_adapter"]:
+        settings["base_adapter"] = public_name(settings["base_adapter"])
+    write_json(adapter / BASE, settings)
+    data = ModelCardData(
+        base_model=base,
+        library_name="peft",
+        pipeline_tag="image-text-to-text",
+        tags=TAGS,
+        license=base_licence(profile.lvlm.model),
+    )
+    sections = {
+        "Data": _data_text(profile, rows),
+        "Recipe": _table(("setting", "value"), _recipe(profile, name, seed)),
+        "Last logged values": _table(
+            ("value", ""), ((key, f"{value:.4g}") for key, value in _last_values(folder).items())
+        ),
+        "Intended use": USE,
+        "Citation": CITATION,
+    }
+    text = f"---\n{data}\n---\n\n# {profile.name}: {name}\n\n"
+    text += (
+        f"LoRA weights and projector for {base}, trained with the recipe `{name}` (seed {seed}) of "
+        "the MMedPO notebooks "
+        "(arXiv 2412.06141). Load it with `PeftModel.from_pretrained`.\n"
+        "The base model is loaded with "
+        + ", ".join(f"{key} `{settings[key]}`" for key in LOADING)
+        + ", as `mmedpo_utils.lvlm.load_lvlm` takes them.\n"
+    )
+    text += "".join(f"\n## {title}\n\n{content}\n" for title, content in sections.items())
+    _write(adapter / "README.md", text)
+
+
+def add_scores(adapter: Path, scores: dict[str, dict[str, float]]) -> None:
+    """Put test scores into an adapter's model card, in place of earlier ones.
+
+    Args:
+        scores: one model's row of ``evaluate.score_table``: mean, low, high and seeds per metric,
+            in percent.
+
+    Raises:
+        InputError: the adapter has no model card.
+    """
+    card = Path(adapter) / "README.md"
+    if not card.is_file():
+        raise InputError(
+            f"{card}: no such file; train the variant again, or call write_model_card first"
+        )
+    rows = [
+        (
+            metric.replace("_", " "),
+            f"{score['mean']:.1f} ({score['low']:.1f} to {score['high']:.1f})",
+            score["seeds"],
+        )
+        for metric, score in scores.items()
+    ]
+    table = _table(("score", "percent, with 95% interval", "training seeds"), rows)
+    _write(card, card.read_text(encoding="utf-8").partition(SCORES)[0] + f"{SCORES}\n{table}\n")
+
+
+def public_name(model: str) -> str:
+    """How a base model is called elsewhere: its Hub name, its path in the repository, or else its
+    folder's own name.
+    """
+    path, root = Path(model), repository_root()
+    if not path.is_absolute():
+        return model
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name
+
+
+def base_licence(model: str) -> str | None:
+    """The licence in the model card of a base model's folder; None where there is none, as for a
+    name on the Hub.
+    """
+    file = (PHANTOM_WEIGHTS if model == "phantom" else Path(model)) / "README.md"
+    return ModelCard.load(file).data.license if file.is_file() else None
+
+
+def _data_text(profile: Profile, rows: Sequence[Row]) -> str:
+    pairs = ", ".join(
+        f"{count} {source}" for source, count in sorted(Counter(map(row_source, rows)).items())
+    )
+    lines = [f"- preference pairs: {pairs}, validation pairs among them"]
+    try:
+        card = load_card(profile.data.card)
+    except (
+        InputError
+    ):  # a cluster node may hold the pairs alone, and a finished run must not fail here
+        return "\n".join([f"- data set: {profile.data.card}; its card was not at hand", *lines])
+    lines = [f"- data set: {card.title} (card `{card.name}`)", f"- terms: {card.licence}", *lines]
+    if card.credentialed:
+        lines.append(
+            "- the data is credentialed: this adapter has learnt from it, so that its terms hold "
+            "for the adapter too"
+        )
+    return "\n".join(lines)
+
+
+def _recipe(profile: Profile, name: str, seed: int) -> list[tuple[str, Any]]:
+    """Every value that decides the weights, by its key in the profile. Addresses, key names and
+    paths are left out.
+    """
+    values, judge = profile.as_dict(), profile.judge
+    training = {
+        key: value
+        for key, value in values["training"].items()
+        if key not in ("hostfile", "variants")
+    }
+    sections = {
+        "variant": asdict(profile.training.variants[name]),
+        "training": training,
+        "noise": values["noise"],
+        "relevance": values["relevance"],
+        "curation": values["curation"],
+    }
+    rows = [
+        ("seed", seed),
+        *(
+            (f"lvlm.{key}", values["lvlm"][key])
+            for key in ("quantization", "vision_tower", "template")
+        ),
+    ]
+    start = profile.lvlm.base_adapter
+    rows.append(("lvlm.base_adapter", start and public_name(start)))
+    rows += [
+        (f"{section}.{key}", value)
+        for section, part in sections.items()
+        for key, value in part.items()
+    ]
+    speakers = {
+        "judge": judge.judge,
+        **{f"panel.{member}": model for member, model in (judge.panel or {}).items()},
+    }
+    rows += [
+        (f"judge.{role}", public_name(model.model))
+        for role, model in speakers.items()
+        if isinstance(model, LanguageModel)
+    ]
+    return [*rows, ("judge.backend", judge.backend)]
+
+
+def _last_values(folder: Path) -> dict[str, float]:
+    values: dict[str, float] = {}
+    for line in (folder / "events.jsonl").read_text(encoding="utf-8").splitlines():
+        values |= json.loads(line)
+    return values
+
+
+def _table(head: tuple[str, ...], rows: Iterable[tuple[Any, ...]]) -> str:
+    def text(value: Any) -> str:
+        return (
+            ", ".join(map(str, value))
+            if isinstance(value, list | tuple)
+            else "none"
+            if value is None
+            else str(value)
+        )
+
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(text, line)) + " |" for line in lines)
+
+
+def _write(path: Path, text: str) -> None:
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def merge(
+    adapter: str | Path,
+    output: str | Path,
+    base: str | None = None,
+    device: str = "cpu",
+    base_adapter: str | None = None,
+) -> Path:
+    """Write base model and adapter as one Hugging Face LLaVA folder, whole or not at all: usable as
+    ``lvlm.model``.
+
+    It holds the model with LoRA merged and the trained projector, the processor with its chat
+    template, the generation settings and the adapter's model card. The base is never quantised
+    here: an adapter that was trained on 4-bit weights is merged into the full ones, float32 on the
+    CPU and bfloat16 on a GPU. That is not bit for bit the model it was trained on, but nearer to
+    the original weights than a merge into the rounded ones.
+
+    Args:
+        adapter: a run folder, the adapter folder in it, or anybody's that `adapters.adapter_folder`
+            finds.
+        output: a folder that does not exist yet, or an empty one.
+        base: the model that the adapter was trained on; None: what the run's profile or the adapter
+            itself names.
+        device: auto | cpu | cuda.
+        base_adapter: the adapter that was merged into the base before; None: as for ``base``.
+
+    Raises:
+        InputError: no adapter, another base model, ``output`` holds something already, or no room
+            to write.
+    """
+    adapter, output = adapter_folder(adapter), Path(output).resolve()
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise InputError(
+            f"{output}: holds something already; remove it, or choose another output folder"
+        )
+    lvlm = _load(adapter, base, device, base_adapter)
+    draft = None
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))
+        _save(lvlm, adapter, draft)
+        draft.chmod(0o755)
+        os.replace(draft, output)
+    except OSError as error:
+        raise InputError(
+            f"{output}: cannot be written ({error.strerror or error}); free some disk space, or "
+            "choose another output folder"
+        ) from error
+    finally:
+        if draft is not None:
+            shutil.rmtree(draft, ignore_errors=True)
+    return output
+
+
+def _load(adapter: Path, base: str | None, device: str, base_adapter: str | None) -> MedLVLM:
+    """The unquantised base model with the adapter on top."""
+    config = load_json(adapter / "adapter_config.json", "the configuration of a PEFT adapter")
+    record = adapter.parent / "profile.yaml"
+    settings: dict[str, Any] = {}
+    if record.is_file():
+        values = load_profile(record).lvlm
+        base, settings = base or values.model, {key: getattr(values, key) for key in LOADING}
+    elif (adapter / BASE).is_file():
+        stored = load_json(adapter / BASE, "how the adapter's base model is loaded")
+        settings = {key: stored[key] for key in LOADING if key in stored}
+    if base_adapter is not None:
+        settings["base_adapter"] = base_adapter
+    return load_lvlm(base or config["base_model_name_or_path"], device, adapter, **settings)
+
+
+def _save(lvlm: MedLVLM, adapter: Path, folder: Path) -> None:
+    save_merged(lvlm, folder)
+    card = adapter / "README.md"
+    if card.is_file():
+        text = card.read_text(encoding="utf-8").replace(
+            LIBRARY.format("peft"), LIBRARY.format("transformers"), 1
+        )
+        _write(
+            folder / "README.md",
+            text.replace(
+                "LoRA weights and projector for", "LoRA weights and projector merged into", 1
+            ).replace("`PeftModel", "`LlavaForConditionalGeneration", 1),
+        )
+
+
+def main() -> int:
+    """Command line of ``merge``."""
+    parser = argparse.ArgumentParser(
+        description="Merge an adapter into its base model: a plain Hugging Face folder."
+    )
+    parser.add_argument(
+        "--adapter", type=Path, required=True, help="a run folder, or a PEFT adapter folder"
+    )
+    parser.add_argument("--output", type=Path, required=True, help="the folder to write")
+    parser.add_argument(
+        "--base",
+        help="the base model, where the run's profile or the adapter does not name it rightly",
+    )
+    parser.add_argument(
+        "--base-adapter", help="the adapter that was merged into the base before, in the same case"
+    )
+    parser.add_argument(
+        "--device",
+        default="cpu",
+        choices=("auto", "cpu", "cuda"),
+        help="cpu: float32; cuda: bfloat16",
+    )
+    options = parser.parse_args()
+
+    def action() -> None:
+        folder = merge(
+            options.adapter, options.output, options.base, options.device, options.base_adapter
+        )
+        print(f"written: {folder}")
+
+    return exit_status(action)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,322 @@
+"""Views to play with in a notebook (ipywidgets), drawn by the functions of plots.py, and the way a
+figure gets shown.
+
+Every view is a `VBox` whose last child is an `HTML` picture with alternative text. Nothing comes
+from the network, and text from data is escaped wherever it is shown.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ipywidgets as widgets
+import numpy as np
+from IPython.display import display
+from matplotlib.figure import Figure
+from PIL import Image
+
+from .. import noise
+from ..base.files import atomic_write
+from ..base.images import open_image, resolve_image
+from ..metrics import answer_score
+from ..preference_rows import answer_text, question_text, row_source
+from . import plots
+
+ANY = "any"
+AVERAGE, ALL = "mean of all", -1  # a Dropdown shows the value None as nothing chosen
+
+
+def figure_png(figure: Figure) -> bytes:
+    """A figure as a small PNG (110 dots an inch, 256 colours, no dates): the same figure gives the
+    same bytes.
+    """
+    raw, small = io.BytesIO(), io.BytesIO()
+    figure.savefig(raw, format="png", dpi=110, facecolor="white")
+    figure.set_layout_engine("none")  # a second save keeps the layout of the first
+    with Image.open(raw, formats=["PNG"]) as image:
+        few_colours = image.convert("RGB").quantize(
+            256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE
+        )
+        few_colours.save(small, format="PNG", optimize=True)
+    return small.getvalue()
+
+
+def save_figure(figure: Figure, folder: str | Path, name: str) -> Path:
+    """Write ``<folder>/<name>.png`` (see `figure_png`), atomically; returns its path."""
+    path = Path(folder) / f"{name}.png"
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(figure_png(figure))
+    return path
+
+
+def figure_html(figure: Figure, alt: str) -> str:
+    """An HTML image that holds the figure itself and its alternative text, escaped."""
+    data = base64.b64encode(figure_png(figure)).decode()
+    return (
+        f'<img src="data:image/png;base64,{data}" alt="{html.escape(alt)}" style="max-width:100%">'
+    )
+
+
+def show(figure: Figure, alt: str) -> None:
+    """Show a figure in a notebook with its alternative text, which stays in the saved notebook."""
+    display({"text/html": figure_html(figure, alt), "text/plain": alt}, raw=True)
+
+
+def show_table(rows: Sequence[Mapping[str, Any]], caption: str, decimals: int = 1) -> None:
+    """Show a table (see `plots.results_table`) in a notebook."""
+    display(
+        {"text/html": plots.results_table(rows, caption, decimals), "text/plain": caption}, raw=True
+    )
+
+
+def _view(
+    controls: Sequence[widgets.Widget],
+    draw: Callable[[], tuple[Figure, str]],
+    text: Callable[[], str] = lambda: "",
+) -> widgets.VBox:
+    """Controls above an `HTML` picture that is drawn again whenever a control's value changes."""
+    picture = widgets.HTML()
+
+    def update(_: Any = None) -> None:
+        figure, alt = draw()
+        picture.value = figure_html(figure, alt) + text()
+
+    for control in controls:
+        control.observe(update, "value")
+    update()
+    box = widgets.Box(list(controls), layout=widgets.Layout(flex_flow="row wrap"))
+    return widgets.VBox([box, picture])
+
+
+def _slider(label: str, value: float, low: float = 0.0, high: float = 1.0) -> widgets.FloatSlider:
+    return widgets.FloatSlider(
+        value, min=low, max=high, step=0.05, description=label, continuous_update=False
+    )
+
+
+def _choice(label: str, options: Sequence) -> widgets.Dropdown:
+    return widgets.Dropdown(options=options, description=label)
+
+
+def _numbered(label: str, count: int) -> widgets.Dropdown:
+    return _choice(label, [(AVERAGE, ALL), *((str(n + 1), n) for n in range(count))])
+
+
+def attention_explorer(
+    films: Sequence[np.ndarray],
+    maps: np.ndarray | Callable[[int], np.ndarray],
+    queries: Sequence[str],
+    masks: Sequence[Mapping[str, np.ndarray]] | None = None,
+    titles: Sequence[str] | None = None,
+) -> widgets.VBox:
+    """Look at cross-attention by film, finding, layer, head, threshold and opacity.
+
+    Args:
+        films: Images. Shape of each: [H, W].
+        maps: All maps, shape [N, layers, heads, queries, g, g], or a function from a film's number
+            to its own.
+        queries: The names along the fourth axis.
+        masks: For each film its lesion masks by name; the mask named like the query is outlined,
+            and the union of all masks for "disease".
+        titles: The films' names.
+    """
+    of_film = maps if callable(maps) else maps.__getitem__
+    names = titles or [f"film {n + 1}" for n in range(len(films))]
+    layers, heads = np.shape(of_film(0))[:2]
+    film = _choice("film", list(zip(names, range(len(films)))))
+    finding, layer, head = (
+        _choice("finding", list(queries)),
+        _numbered("layer", layers),
+        _numbered("head", heads),
+    )
+    finding.value = "disease" if "disease" in queries else queries[0]
+    threshold, opacity = _slider("threshold", 0.0), _slider("opacity", 0.5)
+
+    def draw() -> tuple[Figure, str]:
+        chosen = np.asarray(of_film(film.value))[:, :, list(queries).index(finding.value)]
+        chosen = chosen.mean(0) if layer.value == ALL else chosen[layer.value]
+        chosen = chosen.mean(0) if head.value == ALL else chosen[head.value]
+        known = masks[film.value] if masks else {}
+        union = np.any(list(known.values()), axis=0) if known else None
+        outline = union if finding.value == "disease" else known.get(finding.value)
+        alt = f"{names[film.value]}: attention of {finding.value}, layer {layer.label}, head {head.label}"
+        return plots.attention_overlay(
+            films[film.value], chosen, outline, threshold.value, opacity.value, finding.value
+        ), alt
+
+    return _view([film, finding, layer, head, threshold, opacity], draw)
+
+
+def noise_explorer(image: np.ndarray, heat_map: np.ndarray, seed: int = 0) -> widgets.VBox:
+    """Turn the noise up and down: kind (localized, released code's, global), signal kept, and the
+    mask's quantile.
+
+    Args:
+        image: Float in [0, 1]. Shape: [H, W] or [H, W, 3].
+        heat_map: The visual tool's map. Shape: [g, g].
+    """
+    kind = _choice("kind", ["localized", "released", "global"])
+    signal, quantile = _slider("signal kept", 0.5), _slider("quantile", 0.85, 0.5, 0.95)
+    size = np.shape(image)[:2]
+
+    def draw() -> tuple[Figure, str]:
+        rng = np.random.default_rng(seed)
+        if kind.value == "released":
+            mask = noise.released_mask(np.kron(heat_map, np.ones((16, 16))), size)
+            noised = noise.released_noise(np.rint(255 * image).astype(np.uint8), mask, rng)
+        elif kind.value == "global":
+            mask, noised = (
+                np.ones(size, np.float32),
+                noise.global_noise(image, signal.value**2, rng),
+            )
+        else:
+            mask = noise.lesion_mask(heat_map, size, "quantile", quantile.value)
+            noised = noise.localized_noise(image, mask, signal.value**2, rng)
+        figure = plots.noise_comparison(
+            image, mask, {f"{kind.value}, signal {signal.value:.2f}": noised}
+        )
+        return figure, f"the film, the mask and the {kind.value} noise at signal {signal.value:.2f}"
+
+    return _view([kind, signal, quantile], draw)
+
+
+def open_pixels(root: str | Path, name: str) -> np.ndarray:
+    """The pixels of one image inside ``root``, upright. Shape: [H, W] or [H, W, 3]."""
+    return np.asarray(open_image(resolve_image(root, name)))
+
+
+def _browser(
+    filters: Sequence[widgets.Widget],
+    kept: Callable[[], list],
+    draw: Callable[[Any], tuple[Figure, str]],
+    text: Callable[[Any], str],
+) -> widgets.VBox:
+    """Filters, a number that walks through what they keep, and the picture of the item that stands
+    there.
+    """
+    place, found = (
+        widgets.BoundedIntText(1, min=1, max=max(1, len(kept())), description="number"),
+        widgets.HTML(),
+    )
+
+    def narrow(_: Any = None) -> None:
+        count = len(kept())
+        place.max, place.value = max(1, count), 1
+        found.value = f"of {count}"
+
+    def current() -> Any:
+        items = kept()
+        return items[place.value - 1] if items else None
+
+    for control in filters:
+        control.observe(narrow, "value")
+    narrow()
+    nothing = "nothing matches"
+    view = _view(
+        [*filters, place],
+        lambda: draw(current()) if current() else (Figure((2, 0.5)), nothing),
+        lambda: text(current()) if current() else nothing,
+    )
+    view.children[0].children += (found,)
+    return view
+
+
+def _values(rows: Sequence[Mapping[str, Any]], key: str) -> list[str]:
+    return [ANY, *sorted({str(row[key]) for row in rows if row.get(key)})]
+
+
+def pairs_explorer(
+    rows: Sequence[dict[str, Any]], image_root: str | Path, noised_root: str | Path | None = None
+) -> widgets.VBox:
+    """Walk through preference pairs; filter by source and finding. ``noised_root`` holds the
+    rejected images.
+    """
+    source = _choice("source", [ANY, *sorted({row_source(row) for row in rows})])
+    finding = _choice("finding", _values(rows, "finding"))
+
+    def kept() -> list[dict[str, Any]]:
+        return [
+            row
+            for row in rows
+            if source.value in (ANY, row_source(row)) and finding.value in (ANY, row.get("finding"))
+        ]
+
+    def draw(row: dict[str, Any]) -> tuple[Figure, str]:
+        rejected = (
+            open_pixels(noised_root, row["rejected_image"])
+            if row.get("rejected_image") and noised_root
+            else None
+        )
+        parts = (
+            question_text(row),
+            answer_text(row),
+            answer_text(row, rejected=True),
+            row.get("weighted_score"),
+        )
+        relevance = (
+            "without a relevance score"
+            if parts[3] is None
+            else f"clinical relevance {parts[3]:.2f}"
+        )
+        alt = f"Preference pair about {row['image']}, {relevance}; its text stands below"
+        return plots.pair_card(open_pixels(image_root, row["image"]), rejected, *parts), alt
+
+    def text(row: dict[str, Any]) -> str:
+        return plots.results_table(
+            [{"preferred": answer_text(row), "rejected": answer_text(row, rejected=True)}],
+            question_text(row),
+        )
+
+    return _browser([source, finding], kept, draw, text)
+
+
+def cases_explorer(
+    predictions: Mapping[str, Sequence[dict[str, Any]]], image_root: str | Path
+) -> widgets.VBox:
+    """Walk through test questions with each model's answer; filter by finding, type and "changed by
+    training".
+
+    Args:
+        predictions: Model name to prediction rows, the models in the order of the table; every
+            model has answered the same questions. "Changed" means that the last model's answer
+            scores otherwise than the first one's.
+    """
+    tables = [{str(row["question_id"]): row for row in rows} for rows in predictions.values()]
+    shared = [key for key in tables[0] if all(key in table for table in tables)]
+    cases = [[table[key] for table in tables] for key in shared]
+    first = [case[0] for case in cases]
+    finding, kind = (
+        _choice("finding", _values(first, "finding")),
+        _choice("type", _values(first, "answer_type")),
+    )
+    changed = widgets.Checkbox(False, description="changed by training")
+
+    def kept() -> list[list[dict[str, Any]]]:
+        return [
+            case
+            for case in cases
+            if finding.value in (ANY, case[0].get("finding"))
+            and kind.value in (ANY, case[0]["answer_type"])
+            and not (changed.value and answer_score(case[0]) == answer_score(case[-1]))
+        ]
+
+    def draw(case: list[dict[str, Any]]) -> tuple[Figure, str]:
+        row = case[0]
+        return plots.film_grid(
+            [open_pixels(image_root, row["image"])], [row["image"]], columns=1
+        ), f"film {row['image']}"
+
+    def text(case: list[dict[str, Any]]) -> str:
+        lines = [{"": "ground truth", "answer": case[0]["answer"], "score": None}]
+        lines += [
+            {"": name, "answer": row["prediction"], "score": 100 * answer_score(row)}
+            for name, row in zip(predictions, case)
+        ]
+        return plots.results_table(lines, case[0]["question"])
+
+    return _browser([finding, kind, changed], kept, draw, text)
