@@ -1,4 +1,6 @@
-"""What the training benchmarks share: a random LLaVA, pairs, stock TRL's trainer and ours, and the processes that run them."""
+"""What the training benchmarks share: a random LLaVA, pairs, stock TRL's trainer and ours, and the
+processes that run them.
+"""
 
 from __future__ import annotations
 
@@ -41,21 +43,32 @@ sys.path.insert(0, str(ROOT))
 
 from mmedpo_utils.base.environment import provenance  # noqa: E402
 from mmedpo_utils.lvlm import MedLVLM, generate, load_lvlm, model_digest  # noqa: E402
-from mmedpo_utils.preference_rows import Row, answer_text, question_text, read_manifest, write_manifest  # noqa: E402
+from mmedpo_utils.preference_rows import (  # noqa: E402
+    Row,
+    answer_text,
+    question_text,
+    read_manifest,
+    write_manifest,
+)
 from mmedpo_utils.scale.fast_trainer import FastTrainer, PackingCollator  # noqa: E402
 from mmedpo_utils.trainer import adapter_config, preference_dataset, train_in_32_bits  # noqa: E402
 
 PATCH, MAX_LENGTH, SEED, BETA = 14, 1024, 3, 0.1
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>", "USER", "ASSISTANT", ":")
-TEMPLATE = ("{% for message in messages %}{{ 'USER: ' if message['role'] == 'user' else 'ASSISTANT: ' }}"
-            "{% for item in message['content'] %}{{ '<image>\n' if item['type'] == 'image' else item['text'] }}{% endfor %}"
-            "{{ ' ' if message['role'] == 'user' else '</s>' }}{% endfor %}"
-            "{% if add_generation_prompt %}{{ 'ASSISTANT: ' }}{% endif %}")
+TEMPLATE = (
+    "{% for message in messages %}{{ 'USER: ' if message['role'] == 'user' else 'ASSISTANT: ' }}"
+    "{% for item in message['content'] %}{{ '<image>\n' if item['type'] == 'image' else "
+    "item['text'] }}{% endfor %}"
+    "{{ ' ' if message['role'] == 'user' else '</s>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT: ' }}{% endif %}"
+)
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a LLaVA: a Mistral language model, a CLIP tower of 14-pixel patches over square images."""
+    """Sizes of a LLaVA: a Mistral language model, a CLIP tower of 14-pixel patches over square
+    images.
+    """
 
     hidden_size: int
     intermediate_size: int
@@ -78,7 +91,8 @@ class Shape:
 SHAPES = {
     "small": Shape(384, 1344, 6, 6, 2, 640, 96, 384, 3, 2),
     "tiny": Shape(32, 48, 2, 2, 1, 200, 32, 48, 3, 2, image_size=56),
-    "llava-med-1.5": Shape(4096, 14336, 32, 32, 8, 32000, 1024, 4096, 24, 16)}
+    "llava-med-1.5": Shape(4096, 14336, 32, 32, 8, 32000, 1024, 4096, 24, 16),
+}
 
 
 @dataclass(frozen=True)
@@ -86,8 +100,10 @@ class Job:
     """One training to measure. ``side`` is trl or ours; the switches are ours alone.
 
     Attributes:
-        data: text, mixed (text and visual pairs by turns) or lengths (text pairs, short answers and reports by turns).
-        pairs: how many pairs, ``epochs``: how often each is seen, ``batch_size``: how many in a step.
+        data: text, mixed (text and visual pairs by turns) or lengths (text pairs, short answers and
+            reports by turns).
+        pairs: how many pairs, ``epochs``: how often each is seen, ``batch_size``: how many in a
+            step.
         lora_rank: rank of the adapter; its alpha is twice as much.
         quantization, device, gradient_checkpointing, optimizer: as in a profile.
     """
@@ -115,43 +131,87 @@ def word(number: int) -> str:
 
 
 def lvlm_config(shape: Shape) -> LlavaConfig:
-    """A LLaVA's configuration: features of the tower's last layer but one, without its class token."""
+    """A LLaVA's configuration: features of the tower's last layer but one, without its class
+    token.
+    """
     return LlavaConfig(
         vision_config=CLIPVisionConfig(
-            hidden_size=shape.tower_hidden_size, intermediate_size=shape.tower_intermediate_size, image_size=shape.image_size,
-            num_hidden_layers=shape.tower_layers, num_attention_heads=shape.tower_heads, patch_size=PATCH),
+            hidden_size=shape.tower_hidden_size,
+            intermediate_size=shape.tower_intermediate_size,
+            image_size=shape.image_size,
+            num_hidden_layers=shape.tower_layers,
+            num_attention_heads=shape.tower_heads,
+            patch_size=PATCH,
+        ),
         text_config=MistralConfig(
-            hidden_size=shape.hidden_size, intermediate_size=shape.intermediate_size, num_hidden_layers=shape.layers,
-            num_attention_heads=shape.heads, num_key_value_heads=shape.key_value_heads, vocab_size=shape.vocabulary,
-            max_position_embeddings=2 * MAX_LENGTH, sliding_window=None, pad_token_id=0, bos_token_id=1, eos_token_id=2),
-        image_token_index=SPECIAL.index("<image>"), image_seq_length=shape.image_tokens,
-        vision_feature_select_strategy="default", vision_feature_layer=-2)
+            hidden_size=shape.hidden_size,
+            intermediate_size=shape.intermediate_size,
+            num_hidden_layers=shape.layers,
+            num_attention_heads=shape.heads,
+            num_key_value_heads=shape.key_value_heads,
+            vocab_size=shape.vocabulary,
+            max_position_embeddings=2 * MAX_LENGTH,
+            sliding_window=None,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+        ),
+        image_token_index=SPECIAL.index("<image>"),
+        image_seq_length=shape.image_tokens,
+        vision_feature_select_strategy="default",
+        vision_feature_layer=-2,
+    )
 
 
 def save_lvlm(folder: Path, shape: Shape, device: str) -> None:
-    """Write a LLaVA of random weights with its processor, in the Hugging Face layout: bf16 from a GPU, else float32."""
+    """Write a LLaVA of random weights with its processor, in the Hugging Face layout: bf16 from a
+    GPU, else float32.
+    """
     names = [*SPECIAL, *(word(number) for number in range(shape.vocabulary - len(SPECIAL)))]
-    words = Tokenizer(models.WordLevel({name: number for number, name in enumerate(names)}, unk_token="<unk>"))
+    words = Tokenizer(
+        models.WordLevel({name: number for number, name in enumerate(names)}, unk_token="<unk>")
+    )
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
-                                        unk_token="<unk>", additional_special_tokens=["<image>"])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        additional_special_tokens=["<image>"],
+    )
     size = shape.image_size
-    images = CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
-    LlavaProcessor(images, tokenizer, patch_size=PATCH, vision_feature_select_strategy="default", image_token="<image>",
-                   num_additional_image_tokens=1, chat_template=TEMPLATE).save_pretrained(folder)
+    images = CLIPImageProcessor(
+        size={"shortest_edge": size}, crop_size={"height": size, "width": size}
+    )
+    LlavaProcessor(
+        images,
+        tokenizer,
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        image_token="<image>",
+        num_additional_image_tokens=1,
+        chat_template=TEMPLATE,
+    ).save_pretrained(folder)
     set_seed(SEED)
     with torch.device(device):
         model = LlavaForConditionalGeneration._from_config(
-            lvlm_config(shape), dtype=torch.bfloat16 if device == "cuda" else torch.float32)
+            lvlm_config(shape), dtype=torch.bfloat16 if device == "cuda" else torch.float32
+        )
     model.save_pretrained(folder, max_shard_size="2GB")
 
 
 def draw_pairs(folder: Path, job: Job, shape: Shape) -> None:
-    """Write ``folder``/pairs.json, the manifest of ``job``, with its films under ``folder``/images and ``folder``/noised."""
+    """Write ``folder``/pairs.json, the manifest of ``job``, with its films under ``folder``/images
+    and ``folder``/noised.
+    """
     rng, rows = np.random.default_rng(SEED), []
 
     def text(low: int, high: int) -> str:
-        return " ".join(word(number) for number in rng.integers(0, shape.vocabulary - len(SPECIAL), rng.integers(low, high)))
+        return " ".join(
+            word(number)
+            for number in rng.integers(0, shape.vocabulary - len(SPECIAL), rng.integers(low, high))
+        )
 
     def film(name: str, number: int) -> None:
         path = folder / name / f"{number}.png"
@@ -162,17 +222,32 @@ def draw_pairs(folder: Path, job: Job, shape: Shape) -> None:
     for number in range(job.pairs):
         film("images", number)
         film("noised", number)
-        question, visual = {"from": "human", "value": f"<image>\n{text(10, 20)}"}, job.data == "mixed" and number % 2 == 1
+        question, visual = (
+            {"from": "human", "value": f"<image>\n{text(10, 20)}"},
+            job.data == "mixed" and number % 2 == 1,
+        )
         length = (100, 200) if job.data == "lengths" and number % 2 else (3, 12)
         chosen, rejected = text(*length), text(*length)
-        rows.append({"id": number, "image": f"{number}.png", "rejected_image": f"{number}.png" if visual else None,
-                     "conversations": [question, {"from": "gpt", "value": chosen}], "weighted_score": 1.0,
-                     "rejected_conversations": [question, {"from": "gpt", "value": chosen if visual else rejected}]})
+        rows.append(
+            {
+                "id": number,
+                "image": f"{number}.png",
+                "rejected_image": f"{number}.png" if visual else None,
+                "conversations": [question, {"from": "gpt", "value": chosen}],
+                "weighted_score": 1.0,
+                "rejected_conversations": [
+                    question,
+                    {"from": "gpt", "value": chosen if visual else rejected},
+                ],
+            }
+        )
     write_manifest(folder / "pairs.json", rows)
 
 
 class RejectedImages:
-    """TRL's collator repeats the images for the rejected half of a batch; this processor takes others there, and no more."""
+    """TRL's collator repeats the images for the rejected half of a batch; this processor takes
+    others there, and no more.
+    """
 
     def __init__(self, processor: LlavaProcessor, images: list[list[Image.Image]]) -> None:
         self.processor, self.images = processor, images
@@ -185,12 +260,18 @@ class RejectedImages:
 
 
 class TwoImageCollator(DataCollatorForVisionPreference):
-    """TRL's vision collator, with the one thing that it cannot do: the rejected half of a batch has images of its own."""
+    """TRL's vision collator, with the one thing that it cannot do: the rejected half of a batch has
+    images of its own.
+    """
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """Collate rows that carry ``rejected_images`` beside TRL's own columns."""
-        processor, self.processor = self.processor, RejectedImages(
-            self.processor, [example.pop("rejected_images") for example in examples])
+        processor, self.processor = (
+            self.processor,
+            RejectedImages(
+                self.processor, [example.pop("rejected_images") for example in examples]
+            ),
+        )
         try:
             return super().torch_call(examples)
         finally:
@@ -198,29 +279,53 @@ class TwoImageCollator(DataCollatorForVisionPreference):
 
 
 def arguments(job: Job, folder: Path) -> DPOConfig:
-    """The trainer's arguments, the same for both sides. Pairs come in their own order, or grouped by length."""
+    """The trainer's arguments, the same for both sides. Pairs come in their own order, or grouped
+    by length.
+    """
     cuda = job.device == "cuda"
     return DPOConfig(
-        output_dir=str(folder), seed=SEED, beta=BETA, learning_rate=job.learning_rate, lr_scheduler_type="constant",
-        num_train_epochs=job.epochs, per_device_train_batch_size=job.batch_size, per_device_eval_batch_size=job.batch_size,
-        max_length=MAX_LENGTH, bf16=cuda or job.quantization == "nf4", use_cpu=not cuda, dataloader_pin_memory=cuda,
-        optim=job.optimizer, gradient_checkpointing=job.gradient_checkpointing, remove_unused_columns=False,
+        output_dir=str(folder),
+        seed=SEED,
+        beta=BETA,
+        learning_rate=job.learning_rate,
+        lr_scheduler_type="constant",
+        num_train_epochs=job.epochs,
+        per_device_train_batch_size=job.batch_size,
+        per_device_eval_batch_size=job.batch_size,
+        max_length=MAX_LENGTH,
+        bf16=cuda or job.quantization == "nf4",
+        use_cpu=not cuda,
+        dataloader_pin_memory=cuda,
+        optim=job.optimizer,
+        gradient_checkpointing=job.gradient_checkpointing,
+        remove_unused_columns=False,
         train_sampling_strategy="group_by_length" if job.group_by_length else "sequential",
-        logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True)
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
 
 
 def trl_dataset(rows: list[Row], folder: Path, two_images: bool) -> Dataset:
     """The pairs as TRL documents them: images, and prompt, chosen and rejected as messages."""
+
     def message(role: str, content: str) -> list[dict[str, str]]:
         return [{"role": role, "content": content}]
 
     pairs = []
     for row in rows:
         image = str(folder / "images" / row["image"])
-        pair = {"images": [image], "prompt": message("user", question_text(row)),
-                "chosen": message("assistant", answer_text(row)), "rejected": message("assistant", answer_text(row, True))}
+        pair = {
+            "images": [image],
+            "prompt": message("user", question_text(row)),
+            "chosen": message("assistant", answer_text(row)),
+            "rejected": message("assistant", answer_text(row, True)),
+        }
         if two_images:
-            pair["rejected_images"] = [str(folder / "noised" / row["rejected_image"]) if row["rejected_image"] else image]
+            pair["rejected_images"] = [
+                str(folder / "noised" / row["rejected_image"]) if row["rejected_image"] else image
+            ]
         pairs.append(pair)
     dataset = Dataset.from_list(pairs)
     for column in ("images", "rejected_images")[: 1 + two_images]:
@@ -228,21 +333,39 @@ def trl_dataset(rows: list[Row], folder: Path, two_images: bool) -> Dataset:
     return dataset
 
 
-def build(job: Job, lvlm: MedLVLM, rows: list[Row], folder: Path, callbacks: list[TrainerCallback]) -> DPOTrainer:
+def build(
+    job: Job, lvlm: MedLVLM, rows: list[Row], folder: Path, callbacks: list[TrainerCallback]
+) -> DPOTrainer:
     """The side's trainer over ``rows``; it writes to ``folder``."""
     processor, data = lvlm.processor, folder.parent / job.data
-    same = {"args": arguments(job, folder / "run"), "processing_class": processor, "callbacks": callbacks,
-            "peft_config": adapter_config(job.lora_rank, 2 * job.lora_rank, dropout=0.0)}
+    same = {
+        "args": arguments(job, folder / "run"),
+        "processing_class": processor,
+        "callbacks": callbacks,
+        "peft_config": adapter_config(job.lora_rank, 2 * job.lora_rank, dropout=0.0),
+    }
     if job.side == "trl":
         dataset = trl_dataset(rows, data, job.data == "mixed")
-        collator = TwoImageCollator(processor, max_length=MAX_LENGTH) if job.data == "mixed" else None
+        collator = (
+            TwoImageCollator(processor, max_length=MAX_LENGTH) if job.data == "mixed" else None
+        )
         trainer = DPOTrainer(lvlm.model, train_dataset=dataset, data_collator=collator, **same)
     else:
-        dataset = preference_dataset(rows, np.ones(len(rows)), processor, data / "images", data / "noised", MAX_LENGTH)
-        collator = PackingCollator(processor.tokenizer.pad_token_id, MAX_LENGTH, processor, job.shared_prefix)
+        dataset = preference_dataset(
+            rows, np.ones(len(rows)), processor, data / "images", data / "noised", MAX_LENGTH
+        )
+        collator = PackingCollator(
+            processor.tokenizer.pad_token_id, MAX_LENGTH, processor, job.shared_prefix
+        )
         trainer = FastTrainer(
-            lvlm.model, projector_learning_rate=job.learning_rate, cache_reference=job.cache_reference,
-            reference_cache=folder / "reference.json", train_dataset=dataset, data_collator=collator, **same)
+            lvlm.model,
+            projector_learning_rate=job.learning_rate,
+            cache_reference=job.cache_reference,
+            reference_cache=folder / "reference.json",
+            train_dataset=dataset,
+            data_collator=collator,
+            **same,
+        )
         train_in_32_bits(trainer.model)
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -278,14 +401,17 @@ def train_once(job: Job, folder: Path, rows: list[Row]) -> dict[str, Any]:
     """Train a fresh model on ``rows`` with the job's side.
 
     Returns:
-        ``seconds``: the data set, the trainer around the loaded model, the reference where it is computed ahead, all steps;
-        ``ahead_seconds`` before the first step; ``step_seconds`` and ``losses`` of every step; ``initial``: a digest of the
-        untrained model.
+        ``seconds``: the data set, the trainer around the loaded model, the reference where it is
+            computed ahead, all steps;
+        ``ahead_seconds`` before the first step; ``step_seconds`` and ``losses`` of every step;
+        ``initial``: a digest of the untrained model.
     """
     cache, clock = folder / "reference.json", Clock()
     cache.unlink(missing_ok=True)
     lvlm = load_lvlm(folder.parent / "model", job.device, quantization=job.quantization)
-    generate(lvlm, [Image.new("L", (64, 64))], [word(0)], max_new_tokens=1, batch_size=1)  # a GPU loads its kernels
+    generate(
+        lvlm, [Image.new("L", (64, 64))], [word(0)], max_new_tokens=1, batch_size=1
+    )  # a GPU loads its kernels
     if job.attention != "sdpa":
         lvlm.llava.model.language_model.set_attn_implementation(job.attention)
     began = time.perf_counter()
@@ -295,20 +421,31 @@ def train_once(job: Job, folder: Path, rows: list[Row]) -> dict[str, Any]:
     trainer.train()
     ended = time.perf_counter()
     ahead, *steps = (after - before for before, after in pairwise(clock.times))
-    return {"seconds": built - began + ended - ready, "ahead_seconds": ahead, "step_seconds": steps, "initial": initial,
-            "losses": [event["loss"] for event in trainer.state.log_history if "loss" in event]}
+    return {
+        "seconds": built - began + ended - ready,
+        "ahead_seconds": ahead,
+        "step_seconds": steps,
+        "initial": initial,
+        "losses": [event["loss"] for event in trainer.state.log_history if "loss" in event],
+    }
 
 
 def peak_bytes(device: str) -> int:
     """The most memory that this process has held: tensors on a GPU, else resident memory."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
-    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    peak = next(
+        line
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith("VmHWM")
+    )
     return int(peak.split()[1]) * 1024
 
 
 def work(job: Job, folder: Path, threads: int, pipe: Connection) -> None:
-    """A worker's life: on the CPU two steps to warm up, then one training per message, until the pipe is closed."""
+    """A worker's life: on the CPU two steps to warm up, then one training per message, until the
+    pipe is closed.
+    """
     log = os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -324,29 +461,39 @@ def work(job: Job, folder: Path, threads: int, pipe: Connection) -> None:
 
 
 class Worker:
-    """A process of its own for one job: ``run`` trains once and returns what `train_once` and `peak_bytes` say.
+    """A process of its own for one job: ``run`` trains once and returns what `train_once` and
+    `peak_bytes` say.
 
-    Processes that stay on the CPU are forked from one that has imported the libraries; a GPU needs fresh ones.
+    Processes that stay on the CPU are forked from one that has imported the libraries; a GPU needs
+    fresh ones.
     """
 
     def __init__(self, name: str, job: Job, folder: Path, threads: int) -> None:
         context = multiprocessing.get_context("spawn" if job.device == "cuda" else "forkserver")
         context.set_forkserver_preload(["common"])
-        os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # where the preloading process finds it
+        os.environ["PYTHONPATH"] = str(
+            Path(__file__).parent
+        )  # where the preloading process finds it
         self.folder = folder / name
         self.folder.mkdir()
         self.pipe, other = context.Pipe()
-        self.process = context.Process(target=work, args=(job, self.folder, threads, other), daemon=True)
+        self.process = context.Process(
+            target=work, args=(job, self.folder, threads, other), daemon=True
+        )
         self.process.start()
         other.close()
         self.receive()
 
     def receive(self) -> Any:
-        """The worker's next message. Raises RuntimeError, with the end of its log, where it has died."""
+        """The worker's next message. Raises RuntimeError, with the end of its log, where it has
+        died.
+        """
         try:
             return self.pipe.recv()
         except EOFError as error:
-            raise RuntimeError(f"{self.folder.name}: {(self.folder / 'log.txt').read_text()[-4000:]}") from error
+            raise RuntimeError(
+                f"{self.folder.name}: {(self.folder / 'log.txt').read_text()[-4000:]}"
+            ) from error
 
     def run(self) -> dict[str, Any]:
         """Train once."""

@@ -1,13 +1,18 @@
-"""What curation costs beside its network: ``python benchmarks/curate.py``. Writes ``benchmarks/results/curate.json``.
+"""What curation costs beside its network: ``python benchmarks/curate.py``. Writes
+``benchmarks/results/curate.json``.
 
-Three ways through the same films with the same network of the official sizes (random weights: they cost as much):
+Three ways through the same films with the same network of the official sizes (random weights: they
+cost as much):
 
 - forward: the bare batched forward, on tensors that are ready in memory;
-- curation: ``curate_folder`` as a reader runs it: decoding, forward, mask, noise, PNG files, journal, manifest, audit;
-- released: the released script's way of working: one film at a time, from opening it to writing its copy. Its noise and its
+- curation: ``curate_folder`` as a reader runs it: decoding, forward, mask, noise, PNG files,
+    journal, manifest, audit;
+- released: the released script's way of working: one film at a time, from opening it to writing its
+    copy. Its noise and its
   PNG compression are ours, so that only the way of working differs.
 
-They take turns, round by round; the ratios are medians over the rounds. Memory is the peak of a process of its own.
+They take turns, round by round; the ratios are medians over the rounds. Memory is the peak of a
+process of its own.
 """
 
 from __future__ import annotations
@@ -38,7 +43,7 @@ from mmedpo_utils.curate import curate_folder  # noqa: E402
 from mmedpo_utils.medklip import MedKLIP, MedKLIPConfig, confidence, heat_map  # noqa: E402
 from mmedpo_utils.pairs import PNG, medklip_look, reject_image  # noqa: E402
 from mmedpo_utils.phantom.world import films  # noqa: E402
-from mmedpo_utils.preference_rows import Row
+from mmedpo_utils.preference_rows import Row  # noqa: E402
 from mmedpo_utils.profiles import load_profile  # noqa: E402
 
 CORES, BATCH_SIZE, MEMORY_SIZE, PATIENTS = 2, 32, 256, 16
@@ -46,15 +51,28 @@ NOISE = load_profile("phantom").noise
 
 
 def draw_films(folder: Path, count: int, size: int) -> list[Row]:
-    """Write ``count`` grey films of ``size`` x ``size`` pixels, with a detector's grain, and ask one question about each."""
+    """Write ``count`` grey films of ``size`` x ``size`` pixels, with a detector's grain, and ask
+    one question about each.
+    """
     folder.mkdir(parents=True)
     rng, questions = np.random.default_rng(0), []
-    drawn = [Image.fromarray(film.image).resize((size, size), Image.Resampling.BICUBIC) for film in films(PATIENTS, seed=0)]
+    drawn = [
+        Image.fromarray(film.image).resize((size, size), Image.Resampling.BICUBIC)
+        for film in films(PATIENTS, seed=0)
+    ]
     for number in range(count):
         grain = np.asarray(drawn[number % PATIENTS]) + rng.normal(0, 3, (size, size))
-        Image.fromarray(np.clip(np.round(grain), 0, 255).astype(np.uint8)).save(folder / f"{number:05d}.png")
-        questions.append({"question_id": number, "image": f"{number:05d}.png", "gpt4_answer": "yes",
-                          "text": "<image>\nIs there a lesion?"})
+        Image.fromarray(np.clip(np.round(grain), 0, 255).astype(np.uint8)).save(
+            folder / f"{number:05d}.png"
+        )
+        questions.append(
+            {
+                "question_id": number,
+                "image": f"{number:05d}.png",
+                "gpt4_answer": "yes",
+                "text": "<image>\nIs there a lesion?",
+            }
+        )
     return questions
 
 
@@ -67,7 +85,9 @@ def official_network() -> MedKLIP:
 
 
 def one_at_a_time(model: MedKLIP, questions: list[Row], images: Path, noised: Path) -> None:
-    """The released script's loop: each film is opened, looked at alone, noised and written before the next."""
+    """The released script's loop: each film is opened, looked at alone, noised and written before
+    the next.
+    """
     noised.mkdir()
     for question in questions:
         image = open_image(images / question["image"])
@@ -96,21 +116,43 @@ def seconds(work: Callable[..., object], *arguments: object) -> float:
 def measure_time(count: int, size: int, rounds: int, folder: Path) -> dict[str, list[float]]:
     """Seconds of each way through ``count`` films, one value per round."""
     questions, model = draw_films(folder / "images", count, size), official_network()
-    pixels = torch.cat([model.preprocess([open_image(folder / "images" / item["image"])]) for item in questions])
+    pixels = torch.cat(
+        [model.preprocess([open_image(folder / "images" / item["image"])]) for item in questions]
+    )
     look, taken = medklip_look(model), {"forward": [], "curation": [], "released": []}
     bare_forward(model, pixels[:BATCH_SIZE])
     for number in range(rounds):
         target = folder / f"round-{number}"
         taken["forward"].append(seconds(bare_forward, model, pixels))
-        taken["curation"].append(seconds(curate_folder, questions, folder / "images", target, look, NOISE, 0, BATCH_SIZE,
-                                         "benchmark"))
-        taken["released"].append(seconds(one_at_a_time, model, questions, folder / "images", target / "alone"))
+        taken["curation"].append(
+            seconds(
+                curate_folder,
+                questions,
+                folder / "images",
+                target,
+                look,
+                NOISE,
+                0,
+                BATCH_SIZE,
+                "benchmark",
+            )
+        )
+        taken["released"].append(
+            seconds(one_at_a_time, model, questions, folder / "images", target / "alone")
+        )
     return taken
 
 
 def measure_memory(count: int, folder: Path) -> int:
     """Peak resident bytes of a process that curates ``count`` films of 256 x 256 pixels."""
-    command = [sys.executable, __file__, "--memory-of", str(count), "--folder", str(folder / f"memory-{count}")]
+    command = [
+        sys.executable,
+        __file__,
+        "--memory-of",
+        str(count),
+        "--folder",
+        str(folder / f"memory-{count}"),
+    ]
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return int(printed.split()[-1])
 
@@ -118,9 +160,21 @@ def measure_memory(count: int, folder: Path) -> int:
 def curate_and_print_peak(count: int, folder: Path) -> None:
     """What the process of ``measure_memory`` does."""
     questions = draw_films(folder / "images", count, MEMORY_SIZE)
-    curate_folder(questions, folder / "images", folder / "pairs", medklip_look(official_network()), NOISE, 0, BATCH_SIZE,
-                  "benchmark")
-    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    curate_folder(
+        questions,
+        folder / "images",
+        folder / "pairs",
+        medklip_look(official_network()),
+        NOISE,
+        0,
+        BATCH_SIZE,
+        "benchmark",
+    )
+    peak = next(
+        line
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith("VmHWM")
+    )
     print(int(peak.split()[1]) * 1024)
 
 
@@ -130,8 +184,16 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=400, help="films of the timing")
     parser.add_argument("--size", type=int, default=512, help="their height and width in pixels")
     parser.add_argument("--rounds", type=int, default=3, help="how often each way is timed")
-    parser.add_argument("--memory-images", type=int, nargs=2, default=(200, 2000), help="films of the two memory runs")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "curate.json")
+    parser.add_argument(
+        "--memory-images",
+        type=int,
+        nargs=2,
+        default=(200, 2000),
+        help="films of the two memory runs",
+    )
+    parser.add_argument(
+        "--output", type=Path, default=ROOT / "benchmarks" / "results" / "curate.json"
+    )
     parser.add_argument("--memory-of", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -149,12 +211,27 @@ def main() -> None:
         "ratio_to_released": round(statistics.median(a / b for a, b in zip(curation, released)), 3),
         "memory_ratio": round(many / few, 3),
         "seconds": {way: [round(value, 2) for value in values] for way, values in taken.items()},
-        "images": arguments.images, "size": arguments.size, "batch_size": BATCH_SIZE, "noise": NOISE.kind,
-        "memory": {"images": list(arguments.memory_images), "size": MEMORY_SIZE, "peak_bytes": [few, many]},
-        **provenance(processor=platform.machine(), system=platform.system(), cores_used=torch.get_num_threads())}
+        "images": arguments.images,
+        "size": arguments.size,
+        "batch_size": BATCH_SIZE,
+        "noise": NOISE.kind,
+        "memory": {
+            "images": list(arguments.memory_images),
+            "size": MEMORY_SIZE,
+            "peak_bytes": [few, many],
+        },
+        **provenance(
+            processor=platform.machine(),
+            system=platform.system(),
+            cores_used=torch.get_num_threads(),
+        ),
+    }
     write_json(arguments.output, result)
-    print(f"curation: {result['ratio_to_forward']} times the bare forward, {result['ratio_to_released']} times the released "
-          f"way; peak memory {result['memory_ratio']} times; {arguments.output.name} written")
+    print(
+        f"curation: {result['ratio_to_forward']} times the bare forward, "
+        f"{result['ratio_to_released']} times the released "
+        f"way; peak memory {result['memory_ratio']} times; {arguments.output.name} written"
+    )
 
 
 if __name__ == "__main__":

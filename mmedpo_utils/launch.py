@@ -26,19 +26,32 @@ from .base.settings import repository_root
 from .commands import check_hostfile, commands, printed, process_count, shorten, write_hostfile
 from .curate import manifest_path
 from .profiles import Profile
-from .run_folder import FAILED, finished_result, newest_checkpoint, read_events, remove_half_written, run_digest, run_lock
+from .run_folder import (
+    FAILED,
+    finished_result,
+    newest_checkpoint,
+    read_events,
+    remove_half_written,
+    run_digest,
+    run_lock,
+)
 from .show import plots
 
 REFRESH_SECONDS = 1.5
 PATIENCE_SECONDS = 10
 PORT_ATTEMPTS = 3
 PORT_TAKEN = re.compile("EADDRINUSE|address already in use", re.IGNORECASE)
-CAUSES = {
-    r"No space left on device|File too large|Disk quota exceeded|disk is full|os error (27|28)|"
-    r"unexpected pos": "the disk is full, or a file may not grow further; free some space",
-    r"return code = (-9|247|137)|Connection closed by peer|Connection reset by peer": "a process was "
-    "killed from outside: by a person, or by the system where memory ran out",
-}
+CAUSES = [  # what a dying process says, and what it means
+    (
+        r"No space left on device|File too large|Disk quota exceeded|disk is full"
+        r"|os error (27|28)|unexpected pos",
+        "the disk is full, or a file may not grow further; free some space",
+    ),
+    (
+        r"return code = (-9|247|137)|Connection closed by peer|Connection reset by peer",
+        "a process was killed from outside: by a person, or by the system where memory ran out",
+    ),
+]
 
 
 class TrainingError(RuntimeError):
@@ -204,9 +217,7 @@ def _what_happened(folder: Path, digest: str, returned: int) -> str:
         + "".join(re.findall(r"exits with return code = -\d+", log))
         + f"return code = {returned}"
     )
-    cause = next(
-        (f": {told}" for pattern, told in CAUSES.items() if re.search(pattern, evidence)), ""
-    )
+    cause = next((f": {told}" for pattern, told in CAUSES if re.search(pattern, evidence)), "")
     return (
         f"training of {folder.name} failed (exit code {returned}){cause}. The same cell or "
         f"command, run again, {_next_time(folder, digest)}. Its last lines (all of them: "

@@ -24,7 +24,13 @@ from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from safetensors import SafetensorError
 from tqdm import tqdm
-from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor, ProcessorMixin
+from transformers import (
+    AutoConfig,
+    AutoProcessor,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    ProcessorMixin,
+)
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging as transformers_logging
 
@@ -135,7 +141,8 @@ def _load_weights(source: Path, **options: Any) -> LlavaForConditionalGeneration
     """transformers' own loading, with each tensor of the folder in its place.
 
     Raises:
-        InputError: unreadable, or tensors are missing or left over, of which transformers only warns.
+        InputError: unreadable, or tensors are missing or left over, of which transformers only
+            warns.
     """
     with quiet_loading():
         try:
@@ -251,7 +258,9 @@ def prepare_processor(
 
 
 def _complete_processor(source: Path, config: Any, processor: LlavaProcessor) -> int:
-    """Set what the processor's file leaves out, compare what it says; how many tokens an image is."""
+    """Set what the processor's file leaves out, compare what it says; how many tokens an image
+    is.
+    """
     tower = config.vision_config
     expected = {
         "patch_size": tower.patch_size,
@@ -304,7 +313,8 @@ def read_config(source: Path) -> Any:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
         raise InputError(
-            f'{source}: no readable model configuration ({first_line(error)}); expected "phantom", a '
+            f"{source}: no readable model configuration ({first_line(error)}); expected "
+            '"phantom", a '
             "folder with a LLaVA config.json, or a model's name on the Hub"
         ) from error
     if config.model_type != "llava":

@@ -33,12 +33,14 @@ METHODS = {
     "begin with it",
     "open_recall": "share of the true answer's words found in the prediction, counted with "
     "multiplicity (lower case; punctuation parts words), mean over questions",
-    "bleu": "mean of BLEU-1 to BLEU-4; each is sacrebleu's cumulative corpus BLEU (lower case, tokenizer 13a, "
+    "bleu": "mean of BLEU-1 to BLEU-4; each is sacrebleu's cumulative corpus BLEU (lower case, "
+    "tokenizer 13a, "
     "smoothing 'exp'; each ideograph is a word)",
     "rouge_l": "rouge-score's ROUGE-L F1 without stemming, mean over reports; words of any "
     "script, each ideograph one",
     "meteor": "nltk's METEOR with its WordNet word list, mean over reports",
-    "attention_in_lesion": "share of the image attention that falls inside the lesion mask, mean over questions",
+    "attention_in_lesion": "share of the image attention that falls inside the lesion mask, "
+    "mean over questions",
     **evaluation.METHODS,
 }
 BLEU_ORDERS = (1, 2, 3, 4)

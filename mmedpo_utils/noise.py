@@ -1,4 +1,5 @@
-"""Lesion masks and noise: the paper's localized noise, its global ablation, and what the released code does.
+"""Lesion masks and noise: the paper's localized noise, its global ablation, and what the released
+code does.
 
 Pure functions of arrays. Equations: arXiv 2412.06141, the curation step (visual pairs).
 """
@@ -15,13 +16,15 @@ MASK_METHODS = ("quantile", "mean_std", "otsu", "soft")
 def lesion_mask(
     heat_map: np.ndarray, size: tuple[int, int], method: str = "quantile", quantile: float = 0.85
 ) -> np.ndarray:
-    """Turn a heat map into a mask of the image: bilinear upsampling, min-max scaling, then a threshold.
+    """Turn a heat map into a mask of the image: bilinear upsampling, min-max scaling, then a
+    threshold.
 
     Args:
         heat_map: any finite values, for example attention. Shape: [h, w].
         size: height and width of the image.
-        method: ``quantile`` keeps what lies above that quantile, ``mean_std`` above mean plus standard deviation,
-            ``otsu`` above Otsu's threshold; ``soft`` keeps the scaled map itself.
+        method: ``quantile`` keeps what lies above that quantile, ``mean_std`` above mean plus
+            standard deviation, ``otsu`` above Otsu's threshold; ``soft`` keeps the scaled map
+            itself.
         quantile: share of the pixels outside the mask, 0 to 1 (``quantile`` only).
 
     Returns:
@@ -32,20 +35,26 @@ def lesion_mask(
     """
     heat_map = np.asarray(heat_map, dtype=np.float64)
     if heat_map.ndim != 2 or not heat_map.size or not np.isfinite(heat_map).all():
-        raise InputError(f"heat map: expected finite values of shape [h, w], found shape {list(heat_map.shape)}")
+        raise InputError(
+            f"heat map: expected finite values of shape [h, w], found shape {list(heat_map.shape)}"
+        )
     scaled = resize_bilinear(heat_map, size)
     scaled = (scaled - scaled.min()) / max(np.ptp(scaled), np.finfo(float).tiny)
     if method == "soft":
         return scaled.astype(np.float32)
-    thresholds = {"quantile": lambda: np.quantile(scaled, quantile), "mean_std": lambda: scaled.mean() + scaled.std(),
-                  "otsu": lambda: _otsu(scaled)}
+    thresholds = {
+        "quantile": lambda: np.quantile(scaled, quantile),
+        "mean_std": lambda: scaled.mean() + scaled.std(),
+        "otsu": lambda: _otsu(scaled),
+    }
     if method not in thresholds:
         raise InputError(f"mask method {method!r}: expected one of {', '.join(MASK_METHODS)}")
     return (scaled > thresholds[method]()).astype(np.float32)
 
 
 def signal_schedule(steps: int = 1000) -> np.ndarray:
-    """The released schedule: the running product of 1 - beta; beta runs from 1e-5 to 5e-3 along a sigmoid of -6 to 6.
+    """The released schedule: the running product of 1 - beta; beta runs from 1e-5 to 5e-3 along a
+    sigmoid of -6 to 6.
 
     Returns:
         alpha_bar after each step, float32 in (0, 1), falling. Shape: [steps].
@@ -55,14 +64,20 @@ def signal_schedule(steps: int = 1000) -> np.ndarray:
 
 
 def step_for_signal(alpha_bar: np.ndarray, signal: float) -> int:
-    """The step, from 0, whose sqrt(alpha_bar) is nearest to ``signal`` in [0, 1]; 0.5 halves the signal."""
+    """The step, from 0, whose sqrt(alpha_bar) is nearest to ``signal`` in [0, 1]; 0.5 halves the
+    signal.
+    """
     return int(np.argmin(np.abs(np.sqrt(alpha_bar) - signal)))
 
 
 def localized_noise(
-    image: np.ndarray, mask: np.ndarray, alpha_bar: float, rng: np.random.Generator | np.random.RandomState
+    image: np.ndarray,
+    mask: np.ndarray,
+    alpha_bar: float,
+    rng: np.random.Generator | np.random.RandomState,
 ) -> np.ndarray:
-    """Noise inside the mask: x* = sqrt(a) x.h + sqrt(1 - a) eps.h + x.(1 - h), eps ~ N(0, I), clipped to [0, 1].
+    """Noise inside the mask: x* = sqrt(a) x.h + sqrt(1 - a) eps.h + x.(1 - h), eps ~ N(0, I),
+    clipped to [0, 1].
 
     Args:
         image: values in [0, 1]. Shape: [H, W] or [H, W, C].
@@ -77,14 +92,21 @@ def localized_noise(
     """
     image, mask = np.asarray(image, dtype=np.float32), np.asarray(mask, dtype=np.float32)
     if mask.shape != image.shape[:2]:
-        raise InputError(f"mask: expected the image's height and width {image.shape[:2]}, found {mask.shape}")
+        raise InputError(
+            f"mask: expected the image's height and width {image.shape[:2]}, found {mask.shape}"
+        )
     for name, values in (("image", image), ("mask", mask), ("alpha_bar", np.asarray(alpha_bar))):
         if not (np.min(values) >= 0 and np.max(values) <= 1):
-            raise InputError(f"{name}: expected values from 0 to 1, found {np.min(values):g} to {np.max(values):g}")
+            raise InputError(
+                f"{name}: expected values from 0 to 1, found {np.min(values):g} to "
+                f"{np.max(values):g}"
+            )
     inside, noised = mask > 0, image.copy()
     epsilon = rng.standard_normal(image.shape)[inside].astype(np.float32)
     x, h = image[inside], mask[inside] if image.ndim == 2 else mask[inside, None]
-    noised[inside] = np.clip(np.sqrt(alpha_bar) * (x * h) + np.sqrt(1 - alpha_bar) * (epsilon * h) + x * (1 - h), 0, 1)
+    noised[inside] = np.clip(
+        np.sqrt(alpha_bar) * (x * h) + np.sqrt(1 - alpha_bar) * (epsilon * h) + x * (1 - h), 0, 1
+    )
     return noised
 
 
@@ -96,10 +118,12 @@ def global_noise(
 
 
 def released_mask(heat_map: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """The released code's mask: resize, 15x15 Gaussian blur, then above mean minus standard deviation.
+    """The released code's mask: resize, 15x15 Gaussian blur, then above mean minus standard
+    deviation.
 
     Args:
-        heat_map: the map at the tool's resolution, each cell repeated (224x224 for MedKLIP's 14x14). Shape: [h, w].
+        heat_map: the map at the tool's resolution, each cell repeated (224x224 for MedKLIP's
+            14x14). Shape: [h, w].
         size: height and width of the image.
 
     Returns:
@@ -109,8 +133,11 @@ def released_mask(heat_map: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return blurred > blurred.mean() - blurred.std()
 
 
-def released_noise(image: np.ndarray, mask: np.ndarray, rng: np.random.Generator | np.random.RandomState) -> np.ndarray:
-    """The released code's noise: N(0, 10) replaces the masked pixels, cut toward zero and wrapped modulo 256.
+def released_noise(
+    image: np.ndarray, mask: np.ndarray, rng: np.random.Generator | np.random.RandomState
+) -> np.ndarray:
+    """The released code's noise: N(0, 10) replaces the masked pixels, cut toward zero and wrapped
+    modulo 256.
 
     So -3.7 becomes 253, and the result is black and white speckle, not faint noise around zero.
 
@@ -128,7 +155,9 @@ def released_noise(image: np.ndarray, mask: np.ndarray, rng: np.random.Generator
 
 
 def resize_bilinear(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Bilinear interpolation between cell centres, the border held. Shape: [h, w] to [H, W] = ``size``."""
+    """Bilinear interpolation between cell centres, the border held. Shape: [h, w] to [H, W] =
+    ``size``.
+    """
     down, across = (_interpolation(old, new) for old, new in zip(values.shape, size, strict=True))
     return down @ values @ across.T
 
@@ -140,12 +169,16 @@ def _interpolation(old: int, new: int) -> np.ndarray:
 
 
 def _blur(values: np.ndarray) -> np.ndarray:
-    """15x15 Gaussian with the sigma that OpenCV derives, 2.6; mirrored border without repeating the edge."""
+    """15x15 Gaussian with the sigma that OpenCV derives, 2.6; mirrored border without repeating the
+    edge.
+    """
     kernel = np.exp(-(np.arange(-7, 8) ** 2) / (2 * 2.6**2))
     kernel /= kernel.sum()
     for _ in range(2):
         padded = np.pad(values, ((7, 7), (0, 0)), mode="reflect")
-        values = sum(weight * padded[start : start + len(values)] for start, weight in enumerate(kernel)).T
+        values = sum(
+            weight * padded[start : start + len(values)] for start, weight in enumerate(kernel)
+        ).T
     return values
 
 

@@ -109,7 +109,9 @@ def read_manifest(
 def _teaches_nothing(
     row: Row, image_root: str | os.PathLike | None, rejected_root: str | os.PathLike | None
 ) -> bool:
-    """Whether both sides of a pair are the same, though the row does not say that it has only one."""
+    """Whether both sides of a pair are the same, though the row does not say that it has only
+    one.
+    """
     return row.get("origin") != "none" and is_identical(row, image_root, rejected_root)
 
 

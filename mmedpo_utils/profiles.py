@@ -16,7 +16,16 @@ import yaml
 
 from .base.errors import InputError
 from .base.files import atomic_write
-from .base.settings import between, build_section, is_path, nearest, one_of, override, read_yaml, repository_root
+from .base.settings import (
+    between,
+    build_section,
+    is_path,
+    nearest,
+    one_of,
+    override,
+    read_yaml,
+    repository_root,
+)
 
 RETIRED_KEYS = [("training", "reuse_vision_features")]
 PROFILE_FOLDER = Path(__file__).with_suffix("")
@@ -320,7 +329,9 @@ def _read_profile(name_or_path: str | os.PathLike) -> tuple[Path, dict[str, Any]
 
 
 def _drop_retired(values: dict[str, Any], file: str) -> None:
-    """Leave out keys that profiles have no more, and say so: run folders of then still hold them."""
+    """Leave out keys that profiles have no more, and say so: run folders of then still hold
+    them.
+    """
     for section, key in RETIRED_KEYS:
         if isinstance(values.get(section), dict) and key in values[section]:
             del values[section][key]

@@ -1,6 +1,8 @@
-"""Clinical relevance (arXiv 2412.06141, the method's second step): the panel's debate, and raw scores to weights.
+"""Clinical relevance (arXiv 2412.06141, the method's second step): the panel's debate, and raw
+scores to weights.
 
-Pure functions: the panel's members come in as callables, with a language model behind them or rules.
+Pure functions: the panel's members come in as callables, with a language model behind them or
+    rules.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ class Opinion(NamedTuple):
 
 @dataclass(frozen=True)
 class Turn:
-    """One entry of the history S: who spoke in which round (from 1), and the score that holds after it."""
+    """One entry of the history S: who spoke in which round (from 1), and the score that holds after
+    it.
+    """
 
     round: int
     member: str
@@ -41,7 +45,9 @@ class Turn:
 
 @dataclass(frozen=True)
 class Debate:
-    """A finished debate: the relevance ``score`` in [0, 1], every turn, and whether the panel agreed."""
+    """A finished debate: the relevance ``score`` in [0, 1], every turn, and whether the panel
+    agreed.
+    """
 
     score: float
     history: tuple[Turn, ...]
@@ -56,20 +62,24 @@ class Debate:
 Member = Callable[[str, str, str, float | None], tuple[float, bool, str]]
 
 
-def debate(question: str, answer: str, rejected: str, members: Sequence[Member], rounds: int = 5) -> Debate:
+def debate(
+    question: str, answer: str, rejected: str, members: Sequence[Member], rounds: int = 5
+) -> Debate:
     """Let a panel settle the clinical relevance of a rejected response, judged from its text.
 
-    The first member gives a score. Each next one sees the previous score only, and adopts it or gives its own; every
-    score goes into the history. The debate ends when as many turns in a row as there are members carry the same
-    score, or after ``rounds`` rounds; without consensus the result is the mean of the history.
+    The first member gives a score. Each next one sees the previous score only, and adopts it or
+    gives its own; every score goes into the history. The debate ends when as many turns in a row as
+    there are members carry the same score, or after ``rounds`` rounds; without consensus the result
+    is the mean of the history.
 
     Args:
-        members: called as ``member(question, answer, rejected, previous)``, where ``previous`` is None at the first
-            turn; each returns an ``Opinion``, or a tuple of its three values.
+        members: called as ``member(question, answer, rejected, previous)``, where ``previous`` is
+            None at the first turn; each returns an ``Opinion``, or a tuple of its three values.
         rounds: rounds at most; a round is one turn of each member.
 
     Raises:
-        InputError: no member, no round, a score outside [0, 1], or agreement where there is nothing to agree with.
+        InputError: no member, no round, a score outside [0, 1], or agreement where there is nothing
+            to agree with.
     """
     if not members or rounds < 1:
         raise InputError("debate: expected one member or more and one round or more")
@@ -85,27 +95,33 @@ def debate(question: str, answer: str, rejected: str, members: Sequence[Member],
         if not 0 <= score <= 1:
             raise InputError(f"debate: {name} gave {score!r}; expected a score from 0 to 1")
         history.append(Turn(turn // len(members) + 1, name, score, opinion.agrees, opinion.reason))
-        last = history[-len(members):]
+        last = history[-len(members) :]
         if len(last) == len(members) and all(entry.score == score for entry in last):
             return Debate(score, tuple(history), True, history[-1].round)
     return Debate(float(np.mean([entry.score for entry in history])), tuple(history), False, rounds)
 
 
 def normalise(
-    scores: Sequence[float] | np.ndarray, method: str = "rescaled", mean: float = 1.0, variance: float = 0.1,
-    low: float = 0.75, high: float = 1.25,
+    scores: Sequence[float] | np.ndarray,
+    method: str = "rescaled",
+    mean: float = 1.0,
+    variance: float = 0.1,
+    low: float = 0.75,
+    high: float = 1.25,
 ) -> np.ndarray:
-    """Turn raw relevance scores into the weights of the loss. Call it once per source, over the training manifest.
+    """Turn raw relevance scores into the weights of the loss. Call it once per source, over the
+    training manifest.
 
     Args:
         scores: raw scores. Shape: [N].
-        method: ``rescaled`` standardises with the scores' own mean and standard deviation, rescales to ``mean`` and
-            ``variance``, and clips to [``low``, ``high``]; ``literal`` is appendix B as printed,
-            (s - ``mean``) / sqrt(``variance``), clipped; ``none`` keeps the raw scores, as the released code does;
-            ``uniform`` gives ones.
+        method: ``rescaled`` standardises with the scores' own mean and standard deviation, rescales
+            to ``mean`` and ``variance``, and clips to [``low``, ``high``]; ``literal`` is appendix
+            B as printed, (s - ``mean``) / sqrt(``variance``), clipped; ``none`` keeps the raw
+            scores, as the released code does; ``uniform`` gives ones.
 
     Returns:
-        weights, float64. Shape: [N]. Ones, with a warning, where ``rescaled`` meets scores without spread.
+        weights, float64. Shape: [N]. Ones, with a warning, where ``rescaled`` meets scores without
+            spread.
 
     Raises:
         InputError: no scores, a score that is not finite, or an unknown method.
@@ -122,7 +138,9 @@ def normalise(
     if method != "rescaled":
         raise InputError(f"normalisation {method!r}: expected rescaled, literal, none or uniform")
     if np.ptp(scores) < 1e-12:
-        warnings.warn(f"all {scores.size} relevance scores are {scores[0]:g}: every weight is 1", stacklevel=2)
+        warnings.warn(
+            f"all {scores.size} relevance scores are {scores[0]:g}: every weight is 1", stacklevel=2
+        )
         return np.ones_like(scores)
     return np.clip(mean + np.sqrt(variance) * (scores - scores.mean()) / scores.std(), low, high)
 

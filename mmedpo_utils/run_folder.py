@@ -1,4 +1,6 @@
-"""What a training run keeps on disk: its lock, its events, its checkpoints; and how a run goes on from the newest whole one."""
+"""What a training run keeps on disk: its lock, its events, its checkpoints; and how a run goes on
+from the newest whole one.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,8 @@ def _lock_file(folder: Path, kind: str) -> Path:
 
 @contextmanager
 def run_lock(folder: Path, kind: str) -> Iterator[None]:
-    """Hold the lock ``kind`` of a run folder (``train``: its rank 0; ``launch``: the cell that started it).
+    """Hold the lock ``kind`` of a run folder (``train``: its rank 0; ``launch``: the cell that
+    started it).
 
     The system frees the lock when its process dies, whatever way.
 
@@ -43,8 +46,11 @@ def run_lock(folder: Path, kind: str) -> Iterator[None]:
     try:
         lock.acquire(blocking=False)
     except Timeout as error:
-        raise InputError(f"{folder}: {file.read_text(encoding='utf-8') or 'another process'} trains into this folder now; wait "
-                         "until it ends, stop it, or take another seed or another `output`") from error
+        raise InputError(
+            f"{folder}: {file.read_text(encoding='utf-8') or 'another process'} trains into "
+            "this folder now; wait "
+            "until it ends, stop it, or take another seed or another `output`"
+        ) from error
     try:
         file.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
         yield
@@ -59,12 +65,16 @@ def lock_holder(folder: Path) -> str:
 
 
 def finished_result(folder: Path, digest: str) -> dict[str, Any] | None:
-    """What result.json holds, or None where the run is absent, unfinished, or made from other inputs."""
+    """What result.json holds, or None where the run is absent, unfinished, or made from other
+    inputs.
+    """
     try:
         result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    whole = result.get("digest") == digest and (folder / "adapter" / "adapter_config.json").is_file()
+    whole = (
+        result.get("digest") == digest and (folder / "adapter" / "adapter_config.json").is_file()
+    )
     return result if whole else None
 
 
@@ -79,7 +89,11 @@ def read_events(folder: Path) -> list[dict[str, Any]]:
 
 def checkpoints(folder: Path) -> dict[int, Path]:
     """The checkpoint folders of a run by step, half-written ones among them, oldest first."""
-    found = {int(path.name.rpartition("-")[2]): path for path in folder.glob("checkpoint-*") if path.name[11:].isdigit()}
+    found = {
+        int(path.name.rpartition("-")[2]): path
+        for path in folder.glob("checkpoint-*")
+        if path.name[11:].isdigit()
+    }
     return dict(sorted(found.items()))
 
 
@@ -87,7 +101,8 @@ def newest_checkpoint(folder: Path, digest: str, processes: int | None = None) -
     """The newest whole checkpoint of a run with these inputs, or None.
 
     Args:
-        processes: how many processes go on from it; each needs a part of its own. None: as many as wrote it.
+        processes: how many processes go on from it; each needs a part of its own. None: as many as
+            wrote it.
     """
     for path in reversed(checkpoints(folder).values()):
         try:
@@ -109,7 +124,8 @@ def remove_half_written(folder: Path) -> None:
 def prepare_folder(folder: Path, checkpoint: Path | None) -> None:
     """Make a run folder ready for its first step, or for the one after ``checkpoint``.
 
-    Without a checkpoint only the profile, the hostfile and the log stay. With one, later events and half-written checkpoints go.
+    Without a checkpoint only the profile, the hostfile and the log stay. With one, later events and
+    half-written checkpoints go.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if checkpoint is None:
@@ -121,7 +137,9 @@ def prepare_folder(folder: Path, checkpoint: Path | None) -> None:
         return
     remove_half_written(folder)
     step = int(checkpoint.name.rpartition("-")[2])
-    write_json_lines(folder / "events.jsonl", [event for event in read_events(folder) if event["step"] <= step])
+    write_json_lines(
+        folder / "events.jsonl", [event for event in read_events(folder) if event["step"] <= step]
+    )
 
 
 def _flush(folder: Path) -> None:
@@ -133,13 +151,17 @@ def _flush(folder: Path) -> None:
 
 
 class CheckpointKeeper(TrainerCallback):
-    """Call a checkpoint whole once every process has written its part, and only then remove the older ones."""
+    """Call a checkpoint whole once every process has written its part, and only then remove the
+    older ones.
+    """
 
     def __init__(self, folder: Path, digest: str) -> None:
         self.folder, self.digest = folder, digest
 
     def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        """Log at each checkpoint, so that no logged mean spans one. The last step needs none: the adapter follows it."""
+        """Log at each checkpoint, so that no logged mean spans one. The last step needs none: the
+        adapter follows it.
+        """
         control.should_save = control.should_save and state.global_step < state.max_steps
         control.should_log = control.should_log or control.should_save
 
@@ -150,7 +172,10 @@ class CheckpointKeeper(TrainerCallback):
         if state.is_world_process_zero:
             written = checkpoints(self.folder)[state.global_step]
             _flush(written)
-            write_json(written / MARKER, {"digest": self.digest, "step": state.global_step, "processes": args.world_size})
+            write_json(
+                written / MARKER,
+                {"digest": self.digest, "step": state.global_step, "processes": args.world_size},
+            )
             for path in checkpoints(self.folder).values():
                 if path != written:
                     (path / MARKER).unlink(missing_ok=True)

@@ -1,4 +1,5 @@
-"""Relevance-weighted DPO with an image of its own for every answer (arXiv 2412.06141, method step 3).
+"""Relevance-weighted DPO with an image of its own for every answer (arXiv 2412.06141, method step
+3).
 
 This is the plain trainer, on top of TRL's: two rows a pair, one forward pass, in reading order.
 `scale.fast_trainer` computes the same losses and gradients in about half the time, and profiles use

@@ -1,4 +1,6 @@
-"""Original-layout LLaVA checkpoints for tests: a tokenizer of bytes, shards with or without an index, a tower beside them."""
+"""Original-layout LLaVA checkpoints for tests: a tokenizer of bytes, shards with or without an
+index, a tower beside them.
+"""
 
 from __future__ import annotations
 
@@ -101,7 +103,9 @@ def random_state(config: dict, clip: dict) -> dict[str, torch.Tensor]:
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """<unk> 0, BOS 1, EOS 2, byte b at 3 + b: 259 tokens. A BOS is put first, as LLaMA's tokenizer does."""
+    """<unk> 0, BOS 1, EOS 2, byte b at 3 + b: 259 tokens. A BOS is put first, as LLaMA's tokenizer
+    does.
+    """
     letters = bytes_to_unicode()
     vocabulary = {
         "<unk>": 0,
@@ -136,7 +140,9 @@ def write_original(
     index: bool = True,
     tokenizer: PreTrainedTokenizerFast | None = None,
 ) -> Path:
-    """Write a checkpoint: configuration, tokenizer, and its tensors in ``shards`` files of ``kind`` safetensors or bin."""
+    """Write a checkpoint: configuration, tokenizer, and its tensors in ``shards`` files of ``kind``
+    safetensors or bin.
+    """
     folder.mkdir(parents=True)
     (tokenizer or byte_tokenizer()).save_pretrained(folder)
     (folder / "config.json").write_text(json.dumps(config))
@@ -162,7 +168,9 @@ def write_original(
 def write_tower(
     folder: Path, config: dict, state: dict[str, Tensor], others: Sequence[str] = ()
 ) -> Path:
-    """Write the CLIP checkpoint that ``mm_vision_tower`` names; ``others`` are keys of its text side."""
+    """Write the CLIP checkpoint that ``mm_vision_tower`` names; ``others`` are keys of its text
+    side.
+    """
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
     tower = {

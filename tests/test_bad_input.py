@@ -25,10 +25,10 @@ from PIL import Image
 from safetensors.torch import save
 
 from mmedpo_utils import lvlm, medklip
+from mmedpo_utils.base import cards
 from mmedpo_utils.base.cards import load_card
 from mmedpo_utils.base.errors import InputError
 from mmedpo_utils.base.files import write_json
-from mmedpo_utils.base import cards
 from mmedpo_utils.convert.layouts import import_hugging_face, read_layout
 from mmedpo_utils.evaluate import read_predictions
 from mmedpo_utils.lvlm import load_lvlm

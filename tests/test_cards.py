@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from mmedpo_utils.base import cards
 from mmedpo_utils.base.cards import DatasetCard, card_names, load_card
 from mmedpo_utils.base.errors import InputError
-from mmedpo_utils.base import cards
 from mmedpo_utils.convert.cards import check_dataset, export_croissant
 from mmedpo_utils.convert.layouts import import_hugging_face
 from mmedpo_utils.dataset import prepare_dataset

@@ -64,10 +64,18 @@ def test_curation_runs_once_and_text_and_visual_pairs_ask_the_same(profile, data
     before = (profile.output / "pairs" / "noised" / visual[0]["rejected_image"]).read_bytes()
     again = curate.curate_visual(profile, dataset, medklip)
     assert again == visual and "read, made earlier" in capsys.readouterr().out
-    assert (profile.output / "pairs" / "noised" / visual[0]["rejected_image"]).read_bytes() == before
+    assert (
+        profile.output / "pairs" / "noised" / visual[0]["rejected_image"]
+    ).read_bytes() == before
     for row in text:
-        assert FactJudge().conflict(row["conversations"][0]["value"], row["conversations"][1]["value"],
-                                    row["rejected_conversations"][1]["value"]) > 0
+        assert (
+            FactJudge().conflict(
+                row["conversations"][0]["value"],
+                row["conversations"][1]["value"],
+                row["rejected_conversations"][1]["value"],
+            )
+            > 0
+        )
 
 
 def test_training_questions_are_a_seeded_draw(profile, dataset):
@@ -82,14 +90,27 @@ def test_released_rows_are_read_as_they_are(shared, tmp_path, monkeypatch):
     released = prepare_dataset(profile)
     rows, debates = curate.curate_text(profile, released, None, FactJudge(), fact_panel())
     assert debates == [] and rows == json.loads(released.released_pairs.read_text())
-    assert [row["gpt4_answer"] for row in curate.training_questions(profile, released)][:2] == ["Respiratory", "No"]
+    assert [row["gpt4_answer"] for row in curate.training_questions(profile, released)][:2] == [
+        "Respiratory",
+        "No",
+    ]
 
 
 def test_the_environment_check_names_what_decides(monkeypatch):
     found = versions()
     assert found["torch"].split("+")[0] == "2.13.0" and found["python"].startswith("3.")
     rows = {part: (there, allows) for part, there, allows in check_environment()}
-    assert {"Python", "torch", "device", "memory", "cores", "deepspeed", "bitsandbytes"} <= rows.keys()
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "deepspeed" else object())
+    assert {
+        "Python",
+        "torch",
+        "device",
+        "memory",
+        "cores",
+        "deepspeed",
+        "bitsandbytes",
+    } <= rows.keys()
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name: None if name == "deepspeed" else object()
+    )
     missing = {part: (there, allows) for part, there, allows in check_environment()}
     assert missing["deepspeed"][0] == "not installed" and "one process" in missing["deepspeed"][1]

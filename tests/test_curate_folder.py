@@ -1,4 +1,6 @@
-"""Curation of a folder: the same files after a kill, every kind of source, an audit, bounded work."""
+"""Curation of a folder: the same files after a kill, every kind of source, an audit, bounded
+work.
+"""
 
 from __future__ import annotations
 
@@ -36,9 +38,19 @@ FORKSERVER.set_forkserver_preload(["mmedpo_utils.curate"])
 def tiny_look() -> Look:
     """A MedKLIP of a few thousand weights, always the same."""
     torch.manual_seed(0)
-    config = MedKLIPConfig(queries=("nodule", "disease"), locations=("right",), text_width=8, stem_width=8,
-                           stage_widths=(8, 8, 8), stage_depths=(1, 1, 1), block="basic", width=8, layers=1, heads=1,
-                           feed_forward=8)
+    config = MedKLIPConfig(
+        queries=("nodule", "disease"),
+        locations=("right",),
+        text_width=8,
+        stem_width=8,
+        stage_widths=(8, 8, 8),
+        stage_depths=(1, 1, 1),
+        block="basic",
+        width=8,
+        layers=1,
+        heads=1,
+        feed_forward=8,
+    )
     model = MedKLIP(config)
     model.disease_book.normal_()
     return medklip_look(model.eval())
@@ -50,8 +62,16 @@ def still(images: list[Image.Image]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def ask(names: list[str]) -> list[dict]:
-    return [{"question_id": f"{name}-{number}", "image": name, "text": "<image>\nIs there a lesion?", "gpt4_answer": "yes"}
-            for name in names for number in range(2)]
+    return [
+        {
+            "question_id": f"{name}-{number}",
+            "image": name,
+            "text": "<image>\nIs there a lesion?",
+            "gpt4_answer": "yes",
+        }
+        for name in names
+        for number in range(2)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +82,9 @@ def films(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (root / folder).mkdir()
     for number in range(64):
         shape = (96, 80, 3) if number % 5 == 0 else (96, 80)
-        Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).save(root / "ab"[number % 2] / f"{number:02d}.png")
+        Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).save(
+            root / "ab"[number % 2] / f"{number:02d}.png"
+        )
     (root / "a" / "torn.png").write_bytes(b"\x89PNG torn")
     return root
 
@@ -79,8 +101,11 @@ def run(root: Path, folder: Path) -> None:
 
 def contents(folder: Path) -> dict[str, str]:
     """Every file under ``folder`` by its digest."""
-    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in folder.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def journaled(folder: Path) -> dict[str, int]:
@@ -88,11 +113,15 @@ def journaled(folder: Path) -> dict[str, int]:
     path = folder / "visual.jsonl"
     lines = path.read_bytes().split(b"\n")[1:-1] if path.is_file() else []
     records = [record for line in lines for record in json.loads(line) if "skipped" not in record]
-    return {record["rejected_image"]: (folder / "noised" / record["rejected_image"]).stat().st_mtime_ns
-            for record in records}
+    return {
+        record["rejected_image"]: (folder / "noised" / record["rejected_image"]).stat().st_mtime_ns
+        for record in records
+    }
 
 
-def test_killed_at_five_points_and_resumed_gives_the_same_files(films: Path, tmp_path: Path) -> None:
+def test_killed_at_five_points_and_resumed_gives_the_same_files(
+    films: Path, tmp_path: Path
+) -> None:
     run(films, tmp_path / "whole")
     draw, kept = random.Random(0), {}
     for point in sorted(draw.sample(range(2, 50), 5)):
@@ -126,14 +155,22 @@ def test_a_torn_line_a_lost_image_and_other_inputs(films: Path, tmp_path: Path) 
 
     def curate(**changes: object) -> int:
         looked.clear()
-        settings = {"look": look, "noise": NOISE, "seed": 0, "batch_size": 8, "tool": "still"} | changes
+        settings = {
+            "look": look,
+            "noise": NOISE,
+            "seed": 0,
+            "batch_size": 8,
+            "tool": "still",
+        } | changes
         curate_folder(questions, films, tmp_path, **settings)
         return sum(looked)
 
     assert curate() == 64 and curate() == 0
     whole, journal = contents(tmp_path), tmp_path / "visual.jsonl"
     journal.write_bytes(journal.read_bytes()[:-30])
-    assert curate() == 1 and contents(tmp_path) == whole, "65 names in batches of 8: the last batch has one"
+    assert curate() == 1 and contents(tmp_path) == whole, (
+        "65 names in batches of 8: the last batch has one"
+    )
     journal.write_bytes(journal.read_bytes() + b'[{"image": "a/0')
     assert curate() == 0 and contents(tmp_path) == whole
     (tmp_path / "noised" / "b" / "01.png").unlink()
@@ -144,23 +181,44 @@ def test_a_torn_line_a_lost_image_and_other_inputs(films: Path, tmp_path: Path) 
     assert curate(tool="another") == 64
 
 
-def test_the_audit_says_what_was_done_and_skipped(films: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_the_audit_says_what_was_done_and_skipped(
+    films: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     def look(images: list[Image.Image]) -> tuple[np.ndarray, np.ndarray]:
-        return still(images)[0], np.array([0.95 if image.mode == "RGB" else 0.05 for image in images])
+        return still(images)[0], np.array(
+            [0.95 if image.mode == "RGB" else 0.05 for image in images]
+        )
 
     questions = ask(["a/absent.png", *names_of(films)])
     audit = curate_folder(questions, films, tmp_path, look, NOISE, 0, 16, "still")
     assert audit == json.loads((tmp_path / "audit.json").read_text())
-    assert (audit["images"], audit["rows"], audit["rows_skipped"], audit["unchanged"]) == (64, 128, 4, 0)
-    assert {entry["image"]: entry["rows"] for entry in audit["skipped"]} == {"a/absent.png": 2, "a/torn.png": 2}
-    assert "is missing" in audit["skipped"][0]["why"] and "cannot be opened as an image" in audit["skipped"][1]["why"]
-    assert audit["coverage"]["mean"] == pytest.approx(0.15, abs=0.005) and sum(audit["coverage"]["bins"]) == 64
+    assert (audit["images"], audit["rows"], audit["rows_skipped"], audit["unchanged"]) == (
+        64,
+        128,
+        4,
+        0,
+    )
+    assert {entry["image"]: entry["rows"] for entry in audit["skipped"]} == {
+        "a/absent.png": 2,
+        "a/torn.png": 2,
+    }
+    assert (
+        "is missing" in audit["skipped"][0]["why"]
+        and "cannot be opened as an image" in audit["skipped"][1]["why"]
+    )
+    assert (
+        audit["coverage"]["mean"] == pytest.approx(0.15, abs=0.005)
+        and sum(audit["coverage"]["bins"]) == 64
+    )
     assert audit["confidence"]["bins"] == [51, *[0] * 8, 13]
     assert audit["confidence"]["mean"] == pytest.approx((51 * 0.05 + 13 * 0.95) / 64, abs=1e-6)
     assert "128 rows of 64 images, 4 rows skipped" in capsys.readouterr().out
     rows = read_manifest(tmp_path / "visual.json", films, tmp_path / "noised")
-    assert [row["id"] for row in rows] == [question["question_id"] for question in questions
-                                           if question["image"] not in ("a/absent.png", "a/torn.png")]
+    assert [row["id"] for row in rows] == [
+        question["question_id"]
+        for question in questions
+        if question["image"] not in ("a/absent.png", "a/torn.png")
+    ]
     with pytest.raises(InputError, match="none of 1 images can be used.*is missing"):
         curate_folder(questions[:1], films, tmp_path / "none", look, NOISE, 0, 16, "still")
 
@@ -177,7 +235,9 @@ def test_an_image_that_was_mended_is_taken_up(films: Path, tmp_path: Path) -> No
     assert (again["skipped"], again["images"], again["rows"]) == ([], 3, 6)
 
 
-def test_progress_is_shown_in_a_long_run(films: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_progress_is_shown_in_a_long_run(
+    films: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
     monkeypatch.setattr("mmedpo_utils.curate.PROGRESS_SECONDS", 0)
     curate_folder(ask(names_of(films)), films, tmp_path, still, NOISE, 0, 32, "still")
     lines = capsys.readouterr().out.splitlines()
@@ -187,15 +247,24 @@ def test_progress_is_shown_in_a_long_run(films: Path, tmp_path: Path, monkeypatc
 def test_neither_order_nor_batch_size_changes_a_file(films: Path, tmp_path: Path) -> None:
     look, names = tiny_look(), [name for name in names_of(films) if "torn" not in name][:24]
     rows = visual_pairs(ask(names), films, tmp_path / "first", look, NOISE, 0, 24)
-    for folder, order, size in (("turned", names[::-1], 24), ("small", names, 5), ("single", names, 1)):
+    for folder, order, size in (
+        ("turned", names[::-1], 24),
+        ("small", names, 5),
+        ("single", names, 1),
+    ):
         other = visual_pairs(ask(order), films, tmp_path / folder, look, NOISE, 0, size)
-        assert sorted(other, key=str) == sorted(rows, key=str) and contents(tmp_path / folder) == contents(tmp_path / "first")
+        assert sorted(other, key=str) == sorted(rows, key=str) and contents(
+            tmp_path / folder
+        ) == contents(tmp_path / "first")
 
 
 def save_sources(root: Path) -> list[str]:
     """One file of each kind of source, larger on one side, and the names of all."""
     rng = np.random.default_rng(0)
-    grey, colour = rng.integers(0, 256, (60, 90), dtype=np.uint8), rng.integers(0, 256, (60, 90, 3), dtype=np.uint8)
+    grey, colour = (
+        rng.integers(0, 256, (60, 90), dtype=np.uint8),
+        rng.integers(0, 256, (60, 90, 3), dtype=np.uint8),
+    )
     turned = Image.fromarray(colour).getexif()
     turned[0x0112] = 6
     clear = Image.fromarray(colour)
@@ -210,21 +279,32 @@ def save_sources(root: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", ["localized", "released", "global"])
-def test_every_kind_of_source_gives_a_plain_png_of_its_upright_size(tmp_path: Path, kind: str) -> None:
+def test_every_kind_of_source_gives_a_plain_png_of_its_upright_size(
+    tmp_path: Path, kind: str
+) -> None:
     (tmp_path / "images").mkdir()
     names = save_sources(tmp_path / "images")
-    rows = visual_pairs(ask(names), tmp_path / "images", tmp_path / "noised", still, replace(NOISE, kind=kind), 0)
+    rows = visual_pairs(
+        ask(names), tmp_path / "images", tmp_path / "noised", still, replace(NOISE, kind=kind), 0
+    )
     for row in rows:
         source = open_image(tmp_path / "images" / row["image"])
         with Image.open(tmp_path / "noised" / row["rejected_image"]) as noised:
-            assert noised.format == "PNG" and noised.mode == source.mode in ("L", "RGB") and noised.size == source.size
+            assert (
+                noised.format == "PNG"
+                and noised.mode == source.mode in ("L", "RGB")
+                and noised.size == source.size
+            )
             assert not noised.getexif() and "transparency" not in noised.info
             before, after = np.asarray(source), np.asarray(noised)
         assert source.size == ((60, 90) if row["image"] == "turned.jpg" else (90, 60))
         assert source.mode == ("L" if row["image"] in ("grey.png", "deep.png") else "RGB")
         mask = lesion_mask(HEAT, before.shape[:2], NOISE.mask, NOISE.quantile) > 0
         if kind == "localized":
-            assert np.array_equal(before[~mask], after[~mask]) and (before[mask] != after[mask]).mean() > 0.9
+            assert (
+                np.array_equal(before[~mask], after[~mask])
+                and (before[mask] != after[mask]).mean() > 0.9
+            )
         else:
             assert (before != after).mean() > 0.85
 
@@ -232,7 +312,10 @@ def test_every_kind_of_source_gives_a_plain_png_of_its_upright_size(tmp_path: Pa
 def test_copies_that_would_share_a_name_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="'a.jpg' and 'a.jpg.png'.*rename one"):
         image_batches(ask(["a.jpg.png", "b.png", "a.jpg"]), 2)
-    assert image_batches(ask(["b.png", "./b.png", "a.png", "c.png"]), 3) == [["./b.png", "a.png", "b.png"], ["c.png"]]
+    assert image_batches(ask(["b.png", "./b.png", "a.png", "c.png"]), 3) == [
+        ["./b.png", "a.png", "b.png"],
+        ["c.png"],
+    ]
 
 
 def test_a_journal_that_cannot_be_kept_says_where(tmp_path: Path) -> None:

@@ -1,4 +1,6 @@
-"""The estimate against models that are built, DeepSpeed's own estimators, a measured step, counted operations, and the paper."""
+"""The estimate against models that are built, DeepSpeed's own estimators, a measured step, counted
+operations, and the paper.
+"""
 
 from __future__ import annotations
 
@@ -39,19 +41,29 @@ BOTH = ("lora", "projector")
 
 
 def part_of(name: str) -> str:
-    for words, part in (("lora_", "lora"), ("vision_tower", "tower"), ("projector", "projector"), ("lm_head", "head"),
-                        ("embed_tokens", "embeddings"), ("norm", "norms")):
+    for words, part in (
+        ("lora_", "lora"),
+        ("vision_tower", "tower"),
+        ("projector", "projector"),
+        ("lm_head", "head"),
+        ("embed_tokens", "embeddings"),
+        ("norm", "norms"),
+    ):
         if words in name:
             return part
     return "matrices"
 
 
-@pytest.mark.parametrize(("model", "rank"), [("microsoft/llava-med-v1.5-mistral-7b", 128), ("phantom", 32)])
+@pytest.mark.parametrize(
+    ("model", "rank"), [("microsoft/llava-med-v1.5-mistral-7b", 128), ("phantom", 32)]
+)
 def test_parameters_are_those_of_a_model_that_is_built(model, rank):
     config, read = model_config(model)
     assert read == (model == "phantom")
     with torch.device("meta"):
-        built = get_peft_model(LlavaForConditionalGeneration(config), adapter_config(rank, 2 * rank, 0.0, ("lora",)))
+        built = get_peft_model(
+            LlavaForConditionalGeneration(config), adapter_config(rank, 2 * rank, 0.0, ("lora",))
+        )
     found = dict.fromkeys(parameter_counts(config, rank), 0)
     for name, parameter in built.named_parameters():
         found[part_of(name)] += parameter.numel()
@@ -68,13 +80,18 @@ def test_zero_memory_is_what_deepspeed_reckons_where_all_is_trained(processes, m
         training = replace(PAPER, zero_stage=2, offload="cpu" if offload else "none")
         _, expected = estimate_zero2_model_states_mem_needs(10**9, processes, 1, offload)
         parts = memory_per_gpu(LLAVA_MED, training, "none", BOTH, SIZE, processes)
-        # theirs counts a trained model's weights once; here the projector as it was stays beside the trained one
-        assert parts["weights"] + parts["gradients"] + parts["optimiser"] == pytest.approx(expected + 2e9, rel=1e-6)
+        # theirs counts a trained model's weights once; here the projector as it was stays beside
+        # the trained one
+        assert parts["weights"] + parts["gradients"] + parts["optimiser"] == pytest.approx(
+            expected + 2e9, rel=1e-6
+        )
     counts["projector"], counts["lora"] = 0, 10**9
     parts = memory_per_gpu(LLAVA_MED, replace(PAPER, zero_stage=3), "none", BOTH, SIZE, processes)
     _, expected, _ = estimate_zero3_model_states_mem_needs(10**9, 0, processes, 1, False, False)
     ours = parts["weights"] + parts["gradients"] + parts["optimiser"]
-    assert ours == pytest.approx(expected + 2e9 / processes, rel=1e-6), "theirs leaves the 16-bit weights out at stage 3"
+    assert ours == pytest.approx(expected + 2e9 / processes, rel=1e-6), (
+        "theirs leaves the 16-bit weights out at stage 3"
+    )
 
 
 def test_bytes_of_a_measured_step_of_the_phantom_model():
@@ -86,7 +103,9 @@ def test_bytes_of_a_measured_step_of_the_phantom_model():
     optimiser.step()
     training = replace(load_profile("phantom").training, lora_rank=8, processes=1, zero_stage=0)
     parts = memory_per_gpu(lvlm.model.config, training, "none", BOTH, SIZE, 1)
-    moments = [value for state in optimiser.state.values() for key, value in state.items() if key != "step"]
+    moments = [
+        value for state in optimiser.state.values() for key, value in state.items() if key != "step"
+    ]
     assert parts["weights"] == sum(parameter.nbytes for parameter in model.parameters())
     assert parts["gradients"] == sum(parameter.grad.nbytes for parameter in trained)
     assert parts["optimiser"] == sum(value.nbytes for value in moments)
@@ -96,12 +115,16 @@ def test_bytes_of_a_measured_step_of_the_phantom_model():
 
 def test_each_way_to_save_memory_saves_it():
     def total(quantization="none", processes=4, **changes):
-        parts = memory_per_gpu(LLAVA_MED, replace(PAPER, **changes), quantization, BOTH, SIZE, processes)
+        parts = memory_per_gpu(
+            LLAVA_MED, replace(PAPER, **changes), quantization, BOTH, SIZE, processes
+        )
         return sum(value for part, value in parts.items() if part != "cpu")
 
     stages = [total(zero_stage=stage) for stage in range(4)]
     assert stages == sorted(stages, reverse=True) and len(set(stages)) == 4
-    assert total(offload="cpu") < total() < 48 * GIB and total(zero_stage=2, offload="cpu") < total(zero_stage=2)
+    assert total(offload="cpu") < total() < 48 * GIB and total(zero_stage=2, offload="cpu") < total(
+        zero_stage=2
+    )
     assert total(gradient_checkpointing=False) > total() + 5 * GIB
     alone, small = (total(kind, 1, optimizer="paged_adamw_8bit") for kind in ("none", "nf4"))
     counts = parameter_counts(LLAVA_MED, 128)
@@ -111,9 +134,14 @@ def test_each_way_to_save_memory_saves_it():
 
 
 def test_a_profiles_memory_is_drawn(capsys):
-    runs = {name: estimate.profile_memory(load_profile(name), "mmedpo")[0] for name in ("paper-vqa-rad", "qlora-1gpu")}
+    runs = {
+        name: estimate.profile_memory(load_profile(name), "mmedpo")[0]
+        for name in ("paper-vqa-rad", "qlora-1gpu")
+    }
     figure = plots.memory_bars(runs)
-    assert [text.get_text().strip() for text in figure.axes[0].texts] == [f"{sum(parts.values()):.1f}" for parts in runs.values()]
+    assert [text.get_text().strip() for text in figure.axes[0].texts] == [
+        f"{sum(parts.values()):.1f}" for parts in runs.values()
+    ]
     plan.dry_run(load_profile("qlora-1gpu"), "mmedpo")
     assert f"estimated: {sum(runs['qlora-1gpu'].values()):.1f} GiB" in capsys.readouterr().out
 
@@ -127,15 +155,25 @@ def test_operations_are_those_that_torch_counts():
     inputs[:, :patches] = config.image_token_id
     side = config.vision_config.image_size
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        lvlm.model(input_ids=inputs, pixel_values=torch.zeros(1, 3, side, side), attention_mask=torch.ones_like(inputs),
-                   logits_to_keep=1)
-    training = replace(load_profile("phantom").training, cache_reference=False, lora_rank=1, gradient_checkpointing=False)
+        lvlm.model(
+            input_ids=inputs,
+            pixel_values=torch.zeros(1, 3, side, side),
+            attention_mask=torch.ones_like(inputs),
+            logits_to_keep=1,
+        )
+    training = replace(
+        load_profile("phantom").training,
+        cache_reference=False,
+        lora_rank=1,
+        gradient_checkpointing=False,
+    )
 
     def forward(prompt: float, **changes) -> float:
         """Twice a forward pass with its image: what two rows of a pair read once."""
         return flops_per_pair(config, replace(training, **changes), PairSize(prompt, 0), True, 1.0)
 
-    # 3 passes over two rows (forward, back through frozen weights, reference); images once for policy and reference
+    # 3 passes over two rows (forward, back through frozen weights, reference); images once for
+    # policy and reference
     text = (forward(tokens) - forward(0)) / 3 / 2
     image = forward(0) / 2
     assert text + image == pytest.approx(counter.get_total_flops(), rel=0.12)
@@ -146,13 +184,19 @@ def test_the_switches_save_what_they_leave_out():
         return flops_per_pair(LLAVA_MED, replace(PAPER, **changes), SIZE, visual, 3)
 
     assert flops(visual=True) > 1.7 * flops()
-    assert flops(shared_prefix=False) > 1.7 * flops() and flops(True, shared_prefix=False) == flops(True)
+    assert flops(shared_prefix=False) > 1.7 * flops() and flops(True, shared_prefix=False) == flops(
+        True
+    )
     assert flops(cache_reference=False) / flops() == pytest.approx(4 / (3 + 1 / 3), rel=0.02)
-    assert flops(gradient_checkpointing=False) / flops() == pytest.approx((2 + 1 / 3) / (3 + 1 / 3), rel=0.02)
+    assert flops(gradient_checkpointing=False) / flops() == pytest.approx(
+        (2 + 1 / 3) / (3 + 1 / 3), rel=0.02
+    )
 
 
 def test_the_papers_two_to_three_hours_on_four_a6000_are_in_reach():
-    """As the released script: two rows, the reference at every step. 800 to 4,919 rows, 3 epochs, 4 GPUs, ZeRO-3."""
+    """As the released script: two rows, the reference at every step. 800 to 4,919 rows, 3 epochs, 4
+    GPUs, ZeRO-3.
+    """
     training = replace(PAPER, shared_prefix=False, cache_reference=False)
     flops, hours = flops_per_pair(LLAVA_MED, training, SIZE, True, 3), {}
     for rows in (800, 1797, 2069, 4919):
@@ -161,22 +205,40 @@ def test_the_papers_two_to_three_hours_on_four_a6000_are_in_reach():
     assert hours[800] < 2 < hours[4919] < 6 and 1 < hours[2069] < 3, hours
 
 
-@pytest.mark.parametrize(("values", "pairs", "processes", "expected"),
-                         [({}, 1797, 4, 1350), ({"epochs": 0.5}, 10, 4, 2), ({"epochs": None, "max_steps": 7}, 1797, 4, 7),
-                          ({"gradient_accumulation_steps": 2}, 1797, 4, 675), ({}, 1797, 2, 1350)])
+@pytest.mark.parametrize(
+    ("values", "pairs", "processes", "expected"),
+    [
+        ({}, 1797, 4, 1350),
+        ({"epochs": 0.5}, 10, 4, 2),
+        ({"epochs": None, "max_steps": 7}, 1797, 4, 7),
+        ({"gradient_accumulation_steps": 2}, 1797, 4, 675),
+        ({}, 1797, 2, 1350),
+    ],
+)
 def test_steps_of_a_run(values, pairs, processes, expected):
     assert total_steps(replace(PAPER, **values), pairs, processes) == expected
 
 
-@pytest.mark.parametrize("name", ["paper-vqa-rad", "qlora-1gpu", "zero3-offload", "multi-node", "phantom"])
-def test_a_dry_run_needs_no_gpu_weights_or_pairs_and_starts_nothing(name, capsys, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "name", ["paper-vqa-rad", "qlora-1gpu", "zero3-offload", "multi-node", "phantom"]
+)
+def test_a_dry_run_needs_no_gpu_weights_or_pairs_and_starts_nothing(
+    name, capsys, tmp_path, monkeypatch
+):
     profile = load_profile(name, {"output": str(tmp_path / "run")})
     monkeypatch.delenv("MASTER_ADDR", raising=False)
-    monkeypatch.setattr("subprocess.Popen", lambda *_, **__: pytest.fail("a dry run starts nothing"))
+    monkeypatch.setattr(
+        "subprocess.Popen", lambda *_, **__: pytest.fail("a dry run starts nothing")
+    )
     plan.dry_run(profile, "mmedpo", 3)
     printed = capsys.readouterr().out
     assert not (tmp_path / "run").exists()
-    assert "not made yet" in printed and "GiB" in printed and " on " in printed and f"name: {name}" in printed
+    assert (
+        "not made yet" in printed
+        and "GiB" in printed
+        and " on " in printed
+        and f"name: {name}" in printed
+    )
     commands = [line for line in printed.splitlines() if line.startswith("$ ")]
     assert len(commands) == (3 if name == "multi-node" else 2)
     assert "--variant mmedpo --seed 3" in commands[0]
@@ -191,6 +253,8 @@ def test_a_hostfile_is_printed_in_both_forms(capsys, tmp_path):
     (tmp_path / "hosts").write_text("first slots=2\nsecond slots=2\n")
     changes = {"output": str(tmp_path / "run"), "training.hostfile": str(tmp_path / "hosts")}
     plan.dry_run(load_profile("multi-node", changes), "mmedpo")
-    lines = [line for line in capsys.readouterr().out.splitlines() if "deepspeed.launcher.runner" in line]
+    lines = [
+        line for line in capsys.readouterr().out.splitlines() if "deepspeed.launcher.runner" in line
+    ]
     assert len(lines) == 3 and all(f"--hostfile {tmp_path}/hosts" in line for line in lines)
     assert ["--no_ssh" in line for line in lines] == [False, True, True]

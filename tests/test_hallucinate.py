@@ -1,4 +1,6 @@
-"""Judge, panel and the choice of the rejected response, against facts written out by hand and drawn films."""
+"""Judge, panel and the choice of the rejected response, against facts written out by hand and drawn
+films.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,15 @@ from mmedpo_utils.preference_rows import question_text
 from mmedpo_utils.relevance import choose_rejected, debate, sample_candidates
 
 JUDGE = FactJudge()
-WHERE, IS_THERE, WHAT = "Where is the nodule?", "Is there a nodule?", "What is seen in the right upper zone?"
-REPORT = "The heart is normal in size. There is a nodule in the right upper zone. There is no effusion or pneumothorax."
+WHERE, IS_THERE, WHAT = (
+    "Where is the nodule?",
+    "Is there a nodule?",
+    "What is seen in the right upper zone?",
+)
+REPORT = (
+    "The heart is normal in size. There is a nodule in the right upper zone. There is no "
+    "effusion or pneumothorax."
+)
 
 
 @pytest.fixture(scope="module")
@@ -25,22 +34,32 @@ def asked() -> list[dict]:
     return questions(films(40, seed=3), np.random.default_rng(3))
 
 
-@pytest.mark.parametrize(("question", "answer", "response", "kinds"), [
-    (IS_THERE, "yes", "yes", []), (IS_THERE, "yes", "no", ["polarity"]),
-    (IS_THERE, "no", "Yes, a nodule.", ["polarity"]), (IS_THERE, "no", "There is no nodule", []),
-    (IS_THERE, "yes", "right upper", ["evasive"]), (IS_THERE, "yes", "", ["evasive"]),
-    (WHERE, "right upper", "right upper", []), (WHERE, "right upper", "left upper", ["side"]),
-    (WHERE, "right upper", "right lower", ["level"]), (WHERE, "right upper", "right", ["vague"]),
-    (WHERE, "right upper", "banana", ["evasive"]),
-    (WHERE, "right upper", "the nodule is in the left lower zone", ["side"]),
-    (WHAT, "nodule", "opacity", ["invented", "omitted"]), (WHAT, "nodule", "a nodule", []),
-    ("report", REPORT, REPORT, []),
-    ("report", REPORT, REPORT.replace("right", "left"), ["side"]),
-    ("report", REPORT, REPORT.replace("normal in size", "enlarged"), ["polarity"]),
-    ("report", REPORT, REPORT.replace("no effusion", "an effusion"), ["polarity", "polarity"]),
-    ("report", REPORT, "There is no effusion.", ["omitted"]),
-    ("Which organ?", "Respiratory", "respiratory", []), ("Which organ?", "Respiratory", "the heart", ["evasive"]),
-])
+@pytest.mark.parametrize(
+    ("question", "answer", "response", "kinds"),
+    [
+        (IS_THERE, "yes", "yes", []),
+        (IS_THERE, "yes", "no", ["polarity"]),
+        (IS_THERE, "no", "Yes, a nodule.", ["polarity"]),
+        (IS_THERE, "no", "There is no nodule", []),
+        (IS_THERE, "yes", "right upper", ["evasive"]),
+        (IS_THERE, "yes", "", ["evasive"]),
+        (WHERE, "right upper", "right upper", []),
+        (WHERE, "right upper", "left upper", ["side"]),
+        (WHERE, "right upper", "right lower", ["level"]),
+        (WHERE, "right upper", "right", ["vague"]),
+        (WHERE, "right upper", "banana", ["evasive"]),
+        (WHERE, "right upper", "the nodule is in the left lower zone", ["side"]),
+        (WHAT, "nodule", "opacity", ["invented", "omitted"]),
+        (WHAT, "nodule", "a nodule", []),
+        ("report", REPORT, REPORT, []),
+        ("report", REPORT, REPORT.replace("right", "left"), ["side"]),
+        ("report", REPORT, REPORT.replace("normal in size", "enlarged"), ["polarity"]),
+        ("report", REPORT, REPORT.replace("no effusion", "an effusion"), ["polarity", "polarity"]),
+        ("report", REPORT, "There is no effusion.", ["omitted"]),
+        ("Which organ?", "Respiratory", "respiratory", []),
+        ("Which organ?", "Respiratory", "the heart", ["evasive"]),
+    ],
+)
 def test_errors_are_named(question: str, answer: str, response: str, kinds: list[str]) -> None:
     assert [error.kind for error in errors(question, answer, response)] == kinds
     assert (JUDGE.conflict(question, answer, response) > 0) == bool(kinds)
@@ -49,13 +68,19 @@ def test_errors_are_named(question: str, answer: str, response: str, kinds: list
 def test_claims_of_a_report() -> None:
     found = claims(REPORT)
     assert {name: claim.present for name, claim in found.items()} == {
-        "cardiomegaly": False, "nodule": True, "effusion": False, "pneumothorax": False}
+        "cardiomegaly": False,
+        "nodule": True,
+        "effusion": False,
+        "pneumothorax": False,
+    }
     assert (found["nodule"].side, found["nodule"].level) == ("right", "upper")
 
 
 def test_conflict_grows_with_departures() -> None:
     one = JUDGE.conflict("report", REPORT, REPORT.replace("right", "left"))
-    two = JUDGE.conflict("report", REPORT, REPORT.replace("right", "left").replace("normal in size", "enlarged"))
+    two = JUDGE.conflict(
+        "report", REPORT, REPORT.replace("right", "left").replace("normal in size", "enlarged")
+    )
     assert 0 < JUDGE.conflict(WHERE, "right upper", "right") < one < two <= 1
 
 
@@ -70,7 +95,10 @@ def test_every_written_answer_contradicts_its_film(asked: list[dict]) -> None:
 def test_strongest_conflict_is_chosen_first() -> None:
     candidates = ["right upper", "right lower", " left lower", "left upper"]
     chosen = choose_rejected(WHERE, "right upper", candidates, JUDGE, 0.5, np.random.default_rng(0))
-    assert (chosen.text, chosen.origin) == ("left lower", "sampled") and chosen.conflict == pytest.approx(0.8)
+    assert (chosen.text, chosen.origin) == (
+        "left lower",
+        "sampled",
+    ) and chosen.conflict == pytest.approx(0.8)
 
 
 @pytest.mark.parametrize("candidates", [[], ["yes"], ["", "banana"]])
@@ -86,6 +114,7 @@ def test_unusable_judges_are_refused() -> None:
 
         def write(self, question: str, answer: str, rng: np.random.Generator) -> str:
             return answer
+
     with pytest.raises(InputError, match="conflict 2.0"):
         choose_rejected("q", "a", ["loud"], Echo(), 0.5, np.random.default_rng(0))
     with pytest.raises(InputError, match="rejects nothing"):
@@ -97,9 +126,12 @@ def test_candidates_come_in_order_and_in_chunks(tmp_path: Path, asked: list[dict
         Image.new("L", (8, 8)).save(tmp_path / name)
     calls = []
 
-    def generate(images: list, texts: list[str], samples: int, temperature: float, seed: int) -> list[list[str]]:
+    def generate(
+        images: list, texts: list[str], samples: int, temperature: float, seed: int
+    ) -> list[list[str]]:
         calls.append((len(images), temperature, seed))
         return [[text] * samples for text in texts]
+
     found = sample_candidates(generate, asked[:130], tmp_path, 3, 0.7, seed=5)
     assert found == [[question_text(question)] * 3 for question in asked[:130]]
     assert calls == [(64, 0.7, 5), (64, 0.7, 69), (2, 0.7, 133)]
@@ -114,8 +146,16 @@ def test_panel_is_deterministic_in_tenths_and_biased_differently(asked: list[dic
         for member in fact_panel():
             score, agrees, reason = member(text, answer, written, None)
             assert (score, agrees, reason) == member(text, answer, written, None)
-            assert 0 <= score <= 1 and round(score * 10) == pytest.approx(score * 10) and not agrees and reason
-    assert strict(WHERE, "right upper", "right lower", None)[0] > lenient(WHERE, "right upper", "right lower", None)[0]
+            assert (
+                0 <= score <= 1
+                and round(score * 10) == pytest.approx(score * 10)
+                and not agrees
+                and reason
+            )
+    assert (
+        strict(WHERE, "right upper", "right lower", None)[0]
+        > lenient(WHERE, "right upper", "right lower", None)[0]
+    )
     assert strict(IS_THERE, "yes", "no", None)[0] < lenient(IS_THERE, "yes", "no", None)[0]
 
 
@@ -129,8 +169,12 @@ def test_anchored_member_adopts_a_near_score_and_leans_on_a_far_one() -> None:
 def test_relevance_orders_errors_as_a_clinician_would() -> None:
     def score(question: str, answer: str, response: str) -> float:
         return debate(question, answer, response, fact_panel()).score
+
     assert score(IS_THERE, "yes", "the of the") == 0, "no clinical content"
     assert score(IS_THERE, "yes", "yes") == pytest.approx(0.2), "nothing wrong"
-    missed = [score(f"Is there {finding}?", "yes", "no") for finding in ("pneumothorax", "effusion", "atelectasis")]
+    missed = [
+        score(f"Is there {finding}?", "yes", "no")
+        for finding in ("pneumothorax", "effusion", "atelectasis")
+    ]
     assert missed == sorted(missed, reverse=True) and missed[0] > missed[-1]
     assert score(WHERE, "right upper", "left upper") > score(WHERE, "right upper", "right lower")

@@ -203,7 +203,9 @@ def test_two_commands_take_different_ports_and_one_process_needs_no_launcher(wor
     alone = commands(
         tiny_profile(workspace, **{"training.processes": 1}), "dpo", 0, folder, ssh=False
     )[0]
-    assert alone[1:3] == ["-m", "mmedpo_utils.programs.train"] and "deepspeed" not in " ".join(alone)
+    assert alone[1:3] == ["-m", "mmedpo_utils.programs.train"] and "deepspeed" not in " ".join(
+        alone
+    )
 
 
 def test_half_a_line_of_events_is_left_for_the_next_look(tmp_path):
@@ -584,7 +586,9 @@ def test_a_plain_call_of_the_program_trains_alone_too(monkeypatch, tmp_path):
 
 
 def test_the_command_in_the_programs_docstring_is_one_that_it_takes(monkeypatch):
-    """The launcher adds --local_rank unless it is told not to, and the program knows no such one."""
+    """The launcher adds --local_rank unless it is told not to, and the program knows no such
+    one.
+    """
     told = " ".join(train_program.__doc__.split())
     command = re.search(r"python -m (deepspeed\S+ .* --run-folder R)", told)[1].split()
     assert "--no_local_rank" in command[: command.index("--module")]

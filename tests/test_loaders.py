@@ -21,7 +21,13 @@ from mmedpo_utils.convert.cards import check_dataset
 from mmedpo_utils.convert.layouts import LAYOUTS, REPORT_QUESTION, import_hugging_face, read_layout
 from mmedpo_utils.dataset import prepare_dataset
 from mmedpo_utils.metrics import patient_of
-from mmedpo_utils.preference_rows import pair_row, question_text, read_manifest, read_questions, write_manifest
+from mmedpo_utils.preference_rows import (
+    pair_row,
+    question_text,
+    read_manifest,
+    read_questions,
+    write_manifest,
+)
 from mmedpo_utils.profiles import IMAGE_FOLDERS, load_profile
 
 

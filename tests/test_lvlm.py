@@ -15,7 +15,10 @@ from mmedpo_utils.metrics import score_predictions
 from mmedpo_utils.phantom.texts import questions
 from mmedpo_utils.phantom.world import films
 
-REPORT = "The heart is normal in size. There is an opacity in the right upper zone. There is no effusion or nodule."
+REPORT = (
+    "The heart is normal in size. There is an opacity in the right upper zone. There is no "
+    "effusion or nodule."
+)
 
 
 @pytest.fixture(scope="module")
@@ -28,14 +31,25 @@ def asked():
     """Images, questions and rows of 40 test patients; reports left out."""
     population = films(40, 0, 420)
     pictures = {f"{film.film_id}.png": Image.fromarray(film.image) for film in population}
-    rows = [row for row in questions(population, np.random.default_rng(0)) if row["answer_type"] != "REPORT"]
-    return [pictures[row["image"]] for row in rows], [row["text"].split("\n")[0] for row in rows], rows
+    rows = [
+        row
+        for row in questions(population, np.random.default_rng(0))
+        if row["answer_type"] != "REPORT"
+    ]
+    return (
+        [pictures[row["image"]] for row in rows],
+        [row["text"].split("\n")[0] for row in rows],
+        rows,
+    )
 
 
 def test_shipped_model_is_a_small_llava(lvlm):
     config = lvlm.model.config
     assert config.architectures == ["LlavaForConditionalGeneration"]
-    assert (config.vision_config.model_type, config.text_config.model_type) == ("clip_vision_model", "mistral")
+    assert (config.vision_config.model_type, config.text_config.model_type) == (
+        "clip_vision_model",
+        "mistral",
+    )
     assert (config.vision_feature_layer, config.vision_feature_select_strategy) == (-2, "default")
     assert 1.4e6 < sum(parameter.numel() for parameter in lvlm.model.parameters()) < 1.9e6
     assert sum(file.stat().st_size for file in PHANTOM_WEIGHTS.iterdir()) < 4e6
@@ -46,8 +60,13 @@ def test_prompt_is_the_chat_template(lvlm):
     expected = "<s>[INST] <image> Is there a nodule? [/INST]"
     assert prompt(lvlm.processor, "Is there a nodule?") == expected
     assert prompt(lvlm.processor, "Is there a nodule?\n<image>") == expected
-    turns = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Is there a nodule?"}]},
-             {"role": "assistant", "content": [{"type": "text", "text": "yes"}]}]
+    turns = [
+        {
+            "role": "user",
+            "content": [{"type": "image"}, {"type": "text", "text": "Is there a nodule?"}],
+        },
+        {"role": "assistant", "content": [{"type": "text", "text": "yes"}]},
+    ]
     assert lvlm.processor.apply_chat_template(turns) == expected + " yes</s>"
 
 
@@ -75,7 +94,9 @@ def test_embedded_prompt_gives_the_models_own_logits(lvlm, asked):
     embedded = _embed(lvlm, texts, features[index])
     del embedded["image_mask"]
     with torch.no_grad():
-        torch.testing.assert_close(lvlm.model(**embedded).logits[:, -1], lvlm.model(**inputs).logits[:, -1])
+        torch.testing.assert_close(
+            lvlm.model(**embedded).logits[:, -1], lvlm.model(**inputs).logits[:, -1]
+        )
 
 
 def test_greedy_answers_do_not_depend_on_the_batch(lvlm, asked):
@@ -122,8 +143,10 @@ def test_image_attention(lvlm, asked):
 def test_shipped_model_is_misaligned(lvlm, asked):
     images, texts, rows = asked
     said = generate(lvlm, images, texts, 4, 64)
-    table = [{**row, "answer": row["gpt4_answer"], "prediction": answer[0]}
-             for row, answer in zip(rows, said, strict=True)]
+    table = [
+        {**row, "answer": row["gpt4_answer"], "prediction": answer[0]}
+        for row, answer in zip(rows, said, strict=True)
+    ]
     scores = score_predictions(table)
     assert 50 < scores["closed_accuracy"]["score"] < 73 and 30 < scores["open_recall"]["score"] < 60
     card = json.loads((PHANTOM_WEIGHTS / "scores.json").read_text())
@@ -132,8 +155,15 @@ def test_shipped_model_is_misaligned(lvlm, asked):
 
 
 def test_model_card_quotes_the_scores():
-    scores, text = json.loads((PHANTOM_WEIGHTS / "scores.json").read_text()), (PHANTOM_WEIGHTS / "README.md").read_text()
-    for name, label in (("closed_accuracy", "closed accuracy"), ("open_recall", "open recall"), ("bleu", "report BLEU")):
+    scores, text = (
+        json.loads((PHANTOM_WEIGHTS / "scores.json").read_text()),
+        (PHANTOM_WEIGHTS / "README.md").read_text(),
+    )
+    for name, label in (
+        ("closed_accuracy", "closed accuracy"),
+        ("open_recall", "open recall"),
+        ("bleu", "report BLEU"),
+    ):
         assert f"| {label} | {scores['base'][name]:.1f} | {scores['ceiling'][name]:.1f} |" in text
 
 
@@ -144,8 +174,12 @@ def test_adapter_is_loaded_and_in_force(lvlm, asked, tmp_path):
     tuned = get_peft_model(load_lvlm("phantom", "cpu").model, lora)
     tuned.save_pretrained(tmp_path)
     adapted = load_lvlm("phantom", "cpu", adapter=tmp_path)
-    torch.testing.assert_close(image_attention(adapted, asked[0][:2], asked[1][:2], 2).sum((1, 2)), torch.ones(2))
-    sample = lvlm.processor(images=asked[0][0], text=prompt(lvlm.processor, asked[1][0]), return_tensors="pt")
+    torch.testing.assert_close(
+        image_attention(adapted, asked[0][:2], asked[1][:2], 2).sum((1, 2)), torch.ones(2)
+    )
+    sample = lvlm.processor(
+        images=asked[0][0], text=prompt(lvlm.processor, asked[1][0]), return_tensors="pt"
+    )
     with torch.no_grad():
         before, after = lvlm.model(**sample).logits, adapted.model(**sample).logits
         assert not torch.allclose(before, after)
@@ -179,6 +213,8 @@ def test_damaged_checkpoint(tmp_path):
     import shutil
 
     broken = shutil.copytree(PHANTOM_WEIGHTS, tmp_path / "broken")
-    (broken / "model.safetensors").write_bytes((PHANTOM_WEIGHTS / "model.safetensors").read_bytes()[:1000])
+    (broken / "model.safetensors").write_bytes(
+        (PHANTOM_WEIGHTS / "model.safetensors").read_bytes()[:1000]
+    )
     with pytest.raises(InputError, match="cannot be loaded"):
         load_lvlm(broken, "cpu")

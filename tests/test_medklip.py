@@ -1,4 +1,6 @@
-"""The visual tool: the official network's outputs, its maps, its checkpoint, and what the shipped weights reach."""
+"""The visual tool: the official network's outputs, its maps, its checkpoint, and what the shipped
+weights reach.
+"""
 
 from __future__ import annotations
 
@@ -48,11 +50,15 @@ def images(population) -> list[Image.Image]:
 
 def recipe_of(shared: Path):
     """The golden folder's own rule for weights, and the official state that it gives."""
-    specification = importlib.util.spec_from_file_location("recipe", shared / "golden" / "recipe.py")
+    specification = importlib.util.spec_from_file_location(
+        "recipe", shared / "golden" / "recipe.py"
+    )
     recipe = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(recipe)
-    state = {key: torch.from_numpy(np.asarray(value))
-             for key, value in recipe.state_dict(shared / "golden" / "medklip" / "keys.json").items()}
+    state = {
+        key: torch.from_numpy(np.asarray(value))
+        for key, value in recipe.state_dict(shared / "golden" / "medklip" / "keys.json").items()
+    }
     return recipe, state
 
 
@@ -74,7 +80,9 @@ def test_the_official_file_gives_the_official_outputs(shared, tmp_path, monkeypa
     np.testing.assert_allclose(heat_map(output), expected["map_disease"], rtol=0, atol=5e-7)
     np.testing.assert_allclose(confidence(output), expected["confidence"], rtol=0, atol=1e-5)
     for layer in range(4):
-        np.testing.assert_allclose(output.attentions[:, layer].mean(1), expected[f"attn_layer{layer}"], rtol=0, atol=3e-6)
+        np.testing.assert_allclose(
+            output.attentions[:, layer].mean(1), expected[f"attn_layer{layer}"], rtol=0, atol=3e-6
+        )
 
 
 def test_every_form_of_the_file_gives_the_same_network(shared, tmp_path, monkeypatch):
@@ -83,19 +91,30 @@ def test_every_form_of_the_file_gives_the_same_network(shared, tmp_path, monkeyp
     monkeypatch.setattr("mmedpo_utils.convert.medklip_official.query_embeddings", lambda *_: book)
     torch.save({"model": state}, tmp_path / "official.pth")
     expected = load_medklip(tmp_path / "official.pth").state_dict()
-    assert torch.equal(expected["cl_fc.weight"], state["module.cl_fc.weight"]), "stored, though the maps don't need it"
-    torch.save({key.removeprefix("module."): value for key, value in state.items()}, tmp_path / "bare.pth")
+    assert torch.equal(expected["cl_fc.weight"], state["module.cl_fc.weight"]), (
+        "stored, though the maps don't need it"
+    )
+    torch.save(
+        {key.removeprefix("module."): value for key, value in state.items()}, tmp_path / "bare.pth"
+    )
     save_file(state, tmp_path / "official.safetensors")
     save_file(expected, tmp_path / "ours.safetensors")
     for name in ("bare.pth", "official.safetensors", "ours.safetensors"):
         if name == "ours.safetensors":
-            monkeypatch.setattr("mmedpo_utils.convert.medklip_official.query_embeddings", lambda *_: pytest.fail("the file holds them"))
+            monkeypatch.setattr(
+                "mmedpo_utils.convert.medklip_official.query_embeddings",
+                lambda *_: pytest.fail("the file holds them"),
+            )
         found = load_medklip(tmp_path / name).state_dict()
-        assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found), name
+        assert found.keys() == expected.keys() and all(
+            torch.equal(found[key], expected[key]) for key in found
+        ), name
 
 
 def test_a_wrong_official_file_names_what_is_wrong(shared, tmp_path, monkeypatch):
-    monkeypatch.setattr("mmedpo_utils.convert.medklip_official.query_embeddings", lambda *_: torch.zeros(75, 768))
+    monkeypatch.setattr(
+        "mmedpo_utils.convert.medklip_official.query_embeddings", lambda *_: torch.zeros(75, 768)
+    )
     _, state = recipe_of(shared)
     path = tmp_path / "checkpoint.pth"
 
@@ -107,11 +126,21 @@ def test_a_wrong_official_file_names_what_is_wrong(shared, tmp_path, monkeypatch
         return str(raised.value)
 
     short = {key: value for key, value in state.items() if key != "module.res_l1.bias"}
-    said = refusal({"model": short | {"module.stray": torch.zeros(1), "module.classifier.bias": torch.zeros(3)}})
+    said = refusal(
+        {
+            "model": short
+            | {"module.stray": torch.zeros(1), "module.classifier.bias": torch.zeros(3)}
+        }
+    )
     assert "1 missing (res_l1.bias)" in said and "1 unexpected (stray)" in said
     assert "classifier.bias [3] instead of [2]" in said
     assert "missing (res_features.encoder.stages.0.layers.0.layer.0.convolution.weight)" in refusal(
-        {key: value for key, value in state.items() if key != "module.res_features.4.0.conv1.weight"})
+        {
+            key: value
+            for key, value in state.items()
+            if key != "module.res_features.4.0.conv1.weight"
+        }
+    )
     assert "res_l1.bias under two names" in refusal(state | {"res_l1.bias": torch.zeros(1024)})
     assert "'epoch': expected a tensor" in refusal({"model": {"epoch": 3}})
     assert "found list" in refusal([1, 2]) and "found dict" in refusal({"model": {}})
@@ -140,26 +169,48 @@ def tiny_bert(tmp_path_factory) -> Path:
     (folder / "vocab.txt").write_text("\n".join(words), encoding="utf-8")
     BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
     torch.manual_seed(0)
-    BertModel(BertConfig(vocab_size=len(words), hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
-                         intermediate_size=8, max_position_embeddings=64)).save_pretrained(folder)
+    BertModel(
+        BertConfig(
+            vocab_size=len(words),
+            hidden_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=8,
+            max_position_embeddings=64,
+        )
+    ).save_pretrained(folder)
     return folder
 
 
-def test_text_embeddings_are_the_first_token_and_are_computed_once(tmp_path, tiny_bert, monkeypatch):
-    texts = {("eumonia" if query == "pneumonia" else query): f"about {query}" for query in OFFICIAL_QUERIES}
+def test_text_embeddings_are_the_first_token_and_are_computed_once(
+    tmp_path, tiny_bert, monkeypatch
+):
+    texts = {
+        ("eumonia" if query == "pneumonia" else query): f"about {query}"
+        for query in OFFICIAL_QUERIES
+    }
     texts["scar"] = "about scar " * 60
     path = tmp_path / "descriptions.json"
     path.write_text(json.dumps(dict(reversed(texts.items()))), encoding="utf-8")
     embeddings = query_embeddings(path, str(tiny_bert))
-    tokenizer, bert = AutoTokenizer.from_pretrained(tiny_bert), AutoModel.from_pretrained(tiny_bert).eval()
+    tokenizer, bert = (
+        AutoTokenizer.from_pretrained(tiny_bert),
+        AutoModel.from_pretrained(tiny_bert).eval(),
+    )
     assert embeddings.shape == (75, 8)
     for query in ("normal", "pneumonia", "disease", "scar"):
-        alone = tokenizer(["about scar " * 31 if query == "scar" else f"about {query}"], return_tensors="pt")
+        alone = tokenizer(
+            ["about scar " * 31 if query == "scar" else f"about {query}"], return_tensors="pt"
+        )
         with torch.inference_mode():
             state = bert(**alone).last_hidden_state[0, 0]
-        torch.testing.assert_close(embeddings[OFFICIAL_QUERIES.index(query)], state, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(
+            embeddings[OFFICIAL_QUERIES.index(query)], state, atol=1e-5, rtol=1e-4
+        )
     with monkeypatch.context() as patch:
-        patch.setattr("transformers.AutoModel.from_pretrained", lambda *_: pytest.fail("computed twice"))
+        patch.setattr(
+            "transformers.AutoModel.from_pretrained", lambda *_: pytest.fail("computed twice")
+        )
         assert torch.equal(query_embeddings(path, str(tiny_bert)), embeddings)
     assert len(list(tmp_path.iterdir())) == 2, "one cache file, nothing half-written"
     path.write_text(json.dumps(texts | {"normal": "about disease"}), encoding="utf-8")
@@ -169,7 +220,7 @@ def test_text_embeddings_are_the_first_token_and_are_computed_once(tmp_path, tin
 
 def test_unusable_descriptions_and_encoders_say_so(tmp_path, tiny_bert):
     path = tmp_path / "descriptions.json"
-    with pytest.raises(InputError, match="fetch \"observation explanation.json\""):
+    with pytest.raises(InputError, match='fetch "observation explanation.json"'):
         query_embeddings(path, str(tiny_bert))
     path.write_text("[]")
     with pytest.raises(InputError, match="found list"):
@@ -194,8 +245,12 @@ def test_attention_rows_sum_to_one_and_the_map_is_their_mean(model, images):
     assert output.logits.shape == (3, count, 2) and output.attentions.shape == (3, 4, 4, count, 196)
     torch.testing.assert_close(output.attentions.sum(-1), torch.ones(3, 4, 4, count))
     rows = output.attentions[:, :, :, model.queries.index("nodule")]
-    torch.testing.assert_close(heat_map(output, "nodule"), (rows.sum((1, 2)) / 16).reshape(3, 14, 14))
-    torch.testing.assert_close(heat_map(output, "nodule", layer=2, head=1), rows[:, 2, 1].reshape(3, 14, 14))
+    torch.testing.assert_close(
+        heat_map(output, "nodule"), (rows.sum((1, 2)) / 16).reshape(3, 14, 14)
+    )
+    torch.testing.assert_close(
+        heat_map(output, "nodule", layer=2, head=1), rows[:, 2, 1].reshape(3, 14, 14)
+    )
     odds = (output.logits[:, -1, 1] - output.logits[:, -1, 0]).sigmoid()
     torch.testing.assert_close(confidence(output), odds)
     with pytest.raises(InputError, match="unknown query 'hernia'.*nodule"):
@@ -204,8 +259,12 @@ def test_attention_rows_sum_to_one_and_the_map_is_their_mean(model, images):
 
 @torch.inference_mode()
 def test_a_film_reads_the_same_alone_and_in_a_batch(model, images):
-    batch, again, alone = (model(model.preprocess(part)) for part in (images[:4], images[:4], images[2:3]))
-    assert torch.equal(batch.logits, again.logits) and torch.equal(batch.attentions, again.attentions)
+    batch, again, alone = (
+        model(model.preprocess(part)) for part in (images[:4], images[:4], images[2:3])
+    )
+    assert torch.equal(batch.logits, again.logits) and torch.equal(
+        batch.attentions, again.attentions
+    )
     torch.testing.assert_close(batch.logits[2:3], alone.logits, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(batch.attentions[2:3], alone.attentions, atol=1e-5, rtol=1e-3)
 
@@ -237,7 +296,10 @@ def test_the_card_states_the_measured_scores():
     for name in ("pointing_game", "pointing_game_nodule", "auc", "location_accuracy", "chance"):
         assert f"{100 * scores[name]:.1f}" in card, name
     for finding in FINDINGS:
-        row = [scores[name][finding] for name in ("pointing_game_alone", "pointing_game_own", "auc_per_query")]
+        row = [
+            scores[name][finding]
+            for name in ("pointing_game_alone", "pointing_game_own", "auc_per_query")
+        ]
         assert f"| {finding} | " + " | ".join(f"{100 * value:.1f}" for value in row) + " |" in card
     assert "Not for clinical use" in card
 
@@ -255,8 +317,11 @@ def test_a_wrong_checkpoint_names_its_tensors(tmp_path: Path):
     state["classifier.bias"], state["stray"] = torch.zeros(3), torch.zeros(1)
     del state["res_l2.bias"]
     save_file(state, path)
-    with pytest.raises(InputError, match=r"1 missing \(res_l2.bias\).*1 unexpected \(stray\).*"
-                                         r"1 misshapen \(classifier.bias \[3\] instead of \[2\]\)"):
+    with pytest.raises(
+        InputError,
+        match=r"1 missing \(res_l2.bias\).*1 unexpected \(stray\).*"
+        r"1 misshapen \(classifier.bias \[3\] instead of \[2\]\)",
+    ):
         load_medklip(tmp_path / "copy")
     path.write_bytes(b"not weights")
     with pytest.raises(InputError, match="cannot be read as safetensors"):

@@ -57,14 +57,20 @@ def test_pixels_outside_the_mask_are_unchanged_bit_for_bit(shape: tuple[int, ...
     noised = localized_noise(image, mask, 0.25, np.random.default_rng(1))
     assert np.array_equal(noised[mask == 0], image[mask == 0])
     assert (noised[mask == 1] != image[mask == 1]).mean() > 0.9
-    assert np.array_equal(localized_noise(image, mask, 1.0, np.random.default_rng(1)), image), "full signal, no noise"
+    assert np.array_equal(localized_noise(image, mask, 1.0, np.random.default_rng(1)), image), (
+        "full signal, no noise"
+    )
 
 
 def test_noise_keeps_half_the_signal() -> None:
     image = np.full((400, 400), 0.5, np.float32)
-    soft = localized_noise(image, np.full((400, 400), 1e-3), 0.25, np.random.default_rng(0)).astype(np.float64)
+    soft = localized_noise(image, np.full((400, 400), 1e-3), 0.25, np.random.default_rng(0)).astype(
+        np.float64
+    )
     change = (soft - 0.5) / 1e-3
-    assert change.mean() == pytest.approx(-0.25, abs=0.01) and change.std() == pytest.approx(np.sqrt(0.75), abs=0.01)
+    assert change.mean() == pytest.approx(-0.25, abs=0.01) and change.std() == pytest.approx(
+        np.sqrt(0.75), abs=0.01
+    )
 
 
 def test_global_noise_is_the_mask_of_ones() -> None:
@@ -73,11 +79,16 @@ def test_global_noise_is_the_mask_of_ones() -> None:
     assert np.array_equal(global_noise(image, 0.3, np.random.default_rng(2)), one)
 
 
-@pytest.mark.parametrize(("image", "mask", "alpha_bar", "word"), [
-    (np.zeros((4, 4)), np.zeros((4, 5)), 0.5, "mask"), (np.full((4, 4), 2.0), np.zeros((4, 4)), 0.5, "image"),
-    (np.zeros((4, 4)), np.full((4, 4), -1.0), 0.5, "mask"), (np.zeros((4, 4)), np.zeros((4, 4)), 1.5, "alpha_bar"),
-    (np.full((4, 4), np.nan), np.zeros((4, 4)), 0.5, "image"),
-])
+@pytest.mark.parametrize(
+    ("image", "mask", "alpha_bar", "word"),
+    [
+        (np.zeros((4, 4)), np.zeros((4, 5)), 0.5, "mask"),
+        (np.full((4, 4), 2.0), np.zeros((4, 4)), 0.5, "image"),
+        (np.zeros((4, 4)), np.full((4, 4), -1.0), 0.5, "mask"),
+        (np.zeros((4, 4)), np.zeros((4, 4)), 1.5, "alpha_bar"),
+        (np.full((4, 4), np.nan), np.zeros((4, 4)), 0.5, "image"),
+    ],
+)
 def test_bad_arrays(image: np.ndarray, mask: np.ndarray, alpha_bar: float, word: str) -> None:
     with pytest.raises(InputError, match=word):
         localized_noise(image, mask, alpha_bar, np.random.default_rng(0))
@@ -85,7 +96,9 @@ def test_bad_arrays(image: np.ndarray, mask: np.ndarray, alpha_bar: float, word:
 
 @pytest.mark.parametrize("quantile", [0.5, 0.85, 0.95])
 def test_quantile_mask_covers_its_share(quantile: float) -> None:
-    mask = lesion_mask(bump() + np.random.default_rng(0).random((14, 14)) * 1e-4, (224, 224), "quantile", quantile)
+    mask = lesion_mask(
+        bump() + np.random.default_rng(0).random((14, 14)) * 1e-4, (224, 224), "quantile", quantile
+    )
     assert mask.mean() == pytest.approx(1 - quantile, abs=0.005)
     assert mask.shape == (224, 224) and mask.dtype == np.float32 and set(np.unique(mask)) == {0, 1}
 
@@ -96,7 +109,9 @@ def test_mask_holds_the_peak_and_ignores_the_scale(method: str) -> None:
     assert mask[90, 95] > 0.9 and mask[:20, :20].max() < 0.1, "cell (4, 9) of 14 is pixel (90, 95)"
     np.testing.assert_allclose(lesion_mask(1000 * bump() - 3, (280, 140), method), mask, atol=1e-6)
     assert 0 < mask.mean() < 0.3
-    assert not lesion_mask(np.full((14, 14), 1 / 196), (32, 32), method).any(), "a constant map has no lesion"
+    assert not lesion_mask(np.full((14, 14), 1 / 196), (32, 32), method).any(), (
+        "a constant map has no lesion"
+    )
 
 
 def test_otsu_separates_two_levels() -> None:
@@ -127,7 +142,11 @@ def test_schedule_matches_the_released_one(golden: dict[str, np.ndarray]) -> Non
 
 def test_schedule_falls_and_the_step_halves_the_signal() -> None:
     schedule = signal_schedule()
-    assert schedule.shape == (1000,) and (np.diff(schedule) < 0).all() and 0 < schedule[-1] < schedule[0] < 1
+    assert (
+        schedule.shape == (1000,)
+        and (np.diff(schedule) < 0).all()
+        and 0 < schedule[-1] < schedule[0] < 1
+    )
     assert np.sqrt(schedule[step_for_signal(schedule, 0.5)]) == pytest.approx(0.5, abs=2e-3)
     assert step_for_signal(schedule, 1.0) == 0 and step_for_signal(schedule, 0.0) == 999
 
@@ -140,12 +159,16 @@ def test_diffusion_step_matches_the_released_one(golden: dict[str, np.ndarray]) 
     image, schedule = golden["diffusion_input"].transpose(1, 2, 0), signal_schedule()
     for step, expected in zip(golden["diffusion_steps"], golden["diffusion_output"], strict=True):
         noised = global_noise(image, schedule[step], Drawn())
-        np.testing.assert_allclose(noised, np.clip(expected, 0, 1).transpose(1, 2, 0), rtol=0, atol=1e-5)
+        np.testing.assert_allclose(
+            noised, np.clip(expected, 0, 1).transpose(1, 2, 0), rtol=0, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("stem", STEMS)
 @pytest.mark.parametrize("kind", ["attn", "blob"])
-def test_released_variant_matches_the_authors(shared: Path, golden: dict[str, np.ndarray], stem: str, kind: str) -> None:
+def test_released_variant_matches_the_authors(
+    shared: Path, golden: dict[str, np.ndarray], stem: str, kind: str
+) -> None:
     image = pixels(shared, stem)
     heat_map = golden["attn14"][list(STEMS).index(stem)] if kind == "attn" else golden["blob14"]
     wanted = {name.removeprefix(f"{kind}_{stem}_"): value for name, value in golden.items()}
@@ -159,7 +182,9 @@ def test_released_variant_matches_the_authors(shared: Path, golden: dict[str, np
     assert np.array_equal(np.bincount(noised[mask].ravel(), minlength=256), wanted["hist_masked"])
     assert np.array_equal(np.bincount(noised.ravel(), minlength=256), wanted["hist_all"])
     row, columns = int(wanted["first_row"]), wanted["first_row_cols"]
-    assert np.array_equal(np.nonzero(mask.any(1))[0][0], row) and np.array_equal(np.nonzero(mask[row])[0], columns)
+    assert np.array_equal(np.nonzero(mask.any(1))[0][0], row) and np.array_equal(
+        np.nonzero(mask[row])[0], columns
+    )
     assert np.array_equal(noised[row, columns], wanted["first_row_values"])
     assert np.array_equal(noised[~mask], image[~mask])
 
@@ -174,7 +199,9 @@ def test_negative_noise_wraps_modulo_256_whatever_the_processor() -> None:
 
 
 def test_released_noise_is_speckle() -> None:
-    noised = released_noise(np.full((200, 200), 128, np.uint8), np.ones((200, 200), bool), np.random.default_rng(0))
+    noised = released_noise(
+        np.full((200, 200), 128, np.uint8), np.ones((200, 200), bool), np.random.default_rng(0)
+    )
     assert not ((noised > 51) & (noised < 206)).any()
     assert np.mean(noised == 0) == pytest.approx(0.079, abs=0.01)
 

@@ -26,7 +26,9 @@ HOME = re.compile(r"(?<![\w.])/(?:root|tmp|home|Users|work)/\w")
 def smoke(tmp_path_factory):
     """All notebooks, executed in order in the smoke profile, in a folder of their own."""
     folder = tmp_path_factory.mktemp("smoke")
-    profile = load_profile("phantom-smoke", {"output": str(folder / "run"), "figures": str(folder / "figures")})
+    profile = load_profile(
+        "phantom-smoke", {"output": str(folder / "run"), "figures": str(folder / "figures")}
+    )
     profile.save(folder / "profile.yaml")
     seconds = run_notebooks.run(profile, str(folder / "profile.yaml"))
     return profile, seconds
@@ -35,12 +37,16 @@ def smoke(tmp_path_factory):
 def test_all_seven_notebooks_run_in_the_smoke_profile(smoke):
     profile, seconds = smoke
     executed = sorted((profile.output / "notebooks").glob("*.ipynb"))
-    assert [path.name for path in executed] == [path.name for path in NOTEBOOKS] and len(executed) == 7
+    assert [path.name for path in executed] == [path.name for path in NOTEBOOKS] and len(
+        executed
+    ) == 7
     assert 0 < seconds["peak_gib"] < 6
     for path in executed:
         cells = [cell for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"]
         assert all(out.output_type != "error" for cell in cells for out in cell.outputs)
-        shown = "".join(out.get("data", {}).get("text/html", "") for cell in cells for out in cell.outputs)
+        shown = "".join(
+            out.get("data", {}).get("text/html", "") for cell in cells for out in cell.outputs
+        )
         empty = re.findall(r'<caption>([^<]*)</caption>\s*<tr><th scope="col">no rows', shown)
         assert set(empty) <= {"Eight of 0 answers that training changed"}, path.name
 
@@ -51,7 +57,13 @@ def test_a_run_leaves_manifests_adapters_predictions_and_figures(smoke):
     assert {row["source"] for row in rows} == {"text", "visual"}
     for variant in profile.training.variants:
         folder = profile.output / "train" / f"{variant}-seed0"
-        for name in ("profile.yaml", "versions.json", "events.jsonl", "result.json", "adapter/adapter_model.safetensors"):
+        for name in (
+            "profile.yaml",
+            "versions.json",
+            "events.jsonl",
+            "result.json",
+            "adapter/adapter_model.safetensors",
+        ):
             assert (folder / name).is_file(), f"{variant}: {name}"
         assert load_profile(folder / "profile.yaml") == profile
     scores = json.loads((profile.output / "evaluation" / "scores.json").read_text())["models"]
@@ -64,8 +76,12 @@ def test_a_run_leaves_manifests_adapters_predictions_and_figures(smoke):
 def test_a_second_run_reads_what_is_there(smoke):
     profile, _ = smoke
     stamps = {path: path.stat().st_mtime_ns for path in profile.output.glob("train/*/result.json")}
-    run_notebooks.run_notebook(NOTEBOOKS[4], profile.output / "again.ipynb", str(profile.output.parent / "profile.yaml"))
-    assert stamps and stamps == {path: path.stat().st_mtime_ns for path in stamps}, "nothing is trained twice"
+    run_notebooks.run_notebook(
+        NOTEBOOKS[4], profile.output / "again.ipynb", str(profile.output.parent / "profile.yaml")
+    )
+    assert stamps and stamps == {path: path.stat().st_mtime_ns for path in stamps}, (
+        "nothing is trained twice"
+    )
 
 
 def test_real_images_go_through_notebooks_01_to_05(shared, tmp_path, monkeypatch):
@@ -75,35 +91,60 @@ def test_real_images_go_through_notebooks_01_to_05(shared, tmp_path, monkeypatch
     monkeypatch.setenv("MMEDPO_DATA_ROOT", str(root))
     # One variant in one process: the smoke profile above trains all of them, in two.
     variants = load_profile("vqa-rad-mini").as_dict()["training"]["variants"]
-    profile = load_profile("vqa-rad-mini", {
-        "output": str(tmp_path / "run"), "figures": str(tmp_path / "figures"), "training.processes": 1,
-        "training.variants": {"mmedpo": variants["mmedpo"]}})
+    profile = load_profile(
+        "vqa-rad-mini",
+        {
+            "output": str(tmp_path / "run"),
+            "figures": str(tmp_path / "figures"),
+            "training.processes": 1,
+            "training.variants": {"mmedpo": variants["mmedpo"]},
+        },
+    )
     profile.save(tmp_path / "profile.yaml")
     for path in NOTEBOOKS[1:6]:
         run_notebooks.run_notebook(path, tmp_path / path.name, str(tmp_path / "profile.yaml"))
     rows = json.loads((profile.output / "pairs" / "train.json").read_text())
     released = json.loads((root / "train_preferences.json").read_text())
     text = [row for row in rows if row["source"] == "text"]
-    assert [row["rejected_conversations"] for row in text] == [row["rejected_conversations"] for row in released]
+    assert [row["rejected_conversations"] for row in text] == [
+        row["rejected_conversations"] for row in released
+    ]
     assert len(list((profile.output / "pairs" / "noised").iterdir())) == 2
     predictions = (profile.output / "evaluation" / "mmedpo.jsonl").read_text().splitlines()
-    assert len(predictions) == 6 and all(json.loads(line)["prediction"] is not None for line in predictions)
+    assert len(predictions) == 6 and all(
+        json.loads(line)["prediction"] is not None for line in predictions
+    )
 
 
 def test_a_failing_cell_stops_the_run_and_names_the_error(tmp_path):
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("raise KeyError('lesion')")])
+    notebook = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_code_cell("raise KeyError('lesion')")]
+    )
     nbformat.write(notebook, tmp_path / "bad.ipynb")
     with pytest.raises(papermill.PapermillExecutionError, match="lesion"):
         run_notebooks.run_notebook(tmp_path / "bad.ipynb", tmp_path / "out.ipynb", "phantom")
 
 
 def test_the_command_line_refuses_to_publish_credentialed_data(tmp_path, monkeypatch, capsys):
-    profile = load_profile("vqa-rad-mini", {"data.source": "mimic-cxr", "data.card": "mimic-cxr", "data.root": str(tmp_path),
-                                            "output": str(tmp_path / "run"), "figures": str(tmp_path / "run" / "figures")})
+    profile = load_profile(
+        "vqa-rad-mini",
+        {
+            "data.source": "mimic-cxr",
+            "data.card": "mimic-cxr",
+            "data.root": str(tmp_path),
+            "output": str(tmp_path / "run"),
+            "figures": str(tmp_path / "run" / "figures"),
+        },
+    )
     profile.save(tmp_path / "mimic.yaml")
-    monkeypatch.setattr("sys.argv", ["tutorial", "--profile", str(tmp_path / "mimic.yaml"), "--in-place"])
+    monkeypatch.setattr(
+        "sys.argv", ["tutorial", "--profile", str(tmp_path / "mimic.yaml"), "--in-place"]
+    )
     assert run_notebooks.main() == 2
-    assert "mimic-cxr is credentialed data" in capsys.readouterr().err and not (tmp_path / "run").exists()
+    assert (
+        "mimic-cxr is credentialed data" in capsys.readouterr().err
+        and not (tmp_path / "run").exists()
+    )
     monkeypatch.setattr("sys.argv", ["tutorial", "--profile", "fantom"])
     assert run_notebooks.main() == 2 and "`phantom`" in capsys.readouterr().err
 
@@ -134,8 +175,12 @@ def test_peak_memory_sees_an_allocation():
 def test_clean_drops_the_executors_marks_only():
     cell = nbformat.v4.new_code_cell("1")
     cell.metadata.update(papermill={"duration": 1}, tags=["solution"])
-    injected = nbformat.v4.new_code_cell("profile_name = 'x'", metadata={"tags": ["injected-parameters"]})
-    notebook = nbformat.v4.new_notebook(cells=[cell, injected], metadata={"papermill": {}, "language_info": {"name": "python"}})
+    injected = nbformat.v4.new_code_cell(
+        "profile_name = 'x'", metadata={"tags": ["injected-parameters"]}
+    )
+    notebook = nbformat.v4.new_notebook(
+        cells=[cell, injected], metadata={"papermill": {}, "language_info": {"name": "python"}}
+    )
     cleaned = run_notebooks.clean(notebook)
     assert [dict(c.metadata) for c in cleaned.cells] == [{"tags": ["solution"]}]
     assert "papermill" not in cleaned.metadata and "language_info" in cleaned.metadata
@@ -149,8 +194,12 @@ def test_committed_notebooks_are_executed_and_clean(path: Path):
     assert path.stat().st_size < 2**20
     for cell in code:
         for out in cell.outputs:
-            assert out.output_type != "error" and out.get("name") != "stderr", f"cell {cell.execution_count}"
-            assert "image/png" not in out.get("data", {}) or out.get("metadata", {}), "a figure without alternative text"
+            assert out.output_type != "error" and out.get("name") != "stderr", (
+                f"cell {cell.execution_count}"
+            )
+            assert "image/png" not in out.get("data", {}) or out.get("metadata", {}), (
+                "a figure without alternative text"
+            )
     text = path.read_text()
     assert not HOME.search(text) and ">no rows<" not in text
 
@@ -161,15 +210,28 @@ def test_every_notebook_teaches(path: Path):
     tags = [tag for cell in notebook.cells for tag in cell.metadata.get("tags", [])]
     source = "\n".join(cell.source for cell in notebook.cells)
     assert tags.count("parameters") == 1 and tags.count("solution") >= 2
-    assert "**Purpose.**" in source and "| Time |" in source and "| Reads |" in source and "| Writes |" in source
-    assert any("assert " in cell.source for cell in notebook.cells if cell.cell_type == "code") or path.stem.startswith("01")
+    assert (
+        "**Purpose.**" in source
+        and "| Time |" in source
+        and "| Reads |" in source
+        and "| Writes |" in source
+    )
+    assert any(
+        "assert " in cell.source for cell in notebook.cells if cell.cell_type == "code"
+    ) or path.stem.startswith("01")
     lengths = [len(cell.source.splitlines()) for cell in notebook.cells if cell.cell_type == "code"]
     assert max(lengths) <= 40
 
 
 def test_figures_carry_alternative_text_in_the_committed_notebooks():
     for path in NOTEBOOKS:
-        images = re.findall(r"<img [^>]*>", "\n".join(
-            "".join(out.get("data", {}).get("text/html", "")) for cell in nbformat.read(path, 4).cells
-            if cell.cell_type == "code" for out in cell.outputs))
+        images = re.findall(
+            r"<img [^>]*>",
+            "\n".join(
+                "".join(out.get("data", {}).get("text/html", ""))
+                for cell in nbformat.read(path, 4).cells
+                if cell.cell_type == "code"
+                for out in cell.outputs
+            ),
+        )
         assert all(re.search(r'alt="[^"]{20,}"', image) for image in images), path.name

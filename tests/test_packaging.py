@@ -11,7 +11,9 @@ import yaml
 
 from tests.conftest import REPOSITORY
 
-PINS = dict(re.findall(r"^([\w.-]+)==(\S+)$", (REPOSITORY / "constraints.txt").read_text(), flags=re.M))
+PINS = dict(
+    re.findall(r"^([\w.-]+)==(\S+)$", (REPOSITORY / "constraints.txt").read_text(), flags=re.M)
+)
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 
@@ -36,7 +38,9 @@ def test_conda_installs_the_package_with_the_same_pins():
     conda = yaml.safe_load((REPOSITORY / "environment.yml").read_text())
     pip = next(entry["pip"] for entry in conda["dependencies"] if isinstance(entry, dict))
     assert "--constraint constraints.txt" in pip
-    extras = re.search(r"\[(.*)\]", next(line for line in pip if line.startswith("--editable")))[1].split(",")
+    extras = re.search(r"\[(.*)\]", next(line for line in pip if line.startswith("--editable")))[
+        1
+    ].split(",")
     assert set(extras) == set(EXTRAS)
     python = next(entry for entry in conda["dependencies"] if str(entry).startswith("python="))
     assert PROJECT["requires-python"] == f">={python.removeprefix('python=')}"

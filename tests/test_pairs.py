@@ -12,7 +12,14 @@ from PIL import Image
 from mmedpo_utils.base.errors import InputError
 from mmedpo_utils.base.images import open_image
 from mmedpo_utils.noise import lesion_mask
-from mmedpo_utils.pairs import medklip_look, merge_pairs, pick_questions, reject_image, text_pairs, visual_pairs
+from mmedpo_utils.pairs import (
+    medklip_look,
+    merge_pairs,
+    pick_questions,
+    reject_image,
+    text_pairs,
+    visual_pairs,
+)
 from mmedpo_utils.phantom.panel import FactJudge, fact_panel
 from mmedpo_utils.phantom.texts import write_dataset
 from mmedpo_utils.preference_rows import (
@@ -31,7 +38,9 @@ HEAT = np.exp(-((np.mgrid[:14, :14][0] - 4) ** 2 + (np.mgrid[:14, :14][1] - 9) *
 
 def look(images: list[Image.Image]) -> tuple[np.ndarray, np.ndarray]:
     """A visual tool whose map never moves; its confidence is the film's mean brightness."""
-    return np.stack([HEAT] * len(images)), np.array([np.asarray(image).mean() / 255 for image in images])
+    return np.stack([HEAT] * len(images)), np.array(
+        [np.asarray(image).mean() / 255 for image in images]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +55,14 @@ def asked(profile: Profile) -> list[dict]:
 
 
 def curate(questions: list[dict], **changes: object) -> tuple[list[dict], list[dict]]:
-    settings = {"candidates": [["yes", "left upper"]] * len(questions), "judge": FactJudge(), "members": fact_panel(),
-                "threshold": 0.5, "rounds": 5, "seed": 0} | changes
+    settings = {
+        "candidates": [["yes", "left upper"]] * len(questions),
+        "judge": FactJudge(),
+        "members": fact_panel(),
+        "threshold": 0.5,
+        "rounds": 5,
+        "seed": 0,
+    } | changes
     return text_pairs(questions, **settings)
 
 
@@ -57,10 +72,15 @@ def test_text_rows_reject_what_contradicts(profile: Profile, tmp_path: Path) -> 
     write_manifest(tmp_path / "text.json", rows)
     assert read_manifest(tmp_path / "text.json", profile.image_root) == rows
     assert [row["weighted_score"] for row in rows] == [record["score"] for record in debates]
-    assert all(answer_text(row) == question["gpt4_answer"] for row, question in zip(rows, questions, strict=True))
+    assert all(
+        answer_text(row) == question["gpt4_answer"]
+        for row, question in zip(rows, questions, strict=True)
+    )
     assert all(record["conflict"] >= 0.5 and record["history"] for record in debates)
     for row in rows:
-        expected = "sampled" if answer_text(row, rejected=True) in ("yes", "left upper") else "written"
+        expected = (
+            "sampled" if answer_text(row, rejected=True) in ("yes", "left upper") else "written"
+        )
         assert row["origin"] == expected or answer_text(row) == "no"
     assert {row["origin"] for row in rows} == {"sampled", "written"}
 
@@ -82,16 +102,24 @@ def test_visual_rows_noise_the_lesion_only(profile: Profile, tmp_path: Path) -> 
     for row in rows:
         clean = np.asarray(open_image(profile.image_root / row["image"]), dtype=int)
         noised = np.asarray(open_image(tmp_path / "noised" / row["rejected_image"]), dtype=int)
-        assert np.array_equal(clean[~mask], noised[~mask]) and (clean[mask] != noised[mask]).mean() > 0.9
+        assert (
+            np.array_equal(clean[~mask], noised[~mask])
+            and (clean[mask] != noised[mask]).mean() > 0.9
+        )
         assert answer_text(row) == answer_text(row, rejected=True)
         assert row["weighted_score"] == pytest.approx(clean.mean() / 255, abs=1e-6)
-    assert len(list((tmp_path / "noised").iterdir())) == len({row["image"] for row in rows}), "no file is left behind"
+    assert len(list((tmp_path / "noised").iterdir())) == len({row["image"] for row in rows}), (
+        "no file is left behind"
+    )
 
 
 def test_visual_rows_do_not_depend_on_the_order(profile: Profile, tmp_path: Path) -> None:
     questions = asked(profile)
     rows = visual_pairs(questions, profile.image_root, tmp_path / "a", look, NOISE, seed=0)
-    assert visual_pairs(questions[::-1], profile.image_root, tmp_path / "b", look, NOISE, seed=0)[::-1] == rows
+    assert (
+        visual_pairs(questions[::-1], profile.image_root, tmp_path / "b", look, NOISE, seed=0)[::-1]
+        == rows
+    )
     visual_pairs(questions, profile.image_root, tmp_path / "c", look, NOISE, seed=1)
     for path in (tmp_path / "a").iterdir():
         same, other = ((tmp_path / folder / path.name).read_bytes() for folder in "bc")
@@ -100,7 +128,9 @@ def test_visual_rows_do_not_depend_on_the_order(profile: Profile, tmp_path: Path
 
 @pytest.mark.parametrize("mode", ["L", "RGB"])
 def test_kinds_of_noise(mode: str) -> None:
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 90), dtype=np.uint8)).convert(mode)
+    image = Image.fromarray(
+        np.random.default_rng(0).integers(0, 256, (60, 90), dtype=np.uint8)
+    ).convert(mode)
     changed = {}
     for kind in ("localized", "released", "global"):
         noised = reject_image(image, HEAT, replace(NOISE, kind=kind), np.random.default_rng(0))
@@ -109,7 +139,10 @@ def test_kinds_of_noise(mode: str) -> None:
         changed[kind] = (pixels != np.asarray(image)).mean()
         if kind == "released":
             assert ((pixels <= 51) | (pixels >= 206)).mean() > 0.9, "black and white speckle"
-    assert changed["localized"] == pytest.approx(0.15, abs=0.01) and min(changed["released"], changed["global"]) > 0.85
+    assert (
+        changed["localized"] == pytest.approx(0.15, abs=0.01)
+        and min(changed["released"], changed["global"]) > 0.85
+    )
 
 
 def test_noise_that_changes_nothing_is_warned_of(profile: Profile, tmp_path: Path) -> None:
@@ -123,11 +156,20 @@ def test_names_stay_apart_and_inside(tmp_path: Path) -> None:
     questions = []
     for name in ("deep/a.png", "deep/a.jpg", "deep/../deep/a.png"):
         Image.new("L", (20, 20), 90).save(tmp_path / "images" / name)
-        questions.append({"question_id": name, "image": name, "text": "<image>\nq", "gpt4_answer": "a"})
+        questions.append(
+            {"question_id": name, "image": name, "text": "<image>\nq", "gpt4_answer": "a"}
+        )
     rows = visual_pairs(questions, tmp_path / "images", tmp_path / "noised", look, NOISE, 0)
     assert [row["rejected_image"] for row in rows] == ["deep/a.png", "deep/a.jpg.png", "deep/a.png"]
     with pytest.raises(InputError, match="outside"):
-        visual_pairs([questions[0] | {"image": "../x.png"}], tmp_path / "images", tmp_path / "noised", look, NOISE, 0)
+        visual_pairs(
+            [questions[0] | {"image": "../x.png"}],
+            tmp_path / "images",
+            tmp_path / "noised",
+            look,
+            NOISE,
+            0,
+        )
 
 
 def test_merge_keeps_both_sources(profile: Profile, tmp_path: Path) -> None:
@@ -136,7 +178,11 @@ def test_merge_keeps_both_sources(profile: Profile, tmp_path: Path) -> None:
     released = [{key: value for key, value in text[0].items() if key not in ("origin", "source")}]
     visual = visual_pairs(questions, profile.image_root, tmp_path / "noised", look, NOISE, 0)
     audit = audit_manifest(merge_pairs(text + released, visual))
-    assert (audit["rows"], audit["sources"], audit["duplicate_ids"]) == (13, {"text": 7, "visual": 6}, 1)
+    assert (audit["rows"], audit["sources"], audit["duplicate_ids"]) == (
+        13,
+        {"text": 7, "visual": 6},
+        1,
+    )
     assert audit["origins"]["released"] == 1
 
 
@@ -148,22 +194,46 @@ def test_pick_questions_is_a_seeded_subset_in_order() -> None:
     assert pick_questions(questions, 99, 0) == questions
 
 
-def test_real_films_make_visual_pairs(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_real_films_make_visual_pairs(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MMEDPO_DATA_ROOT", str(shared / "data/vqa_rad_mini"))
     mini = load_profile("vqa-rad-mini")
     text = read_manifest(mini.data.root / "train_preferences.json", mini.image_root)
     questions = rows_to_questions(text)
-    rows = merge_pairs(text, visual_pairs(questions, mini.image_root, tmp_path / "noised", look, mini.noise, mini.seed))
+    rows = merge_pairs(
+        text,
+        visual_pairs(questions, mini.image_root, tmp_path / "noised", look, mini.noise, mini.seed),
+    )
     write_manifest(tmp_path / "train.json", rows)
-    assert audit_manifest(read_manifest(tmp_path / "train.json", mini.image_root, tmp_path / "noised"))["rows"] == 14
+    assert (
+        audit_manifest(
+            read_manifest(tmp_path / "train.json", mini.image_root, tmp_path / "noised")
+        )["rows"]
+        == 14
+    )
 
 
 def test_medklip_look_has_the_shapes_and_ranges() -> None:
     from mmedpo_utils.medklip import MedKLIP, MedKLIPConfig
 
-    config = MedKLIPConfig(queries=("nodule", "disease"), locations=("right",), text_width=8, stem_width=8,
-                           stage_widths=(8, 8, 8), stage_depths=(1, 1, 1), block="basic", width=8, layers=1, heads=1,
-                           feed_forward=8)
-    heat, scores = medklip_look(MedKLIP(config).eval())([Image.new("L", (50, 70)), Image.new("RGB", (224, 224))])
-    assert heat.shape == (2, 14, 14) and scores.shape == (2,) and ((scores >= 0) & (scores <= 1)).all()
+    config = MedKLIPConfig(
+        queries=("nodule", "disease"),
+        locations=("right",),
+        text_width=8,
+        stem_width=8,
+        stage_widths=(8, 8, 8),
+        stage_depths=(1, 1, 1),
+        block="basic",
+        width=8,
+        layers=1,
+        heads=1,
+        feed_forward=8,
+    )
+    heat, scores = medklip_look(MedKLIP(config).eval())(
+        [Image.new("L", (50, 70)), Image.new("RGB", (224, 224))]
+    )
+    assert (
+        heat.shape == (2, 14, 14) and scores.shape == (2,) and ((scores >= 0) & (scores <= 1)).all()
+    )
     np.testing.assert_allclose(heat.sum((1, 2)), 1, atol=1e-5)

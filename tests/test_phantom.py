@@ -11,8 +11,22 @@ import pytest
 from PIL import Image
 
 from mmedpo_utils.base.settings import SPLITS
-from mmedpo_utils.phantom.anatomy import IMAGE_SIZE, draw_anatomy, draw_chest, ellipse, smooth_noise, soft
-from mmedpo_utils.phantom.texts import pack_masks, questions, read_masks, report, with_article, write_dataset
+from mmedpo_utils.phantom.anatomy import (
+    IMAGE_SIZE,
+    draw_anatomy,
+    draw_chest,
+    ellipse,
+    smooth_noise,
+    soft,
+)
+from mmedpo_utils.phantom.texts import (
+    pack_masks,
+    questions,
+    read_masks,
+    report,
+    with_article,
+    write_dataset,
+)
 from mmedpo_utils.phantom.world import FINDINGS, LEVELS, ZONES, choose_zones, draw_film, films
 
 
@@ -39,13 +53,20 @@ def test_films_are_8_bit_and_at_least_224_wide(population):
 
 @pytest.mark.parametrize("finding", FINDINGS)
 def test_a_finding_changes_its_mask_and_little_else(finding):
-    """The film with the finding differs from the same patient's healthy film inside the mask, by construction unseen here."""
+    """The film with the finding differs from the same patient's healthy film inside the mask, by
+    construction unseen here.
+    """
     inside, outside = [], []
     for patient in range(12):
         ill, well = draw_film(patient, 0, (finding,)), draw_film(patient, 0, ())
         change = np.abs(smooth(ill.image) - smooth(well.image))
         mask = ill.masks[finding]
-        halo = np.asarray(Image.fromarray(mask).resize((28, 28), Image.Resampling.BOX).resize((224, 224))) > 0
+        halo = (
+            np.asarray(
+                Image.fromarray(mask).resize((28, 28), Image.Resampling.BOX).resize((224, 224))
+            )
+            > 0
+        )
         inside.append(change[mask].mean())
         outside.append(change[~halo & ~mask].mean())
         assert list(ill.masks) == list(ill.zones) == [finding] and ill.zones[finding] in ZONES
@@ -62,7 +83,11 @@ def test_masks_lie_on_the_side_and_level_that_the_zone_says(population):
         for finding, zone in film.zones.items():
             rows, columns = np.nonzero(film.masks[finding])
             if zone != "heart":
-                assert (columns.mean() < 112) == zone.startswith("right"), (film.film_id, finding, zone)
+                assert (columns.mean() < 112) == zone.startswith("right"), (
+                    film.film_id,
+                    finding,
+                    zone,
+                )
             if zone.endswith("upper"):
                 assert rows.mean() < 100
             if zone.endswith("lower"):
@@ -85,7 +110,11 @@ def test_unknown_finding_is_refused():
 def test_closed_questions_are_balanced_and_true(population):
     rows = questions(population, np.random.default_rng(0))
     zones = {f"{film.film_id}.png": film.zones for film in population}
-    closed = Counter((r["finding"], r["question_type"], r["gpt4_answer"]) for r in rows if r["answer_type"] == "CLOSED")
+    closed = Counter(
+        (r["finding"], r["question_type"], r["gpt4_answer"])
+        for r in rows
+        if r["answer_type"] == "CLOSED"
+    )
     for finding, kind, _ in closed:
         assert closed[finding, kind, "yes"] == closed[finding, kind, "no"]
     for row in rows:
@@ -93,7 +122,9 @@ def test_closed_questions_are_balanced_and_true(population):
         if row["question_type"] == "presence":
             assert (row["gpt4_answer"] == "yes") == (row["finding"] in facts)
         if row["question_type"] == "side":
-            assert (row["gpt4_answer"] == "yes") == (facts[row["finding"]].split()[0] in row["text"])
+            assert (row["gpt4_answer"] == "yes") == (
+                facts[row["finding"]].split()[0] in row["text"]
+            )
         if row["question_type"] == "location":
             assert facts[row["finding"]].startswith(row["gpt4_answer"])
         if row["question_type"] == "identity":
@@ -114,16 +145,24 @@ def test_report_names_what_is_there_and_denies_what_is_not(population):
 
 def test_articles():
     assert (with_article("effusion"), with_article("nodule"), with_article("atelectasis")) == (
-        "an effusion", "a nodule", "atelectasis")
+        "an effusion",
+        "a nodule",
+        "atelectasis",
+    )
 
 
 def test_write_dataset_keeps_patients_apart_and_masks_exact(tmp_path):
     sizes = {"train": 6, "validation": 2, "test": 4}
     counts = write_dataset(tmp_path, sizes, seed=3)
     facts = json.loads((tmp_path / "facts.json").read_text())
-    patients = {split: {fact["patient_id"] for fact in facts.values() if fact["split"] == split} for split in SPLITS}
+    patients = {
+        split: {fact["patient_id"] for fact in facts.values() if fact["split"] == split}
+        for split in SPLITS
+    }
     assert {split: len(ids) for split, ids in patients.items()} == sizes
-    assert not patients["train"] & patients["test"] and not patients["train"] & patients["validation"]
+    assert (
+        not patients["train"] & patients["test"] and not patients["train"] & patients["validation"]
+    )
     assert all(counts.values())
     for film in films(12, seed=3):
         stored = read_masks(tmp_path / "masks" / f"{film.film_id}.png")
@@ -135,7 +174,9 @@ def test_write_dataset_keeps_patients_apart_and_masks_exact(tmp_path):
 
 
 def test_a_film_with_its_texts_costs_no_more_than_some_hundred_arrays_of_its_size():
-    """Measured against numpy in the same run, in turns: machines differ, and others use them meanwhile."""
+    """Measured against numpy in the same run, in turns: machines differ, and others use them
+    meanwhile.
+    """
     film, arrays, drawn = np.random.default_rng(0).random((224, 224)), 0.0, 0.0
     for seed in range(5):
         started = time.perf_counter()

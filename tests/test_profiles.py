@@ -28,22 +28,45 @@ def test_shipped_profile_parses_and_every_key_is_explained(name: str) -> None:
     compared = {"sft"} if name.endswith("-sft") else {"sft", "dpo", "stage1", "stage2", "mmedpo"}
     assert compared <= set(profile.training.variants)
     lines = (profiles.PROFILE_FOLDER / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
-    values = [line for line in lines if ":" in line and not line.rstrip().endswith(":") and line[0] != "#"]
+    values = [
+        line for line in lines if ":" in line and not line.rstrip().endswith(":") and line[0] != "#"
+    ]
     assert [line for line in values if " # " not in line] == []
 
 
-RECIPE = {"learning_rate": 1e-7, "projector_learning_rate": 2e-5, "lora_rank": 128, "lora_alpha": 256, "lora_dropout": 0.05,
-          "epochs": 3, "weight_decay": 0, "warmup_ratio": 0.03, "scheduler": "cosine", "max_length": 1024, "beta": 0.1,
-          "precision": "bf16", "tf32": True, "gradient_checkpointing": True, "group_by_length": True, "logging_steps": 1,
-          "report_to": "tensorboard"}
+RECIPE = {
+    "learning_rate": 1e-7,
+    "projector_learning_rate": 2e-5,
+    "lora_rank": 128,
+    "lora_alpha": 256,
+    "lora_dropout": 0.05,
+    "epochs": 3,
+    "weight_decay": 0,
+    "warmup_ratio": 0.03,
+    "scheduler": "cosine",
+    "max_length": 1024,
+    "beta": 0.1,
+    "precision": "bf16",
+    "tf32": True,
+    "gradient_checkpointing": True,
+    "group_by_length": True,
+    "logging_steps": 1,
+    "report_to": "tensorboard",
+}
 
 
-@pytest.mark.parametrize("name", [name for name in profile_names() if name.startswith(("paper", "qlora", "zero3", "multi"))])
+@pytest.mark.parametrize(
+    "name",
+    [name for name in profile_names() if name.startswith(("paper", "qlora", "zero3", "multi"))],
+)
 def test_recipes_keep_the_papers_values_and_its_global_batch(name: str) -> None:
     training = load_profile(name).training
     changed = {"learning_rate"} if name.endswith("-sft") else set()
     assert {key for key, value in RECIPE.items() if getattr(training, key) != value} == changed
-    assert training.processes * training.gradient_accumulation_steps * training.per_device_batch_size == 4
+    assert (
+        training.processes * training.gradient_accumulation_steps * training.per_device_batch_size
+        == 4
+    )
 
 
 def trains_on_a_gpu(name: str) -> bool:
@@ -53,14 +76,19 @@ def trains_on_a_gpu(name: str) -> bool:
 
 @pytest.mark.parametrize("name", filter(trains_on_a_gpu, profile_names()))
 def test_the_head_of_each_recipe_states_what_it_is_reckoned_to_take(name: str) -> None:
-    head = re.search(r"^# Estimated: (\S+) GiB on each GPU, (\S+) hours on \w+ RTX A6000 for `(\w+)`",
-                     (profiles.PROFILE_FOLDER / f"{name}.yaml").read_text(encoding="utf-8"), re.MULTILINE)
+    head = re.search(
+        r"^# Estimated: (\S+) GiB on each GPU, (\S+) hours on \w+ RTX A6000 for `(\w+)`",
+        (profiles.PROFILE_FOLDER / f"{name}.yaml").read_text(encoding="utf-8"),
+        re.MULTILINE,
+    )
     takes = estimate.summary(load_profile(name), head[3])
     assert (f"{takes['gib']:.1f}", f"{takes['hours']:.1f}") == (head[1], head[2])
 
 
 def test_recipes_train_on_as_many_pairs_as_table_5_says(shared: Path) -> None:
-    rows = json.loads((shared / "paper" / "tables.json").read_text(encoding="utf-8"))["table5"]["rows"]
+    rows = json.loads((shared / "paper" / "tables.json").read_text(encoding="utf-8"))["table5"][
+        "rows"
+    ]
     for dataset, (_, text, _) in rows.items():
         assert load_profile(f"paper-{dataset.lower()}").curation.text_pairs == text
 
@@ -79,8 +107,12 @@ def test_resolved_profile_reads_back_equal(tmp_path: Path) -> None:
 
 def test_a_profile_extends_a_shipped_one(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
-    file.write_text("name: mine\nextends: phantom\ntraining:\n  beta: 0.3\n  variants:\n    one: {objective: dpo, pairs: train, "
-                    "sources: [text], weights: none, trains: [projector]}\n", encoding="utf-8")
+    file.write_text(
+        "name: mine\nextends: phantom\ntraining:\n  beta: 0.3\n  variants:\n    one: "
+        "{objective: dpo, pairs: train, "
+        "sources: [text], weights: none, trains: [projector]}\n",
+        encoding="utf-8",
+    )
     mine, phantom = load_profile(file), load_profile("phantom")
     assert mine.training.beta == 0.3 and list(mine.training.variants) == ["one"]
     assert dataclasses.replace(mine, name="phantom", training=phantom.training) == phantom
@@ -89,12 +121,18 @@ def test_a_profile_extends_a_shipped_one(tmp_path: Path) -> None:
         load_profile(file)
 
 
-@pytest.mark.parametrize("changes, key", [
-    ({"training.epochs": 3}, "training.max_steps"), ({"training.max_steps": None}, "training.max_steps"),
-    ({"training.nodes": 3}, "training.processes"), ({"training.hostfile": "hosts"}, "training.hostfile"),
-    ({"training.offload": "cpu", "training.zero_stage": 1}, "training.offload"),
-    ({"lvlm.quantization": "nf4", "training.zero_stage": 3}, "training.zero_stage"),
-    ({"training.reference": "released"}, "training.cache_reference")])
+@pytest.mark.parametrize(
+    "changes, key",
+    [
+        ({"training.epochs": 3}, "training.max_steps"),
+        ({"training.max_steps": None}, "training.max_steps"),
+        ({"training.nodes": 3}, "training.processes"),
+        ({"training.hostfile": "hosts"}, "training.hostfile"),
+        ({"training.offload": "cpu", "training.zero_stage": 1}, "training.offload"),
+        ({"lvlm.quantization": "nf4", "training.zero_stage": 3}, "training.zero_stage"),
+        ({"training.reference": "released"}, "training.cache_reference"),
+    ],
+)
 def test_settings_that_contradict_each_other_are_refused(changes: dict, key: str) -> None:
     with pytest.raises(InputError, match=f"key `{key}`: expected"):
         load_profile("phantom", changes)
@@ -113,14 +151,20 @@ def test_profile_is_frozen() -> None:
 
 
 def _keys(values: dict, prefix: str = "") -> list[str]:
-    inner = [_keys(value, f"{prefix}{key}.") for key, value in values.items() if isinstance(value, dict)]
+    inner = [
+        _keys(value, f"{prefix}{key}.") for key, value in values.items() if isinstance(value, dict)
+    ]
     return [prefix + key for key in values] + sum(inner, [])
 
 
 def test_each_missing_key_is_named(tmp_path: Path) -> None:
     text = PHANTOM.read_text(encoding="utf-8")
     named_freely = "training.variants."
-    keys = [key for key in _keys(yaml.safe_load(text)) if not (key.startswith(named_freely) and key.count(".") == 2)]
+    keys = [
+        key
+        for key in _keys(yaml.safe_load(text))
+        if not (key.startswith(named_freely) and key.count(".") == 2)
+    ]
     for key in keys:
         values = yaml.load(text, Loader=settings._Loader)
         *parents, last = key.split(".")
@@ -141,15 +185,24 @@ def test_exponent_without_a_point_is_a_number(tmp_path: Path) -> None:
     assert load_profile(file).training.learning_rate == 1e-7
 
 
-def test_a_checkpoint_inside_the_repository_is_found_from_everywhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_checkpoint_inside_the_repository_is_found_from_everywhere(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.chdir(tmp_path)
     inside = "mmedpo_utils/phantom/weights/lvlm"
-    profile = load_profile("phantom", {"lvlm.model": inside, "visual_tool.checkpoint": "someone/on-the-hub"})
+    profile = load_profile(
+        "phantom", {"lvlm.model": inside, "visual_tool.checkpoint": "someone/on-the-hub"}
+    )
     assert Path(profile.lvlm.model) == repository_root() / inside
-    assert profile.visual_tool.checkpoint == "someone/on-the-hub" and load_profile("phantom").lvlm.model == "phantom"
+    assert (
+        profile.visual_tool.checkpoint == "someone/on-the-hub"
+        and load_profile("phantom").lvlm.model == "phantom"
+    )
 
 
-def test_data_root_comes_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_root_comes_from_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MMEDPO_DATA_ROOT", str(tmp_path))
     assert load_profile("vqa-rad-mini").data.root == tmp_path
     assert load_profile("vqa-rad-mini").image_root == tmp_path / "images"

@@ -13,7 +13,15 @@ import pytest
 
 from mmedpo_utils.base.cards import card_folder
 from mmedpo_utils.released import evaluation, published_audit
-from mmedpo_utils.released.published_audit import FLOOR, ORDERS, Line, audit, read_tables, remainders, undone_bleu
+from mmedpo_utils.released.published_audit import (
+    FLOOR,
+    ORDERS,
+    Line,
+    audit,
+    read_tables,
+    remainders,
+    undone_bleu,
+)
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,9 @@ def test_the_file_has_every_number_that_was_promised():
     assert {"pointing_game", "pointing_game_nodule", "auc"} <= RESULTS["medklip"].keys()
     assert {"closed_accuracy", "open_recall"} <= RESULTS["ceiling"].keys()
     assert {"seconds", "cached_seconds", "peak_gib"} <= RESULTS["run"].keys()
-    assert re.fullmatch(r"[0-9a-f]{40}", RESULTS["commit"]) and re.fullmatch(r"\d{4}-\d\d-\d\d", RESULTS["date"])
+    assert re.fullmatch(r"[0-9a-f]{40}", RESULTS["commit"]) and re.fullmatch(
+        r"\d{4}-\d\d-\d\d", RESULTS["date"]
+    )
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -38,7 +40,9 @@ def test_the_readme_quotes_the_reference(model):
     row = re.search(rf"^\| `{model}` \|(.*)\|$", README, flags=re.M)
     assert row, f"README has no row for {model}"
     for cell, metric in zip(row[1].split("|"), METRICS[:2], strict=False):
-        mean, low, high = (f"{RESULTS['models'][model][metric][key]:.1f}" for key in ("mean", "low", "high"))
+        mean, low, high = (
+            f"{RESULTS['models'][model][metric][key]:.1f}" for key in ("mean", "low", "high")
+        )
         assert cell.strip() == f"{mean} ({low} to {high})"
 
 
@@ -46,8 +50,11 @@ def test_the_readme_quotes_the_ceiling_the_visual_tool_and_the_run():
     ceiling, run = RESULTS["ceiling"], RESULTS["run"]
     assert f"reaches {ceiling['closed_accuracy']:.1f} and {ceiling['open_recall']:.1f}." in README
     assert f"of it, on\n{RESULTS['medklip']['pointing_game']:.1f}% of the films" in README
-    said = (f"{run['seconds'] / 60:.0f} minutes after the install ({run['cached_seconds'] / 60:.0f} when its results are there "
-            f"already) and {run['peak_gib']:.1f} GiB")
+    said = (
+        f"{run['seconds'] / 60:.0f} minutes after the install ({run['cached_seconds'] / 60:.0f} "
+        "when its results are there "
+        f"already) and {run['peak_gib']:.1f} GiB"
+    )
     assert said in " ".join(README.split())
 
 
@@ -55,7 +62,9 @@ def test_mmedpo_gains_over_the_base_and_the_gain_needs_the_film():
     for metric in ("closed_accuracy", "open_recall"):
         base, trained = (RESULTS["models"][name][metric] for name in ("base", "mmedpo"))
         assert trained["low"] > base["high"], f"{metric}: the intervals are not apart"
-        assert RESULTS["differences"]["mmedpo_shuffled - base_shuffled"][metric]["low"] <= 0, f"{metric}: survives the shuffle"
+        assert RESULTS["differences"]["mmedpo_shuffled - base_shuffled"][metric]["low"] <= 0, (
+            f"{metric}: survives the shuffle"
+        )
 
 
 def test_the_readme_quotes_the_measured_minutes():
@@ -70,7 +79,11 @@ def test_model_cards_quote_their_scores(card):
     text = (WEIGHTS / card / "README.md").read_text()
     scores = json.loads((WEIGHTS / card / "scores.json").read_text())
     if card == "lvlm":
-        wanted = [scores[kind][metric] for kind in ("base", "ceiling") for metric in ("closed_accuracy", "open_recall")]
+        wanted = [
+            scores[kind][metric]
+            for kind in ("base", "ceiling")
+            for metric in ("closed_accuracy", "open_recall")
+        ]
     else:
         wanted = [scores["pointing_game"], scores["pointing_game_alone"]["nodule"], scores["auc"]]
         wanted = [100 * value if value <= 1 else value for value in wanted]
@@ -80,13 +93,18 @@ def test_model_cards_quote_their_scores(card):
 def test_weights_are_small_and_safe():
     files = list(WEIGHTS.rglob("*.safetensors"))
     assert len(files) == 2 and sum(path.stat().st_size for path in files) < 10 * 2**20
-    assert not [path for path in WEIGHTS.rglob("*") if path.suffix in (".bin", ".pt", ".pth", ".pkl")]
+    assert not [
+        path for path in WEIGHTS.rglob("*") if path.suffix in (".bin", ".pt", ".pth", ".pkl")
+    ]
 
 
 def test_results_table_has_a_row_a_model():
     lines = results_table(RESULTS["models"]).splitlines()
     assert len(lines) == len(RESULTS["models"]) + 1
-    assert f"{RESULTS['models']['mmedpo']['closed_accuracy']['mean']:.1f}" in lines[1 + list(RESULTS["models"]).index("mmedpo")]
+    assert (
+        f"{RESULTS['models']['mmedpo']['closed_accuracy']['mean']:.1f}"
+        in lines[1 + list(RESULTS["models"]).index("mmedpo")]
+    )
 
 
 def test_a_shuffled_name_asks_that_model_about_other_films_and_every_seed_is_scored(monkeypatch):
@@ -95,22 +113,48 @@ def test_a_shuffled_name_asks_that_model_about_other_films_and_every_seed_is_sco
     def answer(profile, dataset, label, adapter, shuffle=False):
         asked.append((label, adapter, shuffle))
         right = "no" if shuffle else "yes"
-        return [{"question_id": number, "image": f"{number}.png", "answer_type": "CLOSED", "answer": "yes", "prediction": right}
-                for number in range(6)]
+        return [
+            {
+                "question_id": number,
+                "image": f"{number}.png",
+                "answer_type": "CLOSED",
+                "answer": "yes",
+                "prediction": right,
+            }
+            for number in range(6)
+        ]
 
     def trained(profile, name, seed, live):
-        return SimpleNamespace(adapter=f"{name}{seed}", result={"pairs": 5, "seconds": {"steps": seed + 1.0}})
+        return SimpleNamespace(
+            adapter=f"{name}{seed}", result={"pairs": 5, "seconds": {"steps": seed + 1.0}}
+        )
 
     monkeypatch.setattr(reference_results, "train", trained)
     monkeypatch.setattr(reference_results, "answer_test", answer)
     monkeypatch.setattr(reference_results, "attend_test", lambda *_: [])
-    monkeypatch.setattr(reference_results, "add_scores", lambda adapter, scores: cards.append((adapter, len(scores))))
+    monkeypatch.setattr(
+        reference_results,
+        "add_scores",
+        lambda adapter, scores: cards.append((adapter, len(scores))),
+    )
     profile = load_profile("phantom-smoke", {"evaluation.seeds": [4]})
     one = dataclasses.replace(profile.training, variants={"dpo": profile.training.variants["dpo"]})
     pairs = [("dpo", "base"), ("dpo_shuffled", "base")]
-    table = reference_results.evaluate_seeds(dataclasses.replace(profile, training=one), None, (4, 5), pairs)
-    assert asked == [("base", None, False), ("dpo", "dpo4", False), ("dpo_shuffled", "dpo4", True),
-                     ("dpo-seed5", "dpo5", False), ("dpo-seed5_shuffled", "dpo5", True)]
-    assert cards == [("dpo4", 1), ("dpo5", 1)] and table["training"] == {"dpo": {"pairs": 5, "seconds": [5.0, 6.0]}}
-    means = {name: difference["closed_accuracy"]["mean"] for name, difference in table["differences"].items()}
+    table = reference_results.evaluate_seeds(
+        dataclasses.replace(profile, training=one), None, (4, 5), pairs
+    )
+    assert asked == [
+        ("base", None, False),
+        ("dpo", "dpo4", False),
+        ("dpo_shuffled", "dpo4", True),
+        ("dpo-seed5", "dpo5", False),
+        ("dpo-seed5_shuffled", "dpo5", True),
+    ]
+    assert cards == [("dpo4", 1), ("dpo5", 1)] and table["training"] == {
+        "dpo": {"pairs": 5, "seconds": [5.0, 6.0]}
+    }
+    means = {
+        name: difference["closed_accuracy"]["mean"]
+        for name, difference in table["differences"].items()
+    }
     assert means == {"dpo - base": 0, "dpo_shuffled - base": -100}

@@ -51,8 +51,7 @@ def test_normalisation(golden):
     for case in json.loads((golden / "normalise_cases.json").read_text(encoding="utf-8")):
         assert normalise(case["text"]) == case["normalised"], case["text"]
     assert (
-        json.loads((golden / "normalisation.json").read_text()).items()
-        <= evaluation.TABLES.items()
+        json.loads((golden / "normalisation.json").read_text()).items() <= evaluation.TABLES.items()
     )
 
 

@@ -14,12 +14,15 @@ from mmedpo_utils.relevance import Opinion, debate, normalise
 
 
 def says(*scores: float | None):
-    """A member that gives these scores turn by turn (the last one for ever), None meaning that it agrees."""
+    """A member that gives these scores turn by turn (the last one for ever), None meaning that it
+    agrees.
+    """
     left = list(scores)
 
     def member(question: str, answer: str, response: str, previous: float | None) -> Opinion:
         score = left.pop(0) if len(left) > 1 else left[0]
         return Opinion(0.0 if score is None else score, score is None, "as told")
+
     return member
 
 
@@ -29,7 +32,12 @@ def scores(result) -> list[float]:
 
 def test_all_agree_in_the_first_round() -> None:
     result = debate("q", "a", "r", [says(0.8), says(None), says(None)])
-    assert (result.score, result.consensus, result.rounds, scores(result)) == (0.8, True, 1, [0.8, 0.8, 0.8])
+    assert (result.score, result.consensus, result.rounds, scores(result)) == (
+        0.8,
+        True,
+        1,
+        [0.8, 0.8, 0.8],
+    )
     assert [turn.agrees for turn in result.history] == [False, True, True]
 
 
@@ -60,16 +68,30 @@ def test_members_see_the_texts_and_the_previous_score_only() -> None:
     def member(*arguments):
         seen.append(arguments)
         return Opinion(len(seen) / 10, False, "")
+
     result = debate("q", "a", "r", [member, member], rounds=2)
-    assert seen == [("q", "a", "r", None), ("q", "a", "r", 0.1), ("q", "a", "r", 0.2), ("q", "a", "r", 0.3)]
+    assert seen == [
+        ("q", "a", "r", None),
+        ("q", "a", "r", 0.1),
+        ("q", "a", "r", 0.2),
+        ("q", "a", "r", 0.3),
+    ]
     record = json.loads(json.dumps(result.as_dict()))
-    assert [turn["round"] for turn in record["history"]] == [1, 1, 2, 2] and record["history"][0]["member"] == "member"
+    assert [turn["round"] for turn in record["history"]] == [1, 1, 2, 2] and record["history"][0][
+        "member"
+    ] == "member"
 
 
-@pytest.mark.parametrize(("members", "rounds", "word"), [
-    ([], 5, "one member"), ([says(0.5)], 0, "one round"), ([says(1.2)], 5, "from 0 to 1"),
-    ([says(float("nan"))], 5, "from 0 to 1"), ([says(None)], 5, "nothing to agree"),
-])
+@pytest.mark.parametrize(
+    ("members", "rounds", "word"),
+    [
+        ([], 5, "one member"),
+        ([says(0.5)], 0, "one round"),
+        ([says(1.2)], 5, "from 0 to 1"),
+        ([says(float("nan"))], 5, "from 0 to 1"),
+        ([says(None)], 5, "nothing to agree"),
+    ],
+)
 def test_bad_debates(members: list, rounds: int, word: str) -> None:
     with pytest.raises(InputError, match=word):
         debate("q", "a", "r", members, rounds)
@@ -118,7 +140,9 @@ def test_bad_scores(raw: list) -> None:
 
 
 def test_released_scores_spread_over_the_bounds(shared: Path) -> None:
-    rows = json.loads((shared / "data/released/vqa-rad_dpo_weighted.json").read_text(encoding="utf-8"))
+    rows = json.loads(
+        (shared / "data/released/vqa-rad_dpo_weighted.json").read_text(encoding="utf-8")
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         weights = normalise([row["weighted_score"] for row in rows])

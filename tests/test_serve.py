@@ -1,4 +1,6 @@
-"""Judge and panel on a real model: in this process, and behind a real `transformers serve` on loopback."""
+"""Judge and panel on a real model: in this process, and behind a real `transformers serve` on
+loopback.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,12 @@ import torch
 
 from mmedpo_utils.base.errors import InputError
 from mmedpo_utils.judges.chat import Chat, EndpointModel, LocalModel, Sampling
-from mmedpo_utils.judges.language_models import LanguageModelJudge, LanguageModelMember, build_judges, usage_table
+from mmedpo_utils.judges.language_models import (
+    LanguageModelJudge,
+    LanguageModelMember,
+    build_judges,
+    usage_table,
+)
 from mmedpo_utils.pairs import text_pairs
 from mmedpo_utils.profiles import LanguageModel, load_profile
 from tests.tiny_chat import train_tiny_chat
@@ -41,11 +48,24 @@ def url(model, tmp_path_factory) -> str:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     log = tmp_path_factory.mktemp("serve") / "log.txt"
-    command = [Path(sys.executable).with_name("transformers"), "serve", model, "--device", "cpu", "--host", "127.0.0.1",
-               "--port", str(port)]
+    command = [
+        Path(sys.executable).with_name("transformers"),
+        "serve",
+        model,
+        "--device",
+        "cpu",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+    ]
     with open(log, "w") as stream:
-        process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT,
-                                   env=os.environ | {"OMP_NUM_THREADS": "1"})
+        process = subprocess.Popen(
+            command,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
     try:
         _wait_until_healthy(process, f"http://127.0.0.1:{port}/health", log)
         yield f"http://127.0.0.1:{port}/v1"
@@ -67,17 +87,30 @@ def _wait_until_healthy(process: subprocess.Popen, address: str, log: Path) -> N
 
 
 def language_model(model: str, url: str | None = None, quantization: str = "none") -> LanguageModel:
-    return LanguageModel("openai" if url else "transformers", model, url, None, quantization, 0.0, 0.0)
+    return LanguageModel(
+        "openai" if url else "transformers", model, url, None, quantization, 0.0, 0.0
+    )
 
 
 def ask_everything(chat: Chat) -> list:
     judge, member = LanguageModelJudge(chat, SAMPLING), LanguageModelMember("m", chat, SAMPLING)
     rng = np.random.default_rng(0)
-    return [judge.conflict("left lung nodule", "yes clear heart", "7 no opacity upper"), judge.write("no left heart", PLAIN, rng),
-            member("q", "a", PLAIN, None), member("q", "a", GRAVE, None), member("q", "a", PLAIN, 0.8)]
+    return [
+        judge.conflict("left lung nodule", "yes clear heart", "7 no opacity upper"),
+        judge.write("no left heart", PLAIN, rng),
+        member("q", "a", PLAIN, None),
+        member("q", "a", GRAVE, None),
+        member("q", "a", PLAIN, 0.8),
+    ]
 
 
-EXPECTED = [0.9, "no nodule", (0.3, False, "plausible"), (0.8, False, "plausible"), (0.8, True, "fits")]
+EXPECTED = [
+    0.9,
+    "no nodule",
+    (0.3, False, "plausible"),
+    (0.8, False, "plausible"),
+    (0.8, True, "fits"),
+]
 
 
 def test_a_model_in_this_process(model, tmp_path):
@@ -121,13 +154,37 @@ def test_served_answers_are_those_of_the_model_itself(model, url, tmp_path):
 
 
 def test_text_pairs_with_a_served_judge_and_a_mixed_panel(model, url, tmp_path):
-    values = {"backend": "openai", "model": model, "base_url": url, "api_key_env": None, "quantization": "none",
-              "input_price": 0.0, "output_price": 0.0}
-    profile = load_profile("phantom-smoke", {
-        "output": str(tmp_path), "lvlm.device": "cpu", "judge.backend": "models", "judge.judge": values,
-        "judge.requests_per_minute": 60_000, "judge.panel": {
-            "served": values, "here": values | {"backend": "transformers", "base_url": None}}})
-    questions = [{"question_id": 1, "image": "a.png", "text": "lung nodule left", "gpt4_answer": "yes clear heart"}]
+    values = {
+        "backend": "openai",
+        "model": model,
+        "base_url": url,
+        "api_key_env": None,
+        "quantization": "none",
+        "input_price": 0.0,
+        "output_price": 0.0,
+    }
+    profile = load_profile(
+        "phantom-smoke",
+        {
+            "output": str(tmp_path),
+            "lvlm.device": "cpu",
+            "judge.backend": "models",
+            "judge.judge": values,
+            "judge.requests_per_minute": 60_000,
+            "judge.panel": {
+                "served": values,
+                "here": values | {"backend": "transformers", "base_url": None},
+            },
+        },
+    )
+    questions = [
+        {
+            "question_id": 1,
+            "image": "a.png",
+            "text": "lung nodule left",
+            "gpt4_answer": "yes clear heart",
+        }
+    ]
 
     def pairs():
         judge, panel = build_judges(profile, SimpleNamespace(name="mimic-cxr", credentialed=True))
@@ -135,8 +192,15 @@ def test_text_pairs_with_a_served_judge_and_a_mixed_panel(model, url, tmp_path):
 
     rows, debates, usage = pairs()
     assert rows[0]["rejected_conversations"][1]["value"] == GRAVE and rows[0]["origin"] == "sampled"
-    assert [(turn["member"], turn["agrees"]) for turn in debates[0]["history"]] == [("served", False), ("here", True)]
-    assert rows[0]["weighted_score"] == 0.8 and debates[0]["conflict"] == 0.9 and debates[0]["consensus"]
+    assert [(turn["member"], turn["agrees"]) for turn in debates[0]["history"]] == [
+        ("served", False),
+        ("here", True),
+    ]
+    assert (
+        rows[0]["weighted_score"] == 0.8
+        and debates[0]["conflict"] == 0.9
+        and debates[0]["consensus"]
+    )
     assert [(row["requests"], row["fallbacks"]) for row in usage] == [(2, 0), (1, 0)]
     again = pairs()
     assert again[:2] == (rows, debates) and [row["requests"] for row in again[2]] == [0, 0]

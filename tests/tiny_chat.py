@@ -13,7 +13,20 @@ from mmedpo_utils.judges.chat import Chat, Reply, Sampling
 from mmedpo_utils.judges.language_models import LanguageModelJudge, LanguageModelMember
 
 TEMPLATE = "{% for message in messages %}<user> {{ message['content'] }} <assistant>{% endfor %}"
-WORDS = ("left", "right", "upper", "lower", "nodule", "effusion", "opacity", "no", "yes", "clear", "lung", "heart")
+WORDS = (
+    "left",
+    "right",
+    "upper",
+    "lower",
+    "nodule",
+    "effusion",
+    "opacity",
+    "no",
+    "yes",
+    "clear",
+    "lung",
+    "heart",
+)
 
 
 class Answers:
@@ -32,7 +45,9 @@ class Answers:
 
 
 def answer_to(content: str) -> str:
-    """What the model is trained to say: one conflict, one hallucination, agreement, and a score that depends on the text."""
+    """What the model is trained to say: one conflict, one hallucination, agreement, and a score
+    that depends on the text.
+    """
     if '{"response"' in content:
         return '{ "response" : "no nodule" }'
     if '"agrees"' in content:
@@ -58,36 +73,66 @@ def _texts(folder: Path) -> list[tuple[str, str]]:
 
 
 def _tokenizer(texts: list[tuple[str, str]]) -> PreTrainedTokenizerFast:
-    split = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(),
-                                     pre_tokenizers.Split(Regex(r'"\w+"|\d+\.\d+|\w+|[^\w\s]'), "isolated")])
+    split = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.WhitespaceSplit(),
+            pre_tokenizers.Split(Regex(r'"\w+"|\d+\.\d+|\w+|[^\w\s]'), "isolated"),
+        ]
+    )
     words = {word for pair in texts for text in pair for word, _ in split.pre_tokenize_str(text)}
     special = ("<unk>", "<pad>", "<end>", "<user>", "<assistant>")
-    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate((*special, *sorted(words)))}, "<unk>"))
+    tokenizer = Tokenizer(
+        models.WordLevel(
+            {word: number for number, word in enumerate((*special, *sorted(words)))}, "<unk>"
+        )
+    )
     tokenizer.pre_tokenizer = split
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", eos_token="<end>", chat_template=TEMPLATE,
-        additional_special_tokens=["<user>", "<assistant>"], clean_up_tokenization_spaces=False)
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        pad_token="<pad>",
+        eos_token="<end>",
+        chat_template=TEMPLATE,
+        additional_special_tokens=["<user>", "<assistant>"],
+        clean_up_tokenization_spaces=False,
+    )
 
 
 def train_tiny_chat(folder: Path, steps: int = 140) -> str:
     """Train the model and save it with its tokenizer in ``folder``; returns the folder as text."""
     texts = _texts(folder / "cache")
     tokenizer = _tokenizer(texts)
-    prompts = [tokenizer.apply_chat_template([{"role": "user", "content": content}], return_dict=False) for content, _ in texts]
+    prompts = [
+        tokenizer.apply_chat_template([{"role": "user", "content": content}], return_dict=False)
+        for content, _ in texts
+    ]
     answers = [tokenizer(answer)["input_ids"] + [tokenizer.eos_token_id] for _, answer in texts]
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=1024, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None))
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=1024,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=None,
+        )
+    )
     optimiser, rng = torch.optim.AdamW(model.parameters(), lr=6e-3), np.random.default_rng(0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 6e-3, total_steps=steps, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimiser, 6e-3, total_steps=steps, pct_start=0.1
+    )
     for _ in range(steps):
         rows = rng.choice(len(texts), 8, replace=False)
         inputs = [torch.tensor(prompts[row] + answers[row]) for row in rows]
         labels = [torch.tensor([-100] * len(prompts[row]) + answers[row]) for row in rows]
         pad = torch.nn.utils.rnn.pad_sequence
-        loss = model(input_ids=pad(inputs, True, tokenizer.pad_token_id), labels=pad(labels, True, -100)).loss
+        loss = model(
+            input_ids=pad(inputs, True, tokenizer.pad_token_id), labels=pad(labels, True, -100)
+        ).loss
         loss.backward()
         optimiser.step()
         schedule.step()

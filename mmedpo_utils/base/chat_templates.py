@@ -17,12 +17,14 @@ _USER = (
 
 
 TEMPLATES = {
-    "mistral_instruct": "{{ bos_token }}{% for message in messages %}{% if message.role == 'user' %}[INST] "
+    "mistral_instruct": "{{ bos_token }}{% for message in messages %}{% if message.role == "
+    "'user' %}[INST] "
     + _USER
     + " [/INST]{% else %} "
     + _TEXT
     + " {{ eos_token }}{% endif %}{% endfor %}",
-    "v1": "{{ bos_token }}A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+    "v1": "{{ bos_token }}A chat between a curious user and an artificial intelligence "
+    "assistant. The assistant gives helpful, "
     "detailed, and polite answers to the user's questions. {% for message in messages %}{% if "
     "message.role == 'user' %}"
     "USER: " + _USER + " ASSISTANT:{% else %} " + _TEXT + "{{ eos_token }}{% endif %}{% endfor %}",

@@ -20,7 +20,9 @@ PACKAGES = ("torch", "transformers", "trl", "peft", "deepspeed", "bitsandbytes")
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of Python and of the packages that decide a run's numbers; None where one is not installed."""
+    """Versions of Python and of the packages that decide a run's numbers; None where one is not
+    installed.
+    """
     found: dict[str, str | None] = {"python": platform.python_version()}
     for name in PACKAGES:
         found[name] = importlib.metadata.version(name) if importlib.util.find_spec(name) else None
@@ -33,9 +35,15 @@ def provenance(**machine: Any) -> dict[str, Any]:
     Args:
         machine: what to say of the machine; its platform and cores where nothing is given.
     """
-    found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=repository_root())
-    return {"machine": machine or {"platform": platform.platform(), "cores": os.cpu_count()}, "versions": versions(),
-            "date": datetime.date.today().isoformat(), "commit": found.stdout.strip() or None}
+    found = subprocess.run(
+        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=repository_root()
+    )
+    return {
+        "machine": machine or {"platform": platform.platform(), "cores": os.cpu_count()},
+        "versions": versions(),
+        "date": datetime.date.today().isoformat(),
+        "commit": found.stdout.strip() or None,
+    }
 
 
 def check_environment() -> list[tuple[str, str, str]]:
@@ -47,16 +55,40 @@ def check_environment() -> list[tuple[str, str, str]]:
     return [
         ("Python", found["python"], f"{platform.system()} {platform.machine()}"),
         ("torch", found["torch"], "every notebook"),
-        ("transformers, trl, peft", ", ".join(found[name] for name in ("transformers", "trl", "peft")), "every notebook"),
-        ("device", device, "the phantom profile, and 7B models through QLoRA" if gpu else "the phantom profile, in minutes"),
-        ("memory", f"{memory.total / 2**30:.0f} GiB, {memory.available / 2**30:.0f} GiB free",
-         "enough" if memory.available > 6 * 2**30 else "the notebooks need up to 6 GiB: close other programs"),
+        (
+            "transformers, trl, peft",
+            ", ".join(found[name] for name in ("transformers", "trl", "peft")),
+            "every notebook",
+        ),
+        (
+            "device",
+            device,
+            "the phantom profile, and 7B models through QLoRA"
+            if gpu
+            else "the phantom profile, in minutes",
+        ),
+        (
+            "memory",
+            f"{memory.total / 2**30:.0f} GiB, {memory.available / 2**30:.0f} GiB free",
+            "enough"
+            if memory.available > 6 * 2**30
+            else "the notebooks need up to 6 GiB: close other programs",
+        ),
         ("cores", str(os.cpu_count()), "two or more keep both training processes busy"),
-        ("deepspeed", found["deepspeed"] or "not installed",
-         "notebook 04 trains in two processes" if found["deepspeed"] else
-         "notebook 04 trains in one process; everything else is the same"),
-        ("bitsandbytes", found["bitsandbytes"] or "not installed",
-         "4-bit models" if found["bitsandbytes"] else "no 4-bit models; the phantom profile does not need them"),
+        (
+            "deepspeed",
+            found["deepspeed"] or "not installed",
+            "notebook 04 trains in two processes"
+            if found["deepspeed"]
+            else "notebook 04 trains in one process; everything else is the same",
+        ),
+        (
+            "bitsandbytes",
+            found["bitsandbytes"] or "not installed",
+            "4-bit models"
+            if found["bitsandbytes"]
+            else "no 4-bit models; the phantom profile does not need them",
+        ),
     ]
 
 

@@ -16,7 +16,8 @@ from .errors import InputError, first_line
 
 @contextmanager
 def atomic_write(path: str | os.PathLike, mode: int = 0o644) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; move it there when the block ends, remove it when the block fails.
+    """Yield a temporary path beside ``path``; move it there when the block ends, remove it when the
+    block fails.
 
     Args:
         mode: permissions of the finished file; the temporary one is the owner's alone.
@@ -28,15 +29,20 @@ def atomic_write(path: str | os.PathLike, mode: int = 0o644) -> Iterator[Path]:
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+        handle, name = tempfile.mkstemp(
+            dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix
+        )
         os.close(handle)
         temporary = Path(name)
         yield temporary
         os.chmod(temporary, mode)
         os.replace(temporary, path)
     except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror or error}); free some disk space, or choose "
-                         "another folder with the profile's `output`") from error
+        raise InputError(
+            f"{path}: cannot be written ({error.strerror or error}); free some disk space, or "
+            "choose "
+            "another folder with the profile's `output`"
+        ) from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
@@ -51,9 +57,14 @@ def remove_temporaries(folder: str | os.PathLike) -> None:
 
 
 def write_json(path: str | os.PathLike, value: Any, mode: int = 0o644) -> None:
-    """Write ``value`` as JSON (UTF-8, one-space indent), atomically. NaN and infinity are refused."""
+    """Write ``value`` as JSON (UTF-8, one-space indent), atomically. NaN and infinity are
+    refused.
+    """
     with atomic_write(path, mode) as temporary:
-        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+        temporary.write_text(
+            json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
+            encoding="utf-8",
+        )
 
 
 def write_json_lines(path: str | os.PathLike, rows: Iterable[dict[str, Any]]) -> None:

@@ -17,8 +17,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise InputError(
-            f"{path}: cannot be read as safetensors ({first_line(error)}); expected MedKLIP "
-            "weights"
+            f"{path}: cannot be read as safetensors ({first_line(error)}); expected MedKLIP weights"
         ) from error
 
 

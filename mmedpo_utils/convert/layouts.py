@@ -34,7 +34,8 @@ from ..preference_rows import Row, check_question, mended_question, mended_text,
 from ..profiles import IMAGE_FOLDERS
 
 OTHER_NAMES = {"val": "validation", "validate": "validation", "valid": "validation"}
-REPORT_QUESTION = "Provide a detailed description of the given image"  # one of the 16 prompts of the released IU-Xray rows
+# one of the 16 prompts of the released IU-Xray rows
+REPORT_QUESTION = "Provide a detailed description of the given image"
 Questions = dict[str, list[Row]]
 
 

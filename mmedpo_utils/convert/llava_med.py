@@ -62,9 +62,12 @@ KNOWN_TOWERS = {
         "layer_norm_eps": 1e-5,
     }
 }
-LANGUAGE_KEYS = """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
-    hidden_act max_position_embeddings initializer_range rms_norm_eps bos_token_id eos_token_id tie_word_embeddings rope_theta
-    rope_scaling sliding_window attention_dropout attention_bias mlp_bias""".split()
+LANGUAGE_KEYS = """
+    vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
+    num_key_value_heads head_dim hidden_act max_position_embeddings initializer_range
+    rms_norm_eps bos_token_id eos_token_id tie_word_embeddings rope_theta rope_scaling
+    sliding_window attention_dropout attention_bias mlp_bias
+    """.split()
 SETTINGS = {
     "mm_projector_type": ("mlp2x_gelu",),
     "mm_use_im_start_end": (False, None),
@@ -135,7 +138,8 @@ def fetch(name: str, weights: bool = True, cached: bool = False) -> Path:
         raise InputError(
             f"{name}: no readable model configuration: no such folder, and not to be had from the "
             "Hub "
-            f'({first_line(error)}); expected "phantom", a folder, or a model\'s name on the Hub; without network, '
+            f'({first_line(error)}); expected "phantom", a folder, or a model\'s name on the '
+            "Hub; without network, "
             "download it elsewhere (hf download NAME --local-dir FOLDER) and give that folder"
         ) from error
     return folder

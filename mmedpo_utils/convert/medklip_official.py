@@ -30,12 +30,15 @@ from ..medklip import MedKLIPConfig
 
 OFFICIAL_QUERIES = tuple(
     """
-    normal clear sharp sharply unremarkable intact stable free effusion opacity pneumothorax edema atelectasis tube
-    consolidation process abnormality enlarge tip low pneumonia line congestion catheter cardiomegaly fracture air tortuous
-    lead disease calcification prominence device engorgement picc clip elevation expand nodule wire fluid degenerative
-    pacemaker thicken marking scar hyperinflate blunt loss widen collapse density emphysema aerate mass crowd infiltrate
-    obscure deformity hernia drainage distention shift stent pressure lesion finding borderline hardware dilation chf
-    redistribution aspiration tail_abnorm_obs excluded_obs""".split()
+    normal clear sharp sharply unremarkable intact stable free effusion opacity pneumothorax
+    edema atelectasis tube consolidation process abnormality enlarge tip low pneumonia line
+    congestion catheter cardiomegaly fracture air tortuous lead disease calcification prominence
+    device engorgement picc clip elevation expand nodule wire fluid degenerative pacemaker
+    thicken marking scar hyperinflate blunt loss widen collapse density emphysema aerate mass
+    crowd infiltrate obscure deformity hernia drainage distention shift stent pressure lesion
+    finding borderline hardware dilation chf redistribution aspiration tail_abnorm_obs
+    excluded_obs
+    """.split()
 )
 DESCRIPTIONS = "observation explanation.json"
 MISSPELT = {"pneumonia": "eumonia"}
@@ -179,7 +182,8 @@ def _read_descriptions(path: Path) -> list[str]:
         raise InputError(
             f"{path}: cannot be read as JSON ({first_line(error)}); expected one description per "
             "query: fetch "
-            f'"{DESCRIPTIONS}" from PreTrain_MedKLIP/data_file of the MedKLIP repository and put it beside '
+            f'"{DESCRIPTIONS}" from PreTrain_MedKLIP/data_file of the MedKLIP repository and '
+            "put it beside "
             "the checkpoint"
         ) from error
     if not isinstance(found, dict):

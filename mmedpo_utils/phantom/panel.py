@@ -1,6 +1,8 @@
-"""The phantom world's judge and panel: rules that know the facts through the question and the reference answer.
+"""The phantom world's judge and panel: rules that know the facts through the question and the
+reference answer.
 
-They speak the interface of ``hallucinate.Judge`` and ``relevance.Member``, as language models do for real films.
+They speak the interface of ``hallucinate.Judge`` and ``relevance.Member``, as language models do
+for real films.
 """
 
 from __future__ import annotations
@@ -16,9 +18,24 @@ from .world import FINDINGS, LEVELS, SIDES
 
 PLACES = (*LEVELS, "apex", "base", "diaphragm")
 NEGATIONS = {"no", "not", "without", "normal", "absent"}
-SEVERITY = {"polarity": 0.9, "invented": 0.8, "side": 0.8, "level": 0.6, "omitted": 0.3, "vague": 0.2, "evasive": 0.2}
-URGENCY = {"pneumothorax": 1.0, "pneumoperitoneum": 1.0, "nodule": 0.9, "opacity": 0.8, "effusion": 0.8,
-           "cardiomegaly": 0.7, "atelectasis": 0.6}
+SEVERITY = {
+    "polarity": 0.9,
+    "invented": 0.8,
+    "side": 0.8,
+    "level": 0.6,
+    "omitted": 0.3,
+    "vague": 0.2,
+    "evasive": 0.2,
+}
+URGENCY = {
+    "pneumothorax": 1.0,
+    "pneumoperitoneum": 1.0,
+    "nodule": 0.9,
+    "opacity": 0.8,
+    "effusion": 0.8,
+    "cardiomegaly": 0.7,
+    "atelectasis": 0.6,
+}
 
 
 @dataclass(frozen=True)
@@ -32,21 +49,27 @@ class Claim:
 
 @dataclass(frozen=True)
 class Error:
-    """One way in which a response departs from the facts: a key of ``SEVERITY``, and the finding (or "")."""
+    """One way in which a response departs from the facts: a key of ``SEVERITY``, and the finding
+    (or "").
+    """
 
     kind: str
     finding: str
 
 
 def claims(text: str, asked: str = "") -> dict[str, Claim]:
-    """What a text says, by finding; a place without a finding belongs to the finding ``asked`` for."""
+    """What a text says, by finding; a place without a finding belongs to the finding ``asked``
+    for.
+    """
     found: dict[str, Claim] = {}
     for sentence in text.lower().split("."):
         words = re.findall(r"[a-z]+", sentence)
         names = [finding for finding in FINDINGS if finding in words]
         if "heart" in words and ("enlarged" in words or "normal" in words):
             names.append("cardiomegaly")
-        side, level = (next((word for word in words if word in known), None) for known in (SIDES, PLACES))
+        side, level = (
+            next((word for word in words if word in known), None) for known in (SIDES, PLACES)
+        )
         if asked and not names and (side or level):
             names = [asked]
         found |= {name: Claim(not NEGATIONS & set(words), side, level) for name in names}
@@ -89,22 +112,35 @@ def _polarity(text: str) -> str | None:
 
 
 class FactJudge:
-    """Compares with the facts; each departure adds to the conflict, in the measure of ``SEVERITY``."""
+    """Compares with the facts; each departure adds to the conflict, in the measure of
+    ``SEVERITY``.
+    """
 
     def conflict(self, question: str, answer: str, response: str) -> float:
         """0 for agreement, nearer to 1 the more and the graver the departures."""
-        return float(1 - np.prod([1 - SEVERITY[error.kind] for error in errors(question, answer, response)]))
+        return float(
+            1 - np.prod([1 - SEVERITY[error.kind] for error in errors(question, answer, response)])
+        )
 
     def write(self, question: str, answer: str, rng: np.random.Generator) -> str:
-        """The answer with one fact turned: yes for no, another finding, the other side, another level."""
+        """The answer with one fact turned: yes for no, another finding, the other side, another
+        level.
+        """
         edits = [edit for edit in _edits(answer) if self.conflict(question, answer, edit) > 0]
         return edits[rng.integers(len(edits))] if edits else f"not {answer.strip()}"
 
 
 def _edits(answer: str) -> list[str]:
     """Every text that differs from ``answer`` in one fact."""
-    turns = {"yes": ["no"], "no": ["yes"], "enlarged": ["normal in size"], "normal in size": ["enlarged"],
-             "size is normal": ["is enlarged"], "right": ["left"], "left": ["right"]}
+    turns = {
+        "yes": ["no"],
+        "no": ["yes"],
+        "enlarged": ["normal in size"],
+        "normal in size": ["enlarged"],
+        "size is normal": ["is enlarged"],
+        "right": ["left"],
+        "left": ["right"],
+    }
     turns |= {level: [other for other in LEVELS if other != level] for level in LEVELS}
     lungs = [finding for finding in FINDINGS if finding != "cardiomegaly"]
     for name in lungs:
@@ -118,13 +154,18 @@ def _edits(answer: str) -> list[str]:
     for old, news in turns.items():
         if not plain and old in ("yes", "no", *lungs):
             continue
-        edits += [re.sub(rf"\b{old}\b", new, answer, count=1) for new in news if re.search(rf"\b{old}\b", answer)]
+        edits += [
+            re.sub(rf"\b{old}\b", new, answer, count=1)
+            for new in news
+            if re.search(rf"\b{old}\b", answer)
+        ]
     return edits
 
 
 @dataclass(frozen=True)
 class FactMember:
-    """A panel member: it grades the gravest departure, and adopts a previous score near enough to its own.
+    """A panel member: it grades the gravest departure, and adopts a previous score near enough to
+    its own.
 
     Attributes:
         grades: score of a departure by kind, for the most urgent finding; missing kinds score 0.1.
@@ -137,14 +178,21 @@ class FactMember:
     tolerance: float
     yields: bool = False
 
-    def __call__(self, question: str, answer: str, response: str, previous: float | None) -> tuple[float, bool, str]:
-        """Score the clinical relevance of ``response`` in steps of 0.1; 0 for a text without any clinical content."""
+    def __call__(
+        self, question: str, answer: str, response: str, previous: float | None
+    ) -> tuple[float, bool, str]:
+        """Score the clinical relevance of ``response`` in steps of 0.1; 0 for a text without any
+        clinical content.
+        """
         wrong = errors(question, answer, response)
         own, reason = 0.2, "says nothing wrong, so little is learnt from rejecting it"
         if not claims(response, "film") and not _polarity(response):
             own, reason = 0.0, "no clinical content"
         elif wrong:
-            scored = [(self.grades.get(error.kind, 0.1) * URGENCY.get(error.finding, 0.8), error) for error in wrong]
+            scored = [
+                (self.grades.get(error.kind, 0.1) * URGENCY.get(error.finding, 0.8), error)
+                for error in wrong
+            ]
             own, gravest = max(scored, key=lambda item: item[0])
             own, reason = round(own, 1), f"{gravest.kind}: {gravest.finding or 'the question'}"
         if previous is not None and abs(previous - own) <= self.tolerance + 1e-9:
@@ -155,9 +203,14 @@ class FactMember:
 
 
 def fact_panel() -> list[FactMember]:
-    """Three members with different biases: strict on the place, lenient, and leaning on the previous score."""
+    """Three members with different biases: strict on the place, lenient, and leaning on the
+    previous score.
+    """
     strict = {"polarity": 0.9, "invented": 0.8, "side": 1.0, "level": 0.9, "omitted": 0.4}
     lenient = {"polarity": 1.0, "invented": 0.8, "side": 0.7, "level": 0.4, "omitted": 0.2}
     anchored = {"polarity": 1.0, "invented": 0.9, "side": 0.8, "level": 0.6, "omitted": 0.3}
-    return [FactMember("strict on place", strict, 0.2), FactMember("lenient", lenient, 0.1),
-            FactMember("anchored", anchored, 0.2, yields=True)]
+    return [
+        FactMember("strict on place", strict, 0.2),
+        FactMember("lenient", lenient, 0.1),
+        FactMember("anchored", anchored, 0.2, yields=True),
+    ]

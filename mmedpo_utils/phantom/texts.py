@@ -1,6 +1,8 @@
-"""What is said about a phantom film: closed and open questions and a report, all from the same facts.
+"""What is said about a phantom film: closed and open questions and a report, all from the same
+facts.
 
-``write_dataset`` writes the three splits to disk in LLaVA-Med's question format, with the facts and masks beside them.
+``write_dataset`` writes the three splits to disk in LLaVA-Med's question format, with the facts and
+masks beside them.
 """
 
 from __future__ import annotations
@@ -33,7 +35,9 @@ def with_article(finding: str) -> str:
 
 
 def report(film: Film, rng: np.random.Generator) -> str:
-    """A report of one film: a sentence per finding that is present, one for the heart, one for what is absent."""
+    """A report of one film: a sentence per finding that is present, one for the heart, one for what
+    is absent.
+    """
     zones = film.zones
     enlarged = ("The heart is enlarged.", "There is cardiomegaly.")
     normal = ("The heart is normal in size.", "The heart size is normal.")
@@ -52,15 +56,27 @@ def questions(population: list[Film], rng: np.random.Generator) -> list[dict[str
     """Questions about a set of films, with yes and no balanced for each finding and question type.
 
     Returns:
-        one dictionary a question, in LLaVA-Med's format: ``question_id``, ``image``, ``text``, ``gpt4_answer``,
-        ``answer_type`` (CLOSED, OPEN or REPORT), and ``patient_id``, ``finding``, ``question_type``.
+        one dictionary a question, in LLaVA-Med's format: ``question_id``, ``image``, ``text``,
+        ``gpt4_answer``, ``answer_type`` (CLOSED, OPEN or REPORT), and ``patient_id``, ``finding``,
+        ``question_type``.
     """
     rows: list[dict[str, Any]] = []
 
-    def ask(film: Film, text: str, answer: str, answer_type: str, finding: str, question_type: str) -> None:
-        rows.append({"question_id": f"{film.film_id}-{question_type}-{finding}", "image": f"{film.film_id}.png",
-                     "text": f"{text}\n<image>", "gpt4_answer": answer, "answer_type": answer_type,
-                     "patient_id": film.patient_id, "finding": finding, "question_type": question_type})
+    def ask(
+        film: Film, text: str, answer: str, answer_type: str, finding: str, question_type: str
+    ) -> None:
+        rows.append(
+            {
+                "question_id": f"{film.film_id}-{question_type}-{finding}",
+                "image": f"{film.film_id}.png",
+                "text": f"{text}\n<image>",
+                "gpt4_answer": answer,
+                "answer_type": answer_type,
+                "patient_id": film.patient_id,
+                "finding": finding,
+                "question_type": question_type,
+            }
+        )
 
     for finding in FINDINGS:
         ill = [film for film in population if finding in film.zones]
@@ -75,14 +91,34 @@ def questions(population: list[Film], rng: np.random.Generator) -> list[dict[str
         for turn, index in enumerate(rng.permutation(len(ill))):
             film, zone = ill[index], ill[index].zones[finding]
             if zone.split()[1] in LEVELS:
-                ask(film, rng.choice(_WHERE).format(finding=finding), zone, "OPEN", finding, "location")
+                ask(
+                    film,
+                    rng.choice(_WHERE).format(finding=finding),
+                    zone,
+                    "OPEN",
+                    finding,
+                    "location",
+                )
                 ask(film, rng.choice(_WHAT).format(zone=zone), finding, "OPEN", finding, "identity")
             else:
-                ask(film, rng.choice(_WHICH_SIDE).format(finding=finding), zone.split()[0], "OPEN", finding, "location")
+                ask(
+                    film,
+                    rng.choice(_WHICH_SIDE).format(finding=finding),
+                    zone.split()[0],
+                    "OPEN",
+                    finding,
+                    "location",
+                )
             if turn < len(ill) - len(ill) % 2:
                 side = zone.split()[0] if turn % 2 else SIDES[1 - SIDES.index(zone.split()[0])]
-                ask(film, rng.choice(_SIDE).format(finding=finding, side=side), "yes" if turn % 2 else "no",
-                    "CLOSED", finding, "side")
+                ask(
+                    film,
+                    rng.choice(_SIDE).format(finding=finding, side=side),
+                    "yes" if turn % 2 else "no",
+                    "CLOSED",
+                    finding,
+                    "side",
+                )
     for film in population:
         if len(film.zones) == 1:
             ask(film, rng.choice(_ONLY), *film.zones, "OPEN", *film.zones, "abnormality")
@@ -94,7 +130,8 @@ def write_dataset(folder: str | Path, sizes: dict[str, int], seed: int) -> dict[
     """Draw the phantom data set and write it: films, masks, questions per split, facts.
 
     Args:
-        folder: gets ``images``, ``masks``, ``<split>_questions.jsonl`` and ``facts.json``, which is written last.
+        folder: gets ``images``, ``masks``, ``<split>_questions.jsonl`` and ``facts.json``, which is
+            written last.
         sizes: patients per split; no patient is in two splits.
 
     Returns:
@@ -107,7 +144,11 @@ def write_dataset(folder: str | Path, sizes: dict[str, int], seed: int) -> dict[
         for film in population:
             _save(folder / "images" / f"{film.film_id}.png", film.image)
             _save(folder / "masks" / f"{film.film_id}.png", pack_masks(film.masks))
-            facts[film.film_id] = {"patient_id": film.patient_id, "split": split, "findings": film.zones}
+            facts[film.film_id] = {
+                "patient_id": film.patient_id,
+                "split": split,
+                "findings": film.zones,
+            }
         rows = questions(population, np.random.default_rng([seed, start, 3]))
         write_json_lines(folder / f"{split}_questions.jsonl", rows)
         counts[split] = len(rows)
@@ -124,7 +165,9 @@ def pack_masks(masks: dict[str, np.ndarray]) -> np.ndarray:
 
 
 def read_masks(path: str | Path) -> dict[str, np.ndarray]:
-    """The bool masks of one film, for the findings that have a pixel. Shape: [H, W] each. Raises InputError: no image."""
+    """The bool masks of one film, for the findings that have a pixel. Shape: [H, W] each. Raises
+    InputError: no image.
+    """
     packed = np.asarray(open_image(path))
     masks = {finding: (packed >> bit & 1).astype(bool) for bit, finding in enumerate(FINDINGS)}
     return {finding: mask for finding, mask in masks.items() if mask.any()}

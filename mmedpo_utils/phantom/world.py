@@ -1,4 +1,6 @@
-"""Phantom films: seven findings, each with a zone and an exact lesion mask, on chests drawn by code."""
+"""Phantom films: seven findings, each with a zone and an exact lesion mask, on chests drawn by
+code.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +22,19 @@ from .anatomy import (
     soft,
 )
 
-FINDINGS = ("opacity", "nodule", "effusion", "pneumothorax", "cardiomegaly", "atelectasis", "pneumoperitoneum")
+FINDINGS = (
+    "opacity",
+    "nodule",
+    "effusion",
+    "pneumothorax",
+    "cardiomegaly",
+    "atelectasis",
+    "pneumoperitoneum",
+)
 LEVELS = ("upper", "middle", "lower")
-ZONES = tuple(f"{side} {level}" for side in SIDES for level in (*LEVELS, "apex", "base", "diaphragm")) + ("heart",)
+ZONES = tuple(
+    f"{side} {level}" for side in SIDES for level in (*LEVELS, "apex", "base", "diaphragm")
+) + ("heart",)
 PREVALENCE = 0.28
 
 
@@ -45,7 +57,11 @@ class Film:
     @property
     def lesion_mask(self) -> np.ndarray:
         """The union of all masks, bool. Shape: [224, 224]."""
-        return np.any(list(self.masks.values()), axis=0) if self.masks else np.zeros((IMAGE_SIZE, IMAGE_SIZE), bool)
+        return (
+            np.any(list(self.masks.values()), axis=0)
+            if self.masks
+            else np.zeros((IMAGE_SIZE, IMAGE_SIZE), bool)
+        )
 
 
 def draw_film(patient: int, seed: int, findings: tuple[str, ...] | None = None) -> Film:
@@ -53,13 +69,18 @@ def draw_film(patient: int, seed: int, findings: tuple[str, ...] | None = None) 
 
     Args:
         patient: the patient's number; with ``seed`` it decides every pixel.
-        findings: the findings to show; by default each of ``FINDINGS`` is present with probability 0.28.
+        findings: the findings to show; by default each of ``FINDINGS`` is present with probability
+            0.28.
 
     Raises:
         ValueError: a finding that the world does not know.
     """
     rng = np.random.default_rng([seed, patient, 2])
-    present = tuple(f for f in FINDINGS if rng.random() < PREVALENCE) if findings is None else tuple(findings)
+    present = (
+        tuple(f for f in FINDINGS if rng.random() < PREVALENCE)
+        if findings is None
+        else tuple(findings)
+    )
     unknown = set(present) - set(FINDINGS)
     if unknown:
         raise ValueError(f"unknown findings {sorted(unknown)}; expected some of {FINDINGS}")
@@ -72,7 +93,9 @@ def draw_film(patient: int, seed: int, findings: tuple[str, ...] | None = None) 
         pixels, mask = _DRAW[finding](pixels, body, film.zones[finding], layers, heart_size, rng)
         film.masks[finding] = mask
     gain = 1 + 0.5 * np.clip(pixels, 0, 1)
-    pixels = body.exposure * pixels + 0.018 * gain * rng.standard_normal(pixels.shape, dtype=np.float32)
+    pixels = body.exposure * pixels + 0.018 * gain * rng.standard_normal(
+        pixels.shape, dtype=np.float32
+    )
     film.image = (np.clip(pixels, 0, 1) * 255).round().astype(np.uint8)
     return film
 
@@ -87,7 +110,10 @@ def choose_zones(present: tuple[str, ...], rng: np.random.Generator) -> dict[str
     """Give each finding a zone, uniformly, such that no two lung findings share one."""
     zones: dict[str, str] = {}
     free = [f"{side} {level}" for side in SIDES for level in LEVELS]
-    for finding, place, hidden in (("effusion", "base", "lower"), ("pneumothorax", "apex", "upper")):
+    for finding, place, hidden in (
+        ("effusion", "base", "lower"),
+        ("pneumothorax", "apex", "upper"),
+    ):
         if finding in present:
             side = SIDES[rng.integers(2)]
             zones[finding] = f"{side} {place}"
@@ -102,8 +128,9 @@ def choose_zones(present: tuple[str, ...], rng: np.random.Generator) -> dict[str
     return zones
 
 
-def _place(body: Anatomy, zone: str, lungs: dict[str, np.ndarray], inside: float,
-           rng: np.random.Generator) -> tuple[float, float]:
+def _place(
+    body: Anatomy, zone: str, lungs: dict[str, np.ndarray], inside: float, rng: np.random.Generator
+) -> tuple[float, float]:
     """A point of a lung zone, at least about ``inside`` grid units from the lung's edge."""
     side, level = zone.split()
     x, y = body.coordinates()
@@ -131,7 +158,12 @@ def _opacity(film, body, zone, layers, heart_size, rng):
 def _nodule(film, body, zone, layers, heart_size, rng):
     x, y = body.coordinates()
     radius = rng.uniform(0.055, 0.080)
-    distance = ellipse(x, y, _place(body, zone, layers[2], radius + 0.02, rng), (radius, radius * rng.uniform(0.9, 1.1)))
+    distance = ellipse(
+        x,
+        y,
+        _place(body, zone, layers[2], radius + 0.02, rng),
+        (radius, radius * rng.uniform(0.9, 1.1)),
+    )
     return film + rng.uniform(0.30, 0.40) * soft(distance, 0.008), distance > 0
 
 
@@ -163,7 +195,9 @@ def _pneumothorax(film, body, zone, layers, heart_size, rng):
     out = x * (-1 if side == "right" else 1)
     depth, foot = rng.uniform(0.14, 0.22), rng.uniform(0.0, 0.25)
     cage_y = np.clip((0.25 - y) / (0.25 - body.lung_top - depth), 0, 1)
-    edge = 0.05 + (body.lung_width - depth * np.clip((foot - y) / 0.5, 0, 1) - 0.05) * np.sqrt(1 - cage_y**2.4)
+    edge = 0.05 + (body.lung_width - depth * np.clip((foot - y) / 0.5, 0, 1) - 0.05) * np.sqrt(
+        1 - cage_y**2.4
+    )
     gap = np.maximum(out - edge, body.lung_top + depth - y)
     air = soft(np.minimum(gap, foot - y), 0.008) * layers[2][side]
     line = np.exp(-((gap / 0.012) ** 2)) * layers[2][side] * soft(foot - y, 0.03)
@@ -186,6 +220,21 @@ def _pneumoperitoneum(film, body, zone, layers, heart_size, rng):
     return film - 0.48 * air, (distance > 0) & (thickness > 0.005)
 
 
-_DRAW = {"opacity": _opacity, "nodule": _nodule, "effusion": _effusion, "pneumothorax": _pneumothorax,
-         "cardiomegaly": _cardiomegaly, "atelectasis": _atelectasis, "pneumoperitoneum": _pneumoperitoneum}
-_DRAWING_ORDER = ("cardiomegaly", "pneumoperitoneum", "pneumothorax", "opacity", "nodule", "atelectasis", "effusion")
+_DRAW = {
+    "opacity": _opacity,
+    "nodule": _nodule,
+    "effusion": _effusion,
+    "pneumothorax": _pneumothorax,
+    "cardiomegaly": _cardiomegaly,
+    "atelectasis": _atelectasis,
+    "pneumoperitoneum": _pneumoperitoneum,
+}
+_DRAWING_ORDER = (
+    "cardiomegaly",
+    "pneumoperitoneum",
+    "pneumothorax",
+    "opacity",
+    "nodule",
+    "atelectasis",
+    "effusion",
+)

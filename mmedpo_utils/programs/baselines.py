@@ -1,15 +1,18 @@
-"""The baselines of the paper's tables on this kit's trainer: their preference pairs, and one program that compares them.
+"""The baselines of the paper's tables on this kit's trainer: their preference pairs, and one
+program that compares them.
 
     mmedpo baselines --profile phantom-baselines [--seeds 0 1 2] [--build-only]
 
-The tables name DPO, POVID, STLLaVA-Med, Self-Rewarding, SIMA and FiSAO, and the ablations of MMedPO. An ablation is a setting
-of the same trainer. A method that ends in "-style" here is only its idea, on this kit's questions, judge and trainer; what
-the original does beyond that stands in the docstring of the function that makes its pairs.
+The tables name DPO, POVID, STLLaVA-Med, Self-Rewarding, SIMA and FiSAO, and the ablations of
+MMedPO. An ablation is a setting of the same trainer. A method that ends in "-style" here is only
+its idea, on this kit's questions, judge and trainer; what the original does beyond that stands in
+the docstring of the function that makes its pairs.
 
-FiSAO (fine-grained self-alignment) is left out. It scores each token of a response by its similarity to the image in the
-model's own vision encoder, sets margins from the scores of correct and hallucinated words, and trains by reinforcement with a
-reward per token (PPO with a clipped ratio). That takes responses sampled during training, a text tower that matches the
-vision tower, which LLaVA-Med does not ship, and a loss per token: another trainer, not another manifest.
+FiSAO (fine-grained self-alignment) is left out. It scores each token of a response by its
+similarity to the image in the model's own vision encoder, sets margins from the scores of correct
+and hallucinated words, and trains by reinforcement with a reward per token (PPO with a clipped
+ratio). That takes responses sampled during training, a text tower that matches the vision tower,
+which LLaVA-Med does not ship, and a loss per token: another trainer, not another manifest.
 """
 
 from __future__ import annotations
@@ -84,102 +87,192 @@ class Ingredients:
 
     @cached_property
     def whole_image_rows(self) -> list[Row]:
-        """D_v with noise over the whole image; the copies lie in a folder of their own beside those of D_v."""
+        """D_v with noise over the whole image; the copies lie in a folder of their own beside those
+        of D_v.
+        """
         folder = self.profile.output / "pairs" / "noised" / WHOLE_IMAGE
-        profile = replace(self.profile, output=folder, noise=replace(self.profile.noise, kind="global"))
-        return [row | {"rejected_image": f"{WHOLE_IMAGE}/pairs/noised/{row['rejected_image']}"}
-                for row in curate_visual(profile, self.dataset, self.medklip)]
+        profile = replace(
+            self.profile, output=folder, noise=replace(self.profile.noise, kind="global")
+        )
+        return [
+            row | {"rejected_image": f"{WHOLE_IMAGE}/pairs/noised/{row['rejected_image']}"}
+            for row in curate_visual(profile, self.dataset, self.medklip)
+        ]
 
     def samples(self, count: int, temperature: float) -> list[list[str]]:
         """``count`` responses of the Med-LVLM to each question."""
         values = self.profile.lvlm
-        answer = partial(generate, self.lvlm, max_new_tokens=values.max_new_tokens, batch_size=values.batch_size)
-        return sample_candidates(answer, self.questions, self.dataset.image_root, count, temperature, self.profile.seed)
+        answer = partial(
+            generate, self.lvlm, max_new_tokens=values.max_new_tokens, batch_size=values.batch_size
+        )
+        return sample_candidates(
+            answer, self.questions, self.dataset.image_root, count, temperature, self.profile.seed
+        )
 
-    def own_scores(self, responses: Sequence[Sequence[str]], score: Callable[..., np.ndarray]) -> list[list[float]]:
-        """What the Med-LVLM itself makes of responses: ``score`` (see `likelihood`) of each. Shape: as ``responses``."""
+    def own_scores(
+        self, responses: Sequence[Sequence[str]], score: Callable[..., np.ndarray]
+    ) -> list[list[float]]:
+        """What the Med-LVLM itself makes of responses: ``score`` (see `likelihood`) of each. Shape:
+        as ``responses``.
+        """
         scores: list[list[float]] = []
         for start in range(0, len(self.questions), CHUNK):
-            part = list(zip(self.questions[start : start + CHUNK], responses[start : start + CHUNK], strict=True))
-            opened = [open_image(resolve_image(self.dataset.image_root, question["image"])) for question, _ in part]
-            flat = [(image, question_text(question), text)
-                    for image, (question, texts) in zip(opened, part) for text in texts]
+            part = list(
+                zip(
+                    self.questions[start : start + CHUNK],
+                    responses[start : start + CHUNK],
+                    strict=True,
+                )
+            )
+            opened = [
+                open_image(resolve_image(self.dataset.image_root, question["image"]))
+                for question, _ in part
+            ]
+            flat = [
+                (image, question_text(question), text)
+                for image, (question, texts) in zip(opened, part)
+                for text in texts
+            ]
             values = iter(score(self.lvlm, *zip(*flat), self.profile.lvlm.batch_size).tolist())
             scores += [[next(values) for _ in texts] for _, texts in part]
         return scores
 
 
 @torch.inference_mode()
-def likelihood(lvlm: MedLVLM, images: Sequence[Image.Image], questions: Sequence[str], responses: Sequence[str],
-               batch_size: int) -> np.ndarray:
-    """Mean log-probability per token of each response, its end mark included, given image and question. Shape: [N]."""
+def likelihood(
+    lvlm: MedLVLM,
+    images: Sequence[Image.Image],
+    questions: Sequence[str],
+    responses: Sequence[str],
+    batch_size: int,
+) -> np.ndarray:
+    """Mean log-probability per token of each response, its end mark included, given image and
+    question. Shape: [N].
+    """
     tokenizer, means = lvlm.processor.tokenizer, []
     for start in range(0, len(questions), batch_size):
         part = slice(start, start + batch_size)
-        turns = [apply_chat_template({
-            "prompt": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}],
-            "completion": [{"role": "assistant", "content": [{"type": "text", "text": response}]}]}, lvlm.processor)
-            for question, response in zip(questions[part], responses[part], strict=True)]
+        turns = [
+            apply_chat_template(
+                {
+                    "prompt": [
+                        {
+                            "role": "user",
+                            "content": [{"type": "image"}, {"type": "text", "text": question}],
+                        }
+                    ],
+                    "completion": [
+                        {"role": "assistant", "content": [{"type": "text", "text": response}]}
+                    ],
+                },
+                lvlm.processor,
+            )
+            for question, response in zip(questions[part], responses[part], strict=True)
+        ]
         pictures = [image.convert("RGB") for image in images[part]]
-        inputs = lvlm.processor(images=pictures, text=[turn["prompt"] for turn in turns], add_special_tokens=False)
-        answers = tokenizer([turn["completion"] for turn in turns], add_special_tokens=False)["input_ids"]
-        whole = [list(prompt) + answer for prompt, answer in zip(inputs["input_ids"], answers, strict=True)]
-        batch = tokenizer.pad({"input_ids": whole}, padding_side="left", return_tensors="pt").to(lvlm.device)
+        inputs = lvlm.processor(
+            images=pictures, text=[turn["prompt"] for turn in turns], add_special_tokens=False
+        )
+        answers = tokenizer([turn["completion"] for turn in turns], add_special_tokens=False)[
+            "input_ids"
+        ]
+        whole = [
+            list(prompt) + answer
+            for prompt, answer in zip(inputs["input_ids"], answers, strict=True)
+        ]
+        batch = tokenizer.pad({"input_ids": whole}, padding_side="left", return_tensors="pt").to(
+            lvlm.device
+        )
         pixels = torch.as_tensor(np.stack(inputs["pixel_values"])).to(lvlm.device, lvlm.llava.dtype)
         longest = max(map(len, answers))
         logits = lvlm.model(**batch, pixel_values=pixels, logits_to_keep=longest + 1).logits.float()
-        logps = torch.log_softmax(logits[:, :-1], -1).gather(-1, batch["input_ids"][:, -longest:, None])[..., 0]
-        means += [float(row[-len(answer):].mean()) for row, answer in zip(logps, answers)]
+        logps = torch.log_softmax(logits[:, :-1], -1).gather(
+            -1, batch["input_ids"][:, -longest:, None]
+        )[..., 0]
+        means += [float(row[-len(answer) :].mean()) for row, answer in zip(logps, answers)]
     return np.array(means)
 
 
-def visual_evidence(lvlm: MedLVLM, images: Sequence[Image.Image], questions: Sequence[str], responses: Sequence[str],
-                    batch_size: int) -> np.ndarray:
-    """How much an image raises the `likelihood` of each response over a black one of its size. Shape: [N]."""
+def visual_evidence(
+    lvlm: MedLVLM,
+    images: Sequence[Image.Image],
+    questions: Sequence[str],
+    responses: Sequence[str],
+    batch_size: int,
+) -> np.ndarray:
+    """How much an image raises the `likelihood` of each response over a black one of its size.
+    Shape: [N].
+    """
     blank = [Image.new("L", image.size) for image in images]
-    return likelihood(lvlm, images, questions, responses, batch_size) - likelihood(lvlm, blank, questions, responses, batch_size)
+    return likelihood(lvlm, images, questions, responses, batch_size) - likelihood(
+        lvlm, blank, questions, responses, batch_size
+    )
 
 
-def ranked_pairs(questions: Sequence[Row], responses: Sequence[Sequence[str]], scores: Sequence[Sequence[float]]) -> list[Row]:
-    """Pairs of two responses of the model itself: the one with the highest score is preferred, the lowest rejected.
+def ranked_pairs(
+    questions: Sequence[Row], responses: Sequence[Sequence[str]], scores: Sequence[Sequence[float]]
+) -> list[Row]:
+    """Pairs of two responses of the model itself: the one with the highest score is preferred, the
+    lowest rejected.
 
-    A question whose responses have one score, or are one text, makes no pair. Every pair counts the same (score 1).
+    A question whose responses have one score, or are one text, makes no pair. Every pair counts the
+    same (score 1).
     """
     rows = []
     for question, texts, values in zip(questions, responses, scores, strict=True):
-        told = [(value, text.strip()) for text, value in zip(texts, values, strict=True) if text.strip()]
+        told = [
+            (value, text.strip()) for text, value in zip(texts, values, strict=True) if text.strip()
+        ]
         if told:
             best, worst = (choose(told, key=lambda item: item[0]) for choose in (max, min))
             if best[0] > worst[0] and best[1].lower() != worst[1].lower():
-                rows.append(pair_row(question | {"gpt4_answer": best[1]}, worst[1], 1.0, source="text", origin="sampled"))
+                rows.append(
+                    pair_row(
+                        question | {"gpt4_answer": best[1]},
+                        worst[1],
+                        1.0,
+                        source="text",
+                        origin="sampled",
+                    )
+                )
     return rows
 
 
 def truth(ingredients: Ingredients) -> list[Row]:
-    """Questions and true answers for supervised fine-tuning, where the lower half of Table 1 starts. Needs no judge.
+    """Questions and true answers for supervised fine-tuning, where the lower half of Table 1
+    starts. Needs no judge.
 
-    The format asks for a rejected answer and there is none: the true one stands there again, marked by the ``origin`` none. The
+    The format asks for a rejected answer and there is none: the true one stands there again, marked
+        by the ``origin`` none. The
     SFT objective does not read it, and DPO would learn nothing from it.
     """
-    return [pair_row(question, question["gpt4_answer"], 1.0, source="text", origin="none") for question in ingredients.questions]
+    return [
+        pair_row(question, question["gpt4_answer"], 1.0, source="text", origin="none")
+        for question in ingredients.questions
+    ]
 
 
 def rescored(ingredients: Ingredients, members: int | None) -> list[Row]:
-    """D_t with the relevance that the first ``members`` of the panel settle on (None: all of them): Table 3.
+    """D_t with the relevance that the first ``members`` of the panel settle on (None: all of them):
+    Table 3.
 
     Where the kit made the text pairs itself, the whole panel gives them the scores that they have.
     """
     panel, rounds = ingredients.judges[1][:members], ingredients.profile.curation.rounds
     rows = merge_pairs(ingredients.text_rows, [])
-    debates = [debate(question_text(row), answer_text(row), answer_text(row, rejected=True), panel, rounds) for row in rows]
+    debates = [
+        debate(question_text(row), answer_text(row), answer_text(row, rejected=True), panel, rounds)
+        for row in rows
+    ]
     return [row | {"weighted_score": result.score} for row, result in zip(rows, debates)]
 
 
 def povid_style(ingredients: Ingredients) -> list[Row]:
     """Hallucinations written into the true answer, and the true answer about a wholly noised image.
 
-    POVID uses general images and GPT-4V, which sees them; the judge here sees the texts. POVID draws the noise's effect token
-    by token during training, in the same loss as the written answer; here it is a pair of its own.
+    POVID uses general images and GPT-4V, which sees them; the judge here sees the texts. POVID
+    draws the noise's effect token by token during training, in the same loss as the written answer;
+    here it is a pair of its own.
     """
     judge, written = ingredients.judges[0], []
     for question in ingredients.questions:
@@ -190,46 +283,63 @@ def povid_style(ingredients: Ingredients) -> list[Row]:
 
 
 def stllava_med_style(ingredients: Ingredients) -> list[Row]:
-    """Both responses sampled from the Med-LVLM; the judge prefers the one that contradicts the true answer least.
+    """Both responses sampled from the Med-LVLM; the judge prefers the one that contradicts the true
+    answer least.
 
-    STLLaVA-Med first trains the model to ask questions too, and makes its pairs from questions of its own about unlabelled
-    images; its judge, GPT-4o, has no true answer to compare with. Here the questions and their answers are the data set's.
+    STLLaVA-Med first trains the model to ask questions too, and makes its pairs from questions of
+    its own about unlabelled images; its judge, GPT-4o, has no true answer to compare with. Here the
+    questions and their answers are the data set's.
     """
     judge, values = ingredients.judges[0], ingredients.profile.curation
     responses = ingredients.samples(values.candidates, values.temperature)
-    scores = [[-judge.conflict(question_text(question), question["gpt4_answer"], text) for text in texts]
-              for question, texts in zip(ingredients.questions, responses)]
+    scores = [
+        [-judge.conflict(question_text(question), question["gpt4_answer"], text) for text in texts]
+        for question, texts in zip(ingredients.questions, responses)
+    ]
     return ranked_pairs(ingredients.questions, responses, scores)
 
 
 def self_rewarding_style(ingredients: Ingredients) -> list[Row]:
-    """Both responses sampled from the Med-LVLM, ranked by itself: `likelihood` per token is its own judgement.
+    """Both responses sampled from the Med-LVLM, ranked by itself: `likelihood` per token is its own
+    judgement.
 
-    Self-Rewarding language models judge through a prompt with five points and repeat sampling and training several times, on
-    prompts of their own. Here it is one round. A likelihood stands in for the prompt because a small model with a vocabulary
-    of words cannot follow one; any model can say how likely it finds a response. It is a poor judge where the model is
-    misaligned: it prefers its own habits, and orders fewer than half of the phantom's short answers rightly.
+    Self-Rewarding language models judge through a prompt with five points and repeat sampling and
+    training several times, on prompts of their own. Here it is one round. A likelihood stands in
+    for the prompt because a small model with a vocabulary of words cannot follow one; any model can
+    say how likely it finds a response. It is a poor judge where the model is misaligned: it prefers
+    its own habits, and orders fewer than half of the phantom's short answers rightly.
     """
     values = ingredients.profile.curation
     responses = ingredients.samples(values.candidates, values.temperature)
-    return ranked_pairs(ingredients.questions, responses, ingredients.own_scores(responses, likelihood))
+    return ranked_pairs(
+        ingredients.questions, responses, ingredients.own_scores(responses, likelihood)
+    )
 
 
 def sima_style(ingredients: Ingredients) -> list[Row]:
-    """The Med-LVLM's greedy and one sampled response; it prefers the one for which it finds more `visual_evidence`.
+    """The Med-LVLM's greedy and one sampled response; it prefers the one for which it finds more
+    `visual_evidence`.
 
-    SIMA asks the model in words which response is better, with the true answer and three criteria of what is seen in the
-    prompt. A small model with a vocabulary of words cannot follow such a prompt. So the question is put in numbers: does the
-    image speak for the response? The true answer is not used.
+    SIMA asks the model in words which response is better, with the true answer and three criteria
+    of what is seen in the prompt. A small model with a vocabulary of words cannot follow such a
+    prompt. So the question is put in numbers: does the image speak for the response? The true
+    answer is not used.
     """
-    greedy, sampled = ingredients.samples(1, 0.0), ingredients.samples(1, ingredients.profile.curation.temperature)
+    greedy, sampled = (
+        ingredients.samples(1, 0.0),
+        ingredients.samples(1, ingredients.profile.curation.temperature),
+    )
     responses = [first + second for first, second in zip(greedy, sampled, strict=True)]
-    return ranked_pairs(ingredients.questions, responses, ingredients.own_scores(responses, visual_evidence))
+    return ranked_pairs(
+        ingredients.questions, responses, ingredients.own_scores(responses, visual_evidence)
+    )
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """How one manifest is made, and the profile's sections that decide it (with the models that they name)."""
+    """How one manifest is made, and the profile's sections that decide it (with the models that
+    they name).
+    """
 
     build: Callable[[Ingredients], list[Row]]
     sections: tuple[str, ...]
@@ -240,7 +350,9 @@ MANIFESTS = {
     "truth": Manifest(truth, ("seed", "data", "curation")),
     "single_llm": Manifest(partial(rescored, members=1), TEXT),
     "several_llm": Manifest(partial(rescored, members=None), TEXT),
-    "global_noise": Manifest(lambda found: merge_pairs(found.text_rows, found.whole_image_rows), TEXT + VISUAL),
+    "global_noise": Manifest(
+        lambda found: merge_pairs(found.text_rows, found.whole_image_rows), TEXT + VISUAL
+    ),
     "povid_style": Manifest(povid_style, ("curation", "judge", *VISUAL)),
     "stllava_med_style": Manifest(stllava_med_style, TEXT),
     "self_rewarding_style": Manifest(self_rewarding_style, TEXT),
@@ -249,7 +361,8 @@ MANIFESTS = {
 
 
 def build_manifests(profile: Profile, dataset: Dataset) -> None:
-    """Write the manifests that the profile's variants name, ``output``/pairs/NAME.json, unless they are there already.
+    """Write the manifests that the profile's variants name, ``output``/pairs/NAME.json, unless they
+    are there already.
 
     A manifest of another name has to be there: it is somebody's own.
 
@@ -262,28 +375,38 @@ def build_manifests(profile: Profile, dataset: Dataset) -> None:
         if name in MANIFESTS:
             once(path, _digest(ingredients, name), partial(_build, ingredients, name, path))
         elif not path.is_file():
-            raise InputError(f"{path}: no such manifest, and nothing here makes one of that name{nearest(name, MANIFESTS)}")
+            raise InputError(
+                f"{path}: no such manifest, and nothing here makes one of that "
+                f"name{nearest(name, MANIFESTS)}"
+            )
 
 
 def _digest(ingredients: Ingredients, name: str) -> str:
     sections = MANIFESTS[name].sections
     digests = [model_digest(ingredients.lvlm.model)] if "lvlm" in sections else []
     digests += [model_digest(ingredients.medklip)] if "visual_tool" in sections else []
-    return " ".join([inputs_digest(ingredients.profile, ingredients.questions, *sections), *digests])
+    return " ".join(
+        [inputs_digest(ingredients.profile, ingredients.questions, *sections), *digests]
+    )
 
 
 def _build(ingredients: Ingredients, name: str, path: Path) -> None:
     rows = MANIFESTS[name].build(ingredients)
     if not rows:
-        raise InputError(f"{path}: no question makes a pair, since its responses are all the same or of one score; sample "
-                         "more of them (`curation.candidates`, `curation.temperature`)")
+        raise InputError(
+            f"{path}: no question makes a pair, since its responses are all the same or of one "
+            "score; sample "
+            "more of them (`curation.candidates`, `curation.temperature`)"
+        )
     write_manifest(path, rows)
 
 
 def compare_baselines(profile: Profile, seeds: Sequence[int]) -> dict[str, Any]:
-    """Build the manifests, train and evaluate every variant, write ``figures``/reference/NAME.json, return its values.
+    """Build the manifests, train and evaluate every variant, write ``figures``/reference/NAME.json,
+    return its values.
 
-    The differences are those of each variant to the base model, and of ``mmedpo``, where there is one, to each other variant.
+    The differences are those of each variant to the base model, and of ``mmedpo``, where there is
+    one, to each other variant.
     """
     dataset = prepare_dataset(profile)
     build_manifests(profile, dataset)
@@ -291,7 +414,11 @@ def compare_baselines(profile: Profile, seeds: Sequence[int]) -> dict[str, Any]:
     names = list(profile.training.variants)
     pairs = [(name, "base") for name in names]
     pairs += [("mmedpo", name) for name in names if name != "mmedpo" and "mmedpo" in names]
-    result = {**evaluate_seeds(profile, dataset, seeds, pairs), "profile": profile.name, **provenance()}
+    result = {
+        **evaluate_seeds(profile, dataset, seeds, pairs),
+        "profile": profile.name,
+        **provenance(),
+    }
     target = profile.figures / "reference" / f"{profile.name.replace('-', '_')}.json"
     write_json(target, result)
     print(f"{results_table(result['models'])}\nwritten: {target}")
@@ -300,10 +427,23 @@ def compare_baselines(profile: Profile, seeds: Sequence[int]) -> dict[str, Any]:
 
 def main() -> int:
     """Command line: build, train, evaluate, compare; or build alone."""
-    parser = argparse.ArgumentParser(description="Compare a profile's variants, baselines among them.")
-    parser.add_argument("--profile", default="phantom-baselines", help="a profile's name, or the path of a YAML file")
-    parser.add_argument("--seeds", type=int, nargs="+", help="training seeds; the profile's evaluation.seeds where absent")
-    parser.add_argument("--build-only", action="store_true", help="write the manifests, and train nothing")
+    parser = argparse.ArgumentParser(
+        description="Compare a profile's variants, baselines among them."
+    )
+    parser.add_argument(
+        "--profile",
+        default="phantom-baselines",
+        help="a profile's name, or the path of a YAML file",
+    )
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        nargs="+",
+        help="training seeds; the profile's evaluation.seeds where absent",
+    )
+    parser.add_argument(
+        "--build-only", action="store_true", help="write the manifests, and train nothing"
+    )
     options = parser.parse_args()
 
     def action() -> None:

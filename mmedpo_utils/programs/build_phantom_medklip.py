@@ -1,6 +1,7 @@
 """Rebuild the phantom MedKLIP from reports alone: ``mmedpo build-medklip [--output DIR]``.
 
-Training reads films and report texts. Boxes and masks are read by the evaluation only. The model card tells the recipe.
+Training reads films and report texts. Boxes and masks are read by the evaluation only. The model
+card tells the recipe.
 """
 
 from __future__ import annotations
@@ -23,7 +24,15 @@ from torch.nn import functional
 from transformers import BertConfig, BertModel
 
 from ..base.files import atomic_write, write_json
-from ..medklip import CHANNEL_MEAN, CHANNEL_STD, PHANTOM_CHECKPOINT, MedKLIP, MedKLIPConfig, load_medklip, score_medklip
+from ..medklip import (
+    CHANNEL_MEAN,
+    CHANNEL_STD,
+    PHANTOM_CHECKPOINT,
+    MedKLIP,
+    MedKLIPConfig,
+    load_medklip,
+    score_medklip,
+)
 from ..phantom.texts import report
 from ..phantom.world import FINDINGS, ZONES, Film, draw_film, films
 
@@ -41,13 +50,23 @@ DESCRIPTIONS = {
     "pneumoperitoneum": "black air below the diaphragm",
     "disease": "any finding in the lung or the heart or the diaphragm",
 }
-CONFIG = MedKLIPConfig(QUERIES, ZONES, text_width=64, stem_width=24, stage_widths=(64, 128, 256),
-                       stage_depths=(1, 1, 2), width=96, feed_forward=256)
+CONFIG = MedKLIPConfig(
+    QUERIES,
+    ZONES,
+    text_width=64,
+    stem_width=24,
+    stage_widths=(64, 128, 256),
+    stage_depths=(1, 1, 2),
+    width=96,
+    feed_forward=256,
+)
 
 
 @dataclass
 class Batch:
-    """Films with what their reports say: presence [B, Q] in {0, 1} and zone index [B, Q], -1 where none is named."""
+    """Films with what their reports say: presence [B, Q] in {0, 1} and zone index [B, Q], -1 where
+    none is named.
+    """
 
     pixel_values: Tensor
     presence: Tensor
@@ -59,13 +78,26 @@ class TextEncoder(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.texts = [f"{query} {DESCRIPTIONS[query]}".split() for query in QUERIES], [zone.split() for zone in ZONES]
+        self.texts = (
+            [f"{query} {DESCRIPTIONS[query]}".split() for query in QUERIES],
+            [zone.split() for zone in ZONES],
+        )
         words = sorted({word for texts in self.texts for text in texts for word in text})
         self.ids = {word: index + 2 for index, word in enumerate(words)}
-        self.bert = BertModel(BertConfig(
-            vocab_size=len(words) + 2, hidden_size=width, num_hidden_layers=2, num_attention_heads=4,
-            intermediate_size=2 * width, max_position_embeddings=32, hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0, pad_token_id=0), add_pooling_layer=False)
+        self.bert = BertModel(
+            BertConfig(
+                vocab_size=len(words) + 2,
+                hidden_size=width,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                intermediate_size=2 * width,
+                max_position_embeddings=32,
+                hidden_dropout_prob=0.0,
+                attention_probs_dropout_prob=0.0,
+                pad_token_id=0,
+            ),
+            add_pooling_layer=False,
+        )
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """Embeddings of all queries [Q, width] and all zones [L, width]."""
@@ -81,8 +113,14 @@ class TextEncoder(nn.Module):
 
 def read_report(text: str) -> dict[str, str]:
     """Findings that a report affirms, each with the zone it names."""
-    found = {finding: zone for finding, zone in
-             re.findall(rf"(?:There is|shows) (?:an? )?({'|'.join(FINDINGS)}) in the ({'|'.join(ZONES)}) zone\.", text)}
+    found = {
+        finding: zone
+        for finding, zone in re.findall(
+            rf"(?:There is|shows) (?:an? )?({'|'.join(FINDINGS)}) in the ({'|'.join(ZONES)}) "
+            r"zone\.",
+            text,
+        )
+    }
     if "heart is enlarged" in text or "There is cardiomegaly" in text:
         found["cardiomegaly"] = "heart"
     return found
@@ -102,15 +140,21 @@ def training_set(count: int) -> tuple[Tensor, Tensor, Tensor]:
         images.append(film.image)
         found = read_report(report(film, rng))
         presence.append([finding in found for finding in FINDINGS] + [bool(found)])
-        zones.append([ZONES.index(found[finding]) if finding in found else -1 for finding in FINDINGS] + [-1])
+        zones.append(
+            [ZONES.index(found[finding]) if finding in found else -1 for finding in FINDINGS] + [-1]
+        )
     return torch.from_numpy(np.stack(images)), torch.tensor(presence).float(), torch.tensor(zones)
 
 
-def batches(data: tuple[Tensor, Tensor, Tensor], steps: int, size: int, rng: torch.Generator) -> Iterator[Batch]:
+def batches(
+    data: tuple[Tensor, Tensor, Tensor], steps: int, size: int, rng: torch.Generator
+) -> Iterator[Batch]:
     """Shuffled batches, each shifted by up to 8 pixels and changed a little in exposure."""
     images, presence, zones = data
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (CHANNEL_MEAN, CHANNEL_STD))
-    order = torch.cat([torch.randperm(len(images), generator=rng) for _ in range(steps * size // len(images) + 1)])
+    order = torch.cat(
+        [torch.randperm(len(images), generator=rng) for _ in range(steps * size // len(images) + 1)]
+    )
     for rows in order[: steps * size].split(size):
         shift = torch.randint(-8, 9, (2,), generator=rng).tolist()
         grey = torch.roll(images[rows].float() / 255, shift, (1, 2))
@@ -120,20 +164,26 @@ def batches(data: tuple[Tensor, Tensor, Tensor], steps: int, size: int, rng: tor
 
 
 def patch_loss(patch_logits: Tensor, presence: Tensor) -> Tensor:
-    """Multiple-instance presence loss: a film shows a finding when its best patches do. patch_logits: [B, 196, F]."""
+    """Multiple-instance presence loss: a film shows a finding when its best patches do.
+    patch_logits: [B, 196, F].
+    """
     best = patch_logits.topk(BEST_PATCHES, dim=1).values.mean(1)
     return functional.binary_cross_entropy_with_logits(best, presence[:, :-1])
 
 
 def location_loss(logits: Tensor, zones: Tensor) -> Tensor:
-    """Location contrast: each present finding's output against the text embeddings of all zones. logits: [B, Q, L]."""
+    """Location contrast: each present finding's output against the text embeddings of all zones.
+    logits: [B, Q, L].
+    """
     return functional.cross_entropy(logits[zones >= 0], zones[zones >= 0])
 
 
 def consistency_loss(attentions: Tensor, patch_logits: Tensor, presence: Tensor) -> Tensor:
-    """KL divergence of the mean attention of each present query from the softmax of the model's own patch logits.
+    """KL divergence of the mean attention of each present query from the softmax of the model's own
+    patch logits.
 
-    The target is detached; for "disease" it comes from the largest logit among the findings that are present.
+    The target is detached; for "disease" it comes from the largest logit among the findings that
+    are present.
 
     Args:
         attentions: [B, layers, heads, Q, 196].
@@ -154,12 +204,16 @@ class Learner(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.model = MedKLIP(CONFIG).to(memory_format=torch.channels_last)
-        self.text, self.patch_head = TextEncoder(CONFIG.text_width), nn.Linear(CONFIG.width, len(FINDINGS))
+        self.text, self.patch_head = (
+            TextEncoder(CONFIG.text_width),
+            nn.Linear(CONFIG.width, len(FINDINGS)),
+        )
 
     def forward(self, batch: Batch, decode: bool) -> Tensor:
         """The loss of a batch: of the patches alone, or with the decoder's three terms.
 
-        Patch logits are the mean over a film and its copy turned by 180 degrees, so that the patches are centred.
+        Patch logits are the mean over a film and its copy turned by 180 degrees, so that the
+        patches are centred.
         """
         films = batch.pixel_values
         both = torch.cat([films, films.flip(2, 3)]).contiguous(memory_format=torch.channels_last)
@@ -173,7 +227,9 @@ class Learner(nn.Module):
             return loss
         self.model.disease_book, self.model.location_book = self.text()
         output = self.model.decode(patches[: len(films)])
-        loss = loss + functional.cross_entropy(output.logits.flatten(0, 1), batch.presence.long().flatten())
+        loss = loss + functional.cross_entropy(
+            output.logits.flatten(0, 1), batch.presence.long().flatten()
+        )
         loss = loss + 0.5 * location_loss(self.model.location_logits(output), batch.zones)
         return loss + consistency_loss(output.attentions, patch_logits, batch.presence)
 
@@ -185,8 +241,16 @@ def twice(data: tuple[Tensor, ...], findings: tuple[str, ...]) -> tuple[Tensor, 
     return tuple(values[rows] for values in data)
 
 
-def optimise(learner: Learner, stream: Iterator[Batch], steps: int, learning_rate: float, patch_steps: int = 0) -> None:
-    """AdamW with a warm-up: ``patch_steps`` on the patches alone at a constant rate, the rest on all terms on a cosine."""
+def optimise(
+    learner: Learner,
+    stream: Iterator[Batch],
+    steps: int,
+    learning_rate: float,
+    patch_steps: int = 0,
+) -> None:
+    """AdamW with a warm-up: ``patch_steps`` on the patches alone at a constant rate, the rest on
+    all terms on a cosine.
+    """
     parameters = [parameter for parameter in learner.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, learning_rate, weight_decay=1e-2)
 
@@ -209,7 +273,9 @@ def optimise(learner: Learner, stream: Iterator[Batch], steps: int, learning_rat
 
 
 def train(patients: int, batch_size: int = 16) -> MedKLIP:
-    """Train from scratch: the patches alone, all terms, then more of the films with the small findings."""
+    """Train from scratch: the patches alone, all terms, then more of the films with the small
+    findings.
+    """
     torch.manual_seed(0)
     learner, data, rng = Learner().train(), training_set(patients), torch.Generator().manual_seed(0)
     steps = PATCH_STEPS + JOINT_STEPS
@@ -224,15 +290,28 @@ def train(patients: int, batch_size: int = 16) -> MedKLIP:
 def measure(model: MedKLIP, count: int = 400, alone: int = 50) -> dict[str, Any]:
     """Scores on unseen patients: films as the world draws them, and films with one finding each."""
     population = films(count, EVALUATION_SEED, 7000)
-    single = [draw_film(9000 + i, EVALUATION_SEED, (finding,)) for finding in FINDINGS for i in range(alone)]
-    scores, single_scores = (score_medklip(model, [Image.fromarray(film.image) for film in group],
-                                           [film.masks for film in group]) for group in (population, single))
+    single = [
+        draw_film(9000 + i, EVALUATION_SEED, (finding,))
+        for finding in FINDINGS
+        for i in range(alone)
+    ]
+    scores, single_scores = (
+        score_medklip(
+            model, [Image.fromarray(film.image) for film in group], [film.masks for film in group]
+        )
+        for group in (population, single)
+    )
     scores["pointing_game_alone"] = single_scores["pointing_game_alone"]
     rows, columns = np.mgrid[8:224:16, 8:224:16].reshape(2, -1)
     lesions = [film.lesion_mask for film in population if film.zones]
     chance = np.mean([_reach(mask)[rows, columns].mean() for mask in lesions])
-    return {"films": count, "films_alone": alone, "pointing_game_nodule": scores["pointing_game_alone"]["nodule"],
-            "chance": float(chance), "location_accuracy": _location_accuracy(model, population)} | scores
+    return {
+        "films": count,
+        "films_alone": alone,
+        "pointing_game_nodule": scores["pointing_game_alone"]["nodule"],
+        "chance": float(chance),
+        "location_accuracy": _location_accuracy(model, population),
+    } | scores
 
 
 @torch.inference_mode()
@@ -240,29 +319,45 @@ def _location_accuracy(model: MedKLIP, population: list[Film]) -> float:
     """Share of present findings whose zone has the largest location logit."""
     hits = []
     for film in population:
-        zones = model.location_logits(model(model.preprocess([Image.fromarray(film.image)])))[0].argmax(-1)
-        hits += [ZONES[zones[FINDINGS.index(finding)]] == zone for finding, zone in film.zones.items()]
+        zones = model.location_logits(model(model.preprocess([Image.fromarray(film.image)])))[
+            0
+        ].argmax(-1)
+        hits += [
+            ZONES[zones[FINDINGS.index(finding)]] == zone for finding, zone in film.zones.items()
+        ]
     return float(np.mean(hits))
 
 
 def _reach(mask: np.ndarray) -> np.ndarray:
-    """The pixels that count as a hit of the pointing game: within 8 pixels of the mask. Shape: [224, 224]."""
+    """The pixels that count as a hit of the pointing game: within 8 pixels of the mask. Shape:
+    [224, 224].
+    """
     disk = torch.from_numpy(np.hypot(*np.mgrid[-8:9, -8:9]) <= 8).float()
-    grown = functional.conv2d(torch.from_numpy(mask).float()[None, None], disk[None, None], padding=8)
+    grown = functional.conv2d(
+        torch.from_numpy(mask).float()[None, None], disk[None, None], padding=8
+    )
     return grown[0, 0].numpy() > 0.5
 
 
 def save(model: MedKLIP, folder: Path) -> None:
     """Write ``model.safetensors`` and ``config.json``."""
     with atomic_write(folder / "model.safetensors") as temporary:
-        save_file({key: value.detach().contiguous() for key, value in model.state_dict().items()}, temporary)
+        save_file(
+            {key: value.detach().contiguous() for key, value in model.state_dict().items()},
+            temporary,
+        )
     write_json(folder / "config.json", asdict(model.config))
 
 
 def main() -> None:
     """Train, save and score."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, default=PHANTOM_CHECKPOINT, help="gets weights, configuration and scores")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=PHANTOM_CHECKPOINT,
+        help="gets weights, configuration and scores",
+    )
     arguments = parser.parse_args()
     started = time.perf_counter()
     model = train(PATIENTS)

@@ -27,11 +27,24 @@ from ..base.privacy import check_endpoint
 from ..commands import process_count
 from ..convert.adapters import adapter_folder, put_on
 from ..convert.cards import check_dataset
-from ..convert.llava_med import converted_before, fetch, inspect_original, original_config, weight_files
+from ..convert.llava_med import (
+    converted_before,
+    fetch,
+    inspect_original,
+    original_config,
+    weight_files,
+)
 from ..judges.chat import EndpointModel
 from ..lvlm import PHANTOM_WEIGHTS, empty_model, prepare_processor, read_config, read_processor
 from ..profiles import LanguageModel, Profile, load_profile
-from ..scale.estimate import GIB, NF4_BYTES, WORKING_SPACE, model_config, parameter_counts, profile_memory
+from ..scale.estimate import (
+    GIB,
+    NF4_BYTES,
+    WORKING_SPACE,
+    model_config,
+    parameter_counts,
+    profile_memory,
+)
 
 
 @dataclass(frozen=True)

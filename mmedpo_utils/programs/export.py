@@ -39,12 +39,15 @@ BASE = "base.json"  # beside the adapter: how the base model was loaded that it 
 # Keys of the profile's section lvlm that say so.
 LOADING = ("vision_tower", "template", "base_adapter")
 LIBRARY = "library_name: {}\n"
-USE = """For research and teaching on preference optimisation of medical vision-language models. **Not for clinical use**: its
-answers are not checked by anyone, and no diagnosis or treatment may rest on them."""
+USE = """For research and teaching on preference optimisation of medical vision-language models.
+**Not for clinical use**: its answers are not checked by anyone, and no diagnosis or treatment may
+rest on them."""
 CITATION = """```bibtex
 @inproceedings{zhu2025mmedpo,
-  title     = {{MMedPO}: Aligning Medical Vision-Language Models with Clinical-Aware Multimodal Preference Optimization},
-  author    = {Zhu, Kangyu and Xia, Peng and Li, Yun and Zhu, Hongtu and Wang, Sheng and Yao, Huaxiu},
+  title     = {{MMedPO}: Aligning Medical Vision-Language Models with Clinical-Aware
+               Multimodal Preference Optimization},
+  author    = {Zhu, Kangyu and Xia, Peng and Li, Yun and Zhu, Hongtu and Wang, Sheng and
+               Yao, Huaxiu},
   booktitle = {Proceedings of the 42nd International Conference on Machine Learning},
   series    = {PMLR 267},
   year      = {2025},

@@ -1,6 +1,6 @@
 """Train one variant from a terminal, as the cell of notebook 04 does.
 
-    mmedpo launch --profile P --variant V [--seed S]
+mmedpo launch --profile P --variant V [--seed S]
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What a training would run and what it takes, before it starts.
 
-    mmedpo plan --profile P --variant V [--seed S]
+mmedpo plan --profile P --variant V [--seed S]
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Recompute the reference results that the README and the model cards quote: ``mmedpo results``.
 
-The whole tutorial runs twice, from nothing and again on its own artefacts, and is timed. Then every variant is trained with
-three seeds on the same pairs, evaluated, and written to ``figures/reference/phantom_results.json``.
+The whole tutorial runs twice, from nothing and again on its own artefacts, and is timed. Then every
+variant is trained with three seeds on the same pairs, evaluated, and written to
+``figures/reference/phantom_results.json``.
 """
 
 from __future__ import annotations
@@ -24,28 +25,54 @@ from . import run_notebooks
 from .export import add_scores
 
 SEEDS = (0, 1, 2)
-PAIRS = (("mmedpo", "base"), ("mmedpo", "sft"), ("mmedpo", "dpo"), ("mmedpo", "stage1"), ("mmedpo", "stage2"),
-         ("stage1", "dpo"), ("mmedpo_shuffled", "base_shuffled"))
+PAIRS = (
+    ("mmedpo", "base"),
+    ("mmedpo", "sft"),
+    ("mmedpo", "dpo"),
+    ("mmedpo", "stage1"),
+    ("mmedpo", "stage2"),
+    ("stage1", "dpo"),
+    ("mmedpo_shuffled", "base_shuffled"),
+)
 
 
-def evaluate_seeds(profile: Profile, dataset: Dataset, seeds: Sequence[int], pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    """Train and evaluate every variant with every seed; the scores go into the adapters' model cards too.
+def evaluate_seeds(
+    profile: Profile, dataset: Dataset, seeds: Sequence[int], pairs: Sequence[tuple[str, str]]
+) -> dict[str, Any]:
+    """Train and evaluate every variant with every seed; the scores go into the adapters' model
+    cards too.
 
     Args:
-        pairs: the models of each difference: variants, or "base". A name that ends in ``_shuffled`` is that model, asked
-            about another patient's film.
+        pairs: the models of each difference: variants, or "base". A name that ends in ``_shuffled``
+            is that model, asked about another patient's film.
 
     Returns:
-        ``models``: scores per model; ``differences``: paired differences, in percent, with 95% intervals over patients and
+        ``models``: scores per model; ``differences``: paired differences, in percent, with 95%
+            intervals over patients and
         seeds; ``training``: per variant the pairs and, per seed, the seconds of the steps.
     """
-    shuffled = {name.removesuffix("_shuffled") for pair in pairs for name in pair if name.endswith("_shuffled")}
-    runs = {name: [train(profile, name, seed, live=False) for seed in seeds] for name in profile.training.variants}
+    shuffled = {
+        name.removesuffix("_shuffled")
+        for pair in pairs
+        for name in pair
+        if name.endswith("_shuffled")
+    }
+    runs = {
+        name: [train(profile, name, seed, live=False) for seed in seeds]
+        for name in profile.training.variants
+    }
     predictions: dict[str, Any] = {}
     attention: dict[str, Any] = {}
-    for name, adapters in {"base": [None], **{name: [run.adapter for run in found] for name, found in runs.items()}}.items():
+    for name, adapters in {
+        "base": [None],
+        **{name: [run.adapter for run in found] for name, found in runs.items()},
+    }.items():
         for seed, adapter in zip(seeds, adapters):
-            label = name if adapter is None or seed == profile.evaluation.seeds[0] else f"{name}-seed{seed}"
+            label = (
+                name
+                if adapter is None or seed == profile.evaluation.seeds[0]
+                else f"{name}-seed{seed}"
+            )
             predictions.setdefault(name, []).append(answer_test(profile, dataset, label, adapter))
             attention.setdefault(name, []).append(attend_test(profile, dataset, adapter))
             if name in shuffled:
@@ -56,20 +83,35 @@ def evaluate_seeds(profile: Profile, dataset: Dataset, seeds: Sequence[int], pai
     for name, found in runs.items():
         for run in found:
             add_scores(run.adapter, table[name])
-    return {"models": table,
-            "differences": {f"{a} - {b}": compare_pair(predictions[a], predictions[b], samples) for a, b in pairs},
-            "training": {name: {"pairs": found[0].result["pairs"], "seconds": [run.result["seconds"]["steps"] for run in found]}
-                         for name, found in runs.items()}}
+    return {
+        "models": table,
+        "differences": {
+            f"{a} - {b}": compare_pair(predictions[a], predictions[b], samples) for a, b in pairs
+        },
+        "training": {
+            name: {
+                "pairs": found[0].result["pairs"],
+                "seconds": [run.result["seconds"]["steps"] for run in found],
+            }
+            for name, found in runs.items()
+        },
+    }
 
 
 def medklip_scores(profile: Profile, dataset: Dataset) -> dict[str, float]:
     """Pointing game and presence of the shipped MedKLIP on the films of all splits, in percent."""
     names = [name for split in SPLITS for name in dataset.image_names(split)]
-    scores = score_medklip(load_medklip(profile.visual_tool.checkpoint), [dataset.image(name) for name in names],
-                           [dataset.masks(name) for name in names])
-    return {"pointing_game": round(100 * scores["pointing_game"], 1),
-            "pointing_game_nodule": round(100 * scores["pointing_game_alone"]["nodule"], 1),
-            "auc": round(100 * scores["auc"], 1), "films": len(names)}
+    scores = score_medklip(
+        load_medklip(profile.visual_tool.checkpoint),
+        [dataset.image(name) for name in names],
+        [dataset.masks(name) for name in names],
+    )
+    return {
+        "pointing_game": round(100 * scores["pointing_game"], 1),
+        "pointing_game_nodule": round(100 * scores["pointing_game_alone"]["nodule"], 1),
+        "auc": round(100 * scores["auc"], 1),
+        "films": len(names),
+    }
 
 
 def main() -> int:
@@ -79,13 +121,21 @@ def main() -> int:
     first = run_notebooks.run(profile, "phantom")
     again = run_notebooks.run(profile, "phantom")
     dataset = prepare_dataset(profile)
-    card = json.loads((root / "mmedpo_utils" / "phantom" / "weights" / "lvlm" / "scores.json").read_text())
+    card = json.loads(
+        (root / "mmedpo_utils" / "phantom" / "weights" / "lvlm" / "scores.json").read_text()
+    )
     result = {
         **evaluate_seeds(profile, dataset, SEEDS, PAIRS),
         "medklip": medklip_scores(profile, dataset),
-        "ceiling": {metric: card["ceiling"][metric] for metric in ("closed_accuracy", "open_recall")},
-        "run": {"seconds": first["total"], "cached_seconds": again["total"],
-                "peak_gib": max(first["peak_gib"], again["peak_gib"]), "seconds_per_notebook": first},
+        "ceiling": {
+            metric: card["ceiling"][metric] for metric in ("closed_accuracy", "open_recall")
+        },
+        "run": {
+            "seconds": first["total"],
+            "cached_seconds": again["total"],
+            "peak_gib": max(first["peak_gib"], again["peak_gib"]),
+            "seconds_per_notebook": first,
+        },
         **provenance(),
     }
     target = root / "figures" / "reference" / "phantom_results.json"

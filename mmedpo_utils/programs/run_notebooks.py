@@ -26,7 +26,9 @@ NOTEBOOKS = ROOT / "notebooks"
 
 
 class PeakMemory(threading.Thread):
-    """Watch this process and its children; keep the largest resident size of any single one, in GiB."""
+    """Watch this process and its children; keep the largest resident size of any single one, in
+    GiB.
+    """
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -52,7 +54,11 @@ class PeakMemory(threading.Thread):
 def clean(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     """Drop what only the executor needs: its timings and the cell with the injected parameters."""
     notebook.metadata.pop("papermill", None)
-    notebook.cells = [cell for cell in notebook.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
+    notebook.cells = [
+        cell
+        for cell in notebook.cells
+        if "injected-parameters" not in cell.metadata.get("tags", [])
+    ]
     for cell in notebook.cells:
         for key in ("papermill", "execution"):
             cell.metadata.pop(key, None)
@@ -67,8 +73,15 @@ def run_notebook(path: Path, target: Path, profile_name: str) -> None:
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     default = {"profile_name": profile_name} if profile_name != "phantom" else {}
-    papermill.execute_notebook(str(path), str(target), parameters=default, cwd=str(path.parent), kernel_name="python3",
-                               progress_bar=False, extra_arguments=["--log-level=ERROR"])
+    papermill.execute_notebook(
+        str(path),
+        str(target),
+        parameters=default,
+        cwd=str(path.parent),
+        kernel_name="python3",
+        progress_bar=False,
+        extra_arguments=["--log-level=ERROR"],
+    )
     notebook = clean(nbformat.read(target, as_version=4))
     with atomic_write(target) as temporary:
         nbformat.write(notebook, temporary)
@@ -79,7 +92,8 @@ def run(profile: Profile, profile_name: str, in_place: bool = False) -> dict[str
 
     Args:
         profile_name: a profile's name or the path of its file; it becomes the notebooks' parameter.
-        in_place: write the executed notebooks over the ones in ``notebooks``, as they are committed.
+        in_place: write the executed notebooks over the ones in ``notebooks``, as they are
+            committed.
 
     Returns:
         seconds per notebook, "total" seconds, and "peak_gib", the largest process.
@@ -111,9 +125,16 @@ def results_table(scores: dict[str, dict]) -> str:
     """The scores of each model as a plain text table, in percent."""
     metrics = ("closed_accuracy", "open_recall", "bleu", "rouge_l", "attention_in_lesion")
     width = max(18, *(len(model) + 1 for model in scores))
-    lines = [f"{'model':{width}}" + "".join(f"{metric.replace('_', ' '):>22}" for metric in metrics)]
+    lines = [
+        f"{'model':{width}}" + "".join(f"{metric.replace('_', ' '):>22}" for metric in metrics)
+    ]
     for model, row in scores.items():
-        cells = [f"{row[m]['mean']:.1f} [{row[m]['low']:.1f}, {row[m]['high']:.1f}]" if row.get(m) else "-" for m in metrics]
+        cells = [
+            f"{row[m]['mean']:.1f} [{row[m]['low']:.1f}, {row[m]['high']:.1f}]"
+            if row.get(m)
+            else "-"
+            for m in metrics
+        ]
         lines.append(f"{model:{width}}" + "".join(f"{cell:>22}" for cell in cells))
     return "\n".join(lines)
 
@@ -121,8 +142,12 @@ def results_table(scores: dict[str, dict]) -> str:
 def main() -> int:
     """Command line: run, then print the results and where to look next."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--profile", default="phantom", help="a profile's name, or the path of a YAML file")
-    parser.add_argument("--in-place", action="store_true", help="write the executed notebooks over notebooks/")
+    parser.add_argument(
+        "--profile", default="phantom", help="a profile's name, or the path of a YAML file"
+    )
+    parser.add_argument(
+        "--in-place", action="store_true", help="write the executed notebooks over notebooks/"
+    )
     options = parser.parse_args()
     try:
         profile = load_profile(options.profile)
@@ -133,14 +158,20 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 2
     except papermill.PapermillExecutionError as error:
-        print(f"\n{error}\nThe notebook stopped here. Its copy with the outputs so far lies under {profile.output}.",
-              file=sys.stderr)
+        print(
+            f"\n{error}\nThe notebook stopped here. Its copy with the outputs so far lies under "
+            f"{profile.output}.",
+            file=sys.stderr,
+        )
         return 1
     scores = profile.output / "evaluation" / "scores.json"
     print(f"\n{seconds['total']:.0f} s, largest process {seconds['peak_gib']:.1f} GiB\n")
     print(results_table(json.loads(scores.read_text())["models"]))
-    print(f"\nIn percent, with 95% intervals. Figures: {profile.figures}. Executed notebooks: "
-          f"{NOTEBOOKS if options.in_place else profile.output / 'notebooks'}. Next: make lab, and open 01_medklip_attention.")
+    print(
+        f"\nIn percent, with 95% intervals. Figures: {profile.figures}. Executed notebooks: "
+        f"{NOTEBOOKS if options.in_place else profile.output / 'notebooks'}. Next: make lab, "
+        "and open 01_medklip_attention."
+    )
     return 0
 
 

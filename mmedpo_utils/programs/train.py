@@ -307,9 +307,7 @@ def build_trainer(
             **options,
         )
     else:
-        trainer = MMedPOTrainer(
-            lvlm.model, data_collator=PreferenceCollator(*collating), **options
-        )
+        trainer = MMedPOTrainer(lvlm.model, data_collator=PreferenceCollator(*collating), **options)
     if not trainer.is_deepspeed_enabled:
         train_in_32_bits(trainer.model)
     trainer.remove_callback(PrinterCallback)
@@ -513,7 +511,8 @@ def main() -> None:
         if device == "cpu" and world > 1:
             import deepspeed
 
-            deepspeed.ops.__compatible_ops__ = {}  # gloo does the work; with it filled, a C++ extension is built first
+            # gloo does the work; with it filled, a C++ extension is built first
+            deepspeed.ops.__compatible_ops__ = {}
             deepspeed.init_distributed(
                 "gloo"
             )  # stage 3 divides the model while it loads, before the trainer is there

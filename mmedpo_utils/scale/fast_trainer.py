@@ -14,7 +14,7 @@ import json
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from ..trainer import MMedPOTrainer, PreferenceCollator
 from . import shared_prefix
 
 
-@lru_cache(maxsize=None)
+@cache
 def _image_digest(path: str, size: int, changed: int) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 

@@ -1,4 +1,6 @@
-"""An append-only journal of a long run: JSON lines, on disk before the run goes on, whole again after a kill."""
+"""An append-only journal of a long run: JSON lines, on disk before the run goes on, whole again
+after a kill.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,11 @@ class Journal:
         entries: what was written so far, by this process or earlier ones with the same inputs.
     """
 
-    def __init__(self, path: str | os.PathLike, digest: str, keep: Callable[[Any], bool] = lambda entry: True) -> None:
-        """Read what is there. A torn last line is dropped, and all of it where the inputs are not those of ``digest``.
+    def __init__(
+        self, path: str | os.PathLike, digest: str, keep: Callable[[Any], bool] = lambda entry: True
+    ) -> None:
+        """Read what is there. A torn last line is dropped, and all of it where the inputs are not
+        those of ``digest``.
 
         Args:
             keep: whether an entry still holds; from the first one that doesn't on, all are dropped.
@@ -39,7 +44,9 @@ class Journal:
             raise self._refusal(error) from error
 
     def append(self, entry: Any) -> None:
-        """Write an entry; it is on disk when the call returns. Raises InputError: it cannot be written."""
+        """Write an entry; it is on disk when the call returns. Raises InputError: it cannot be
+        written.
+        """
         try:
             self._write(entry)
         except OSError as error:
@@ -71,5 +78,8 @@ class Journal:
             os.fsync(stream.fileno())
 
     def _refusal(self, error: OSError) -> InputError:
-        return InputError(f"{self.path}: the journal cannot be kept ({error.strerror or error}); free some disk space, or "
-                          "choose another folder with the profile's `output`")
+        return InputError(
+            f"{self.path}: the journal cannot be kept ({error.strerror or error}); free some "
+            "disk space, or "
+            "choose another folder with the profile's `output`"
+        )

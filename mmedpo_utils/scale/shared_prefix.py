@@ -1,8 +1,10 @@
-"""Rows that share a prompt: one row holds a prompt and every answer to it, so that image and prompt are read once.
+"""Rows that share a prompt: one row holds a prompt and every answer to it, so that image and prompt
+are read once.
 
-A row is the prompt, then its answers, one after the other. An answer sees the prompt and itself, never another answer,
-and its positions go on from the prompt's end. So each answer's log-probability is what a row of its own would give.
-The functions are pure: tensors and lists in, tensors out.
+A row is the prompt, then its answers, one after the other. An answer sees the prompt and itself,
+never another answer, and its positions go on from the prompt's end. So each answer's
+log-probability is what a row of its own would give. The functions are pure: tensors and lists in,
+tensors out.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ class PackedRow:
 
     Attributes:
         prompt: token ids, one or more.
-        answers: the owner of each answer (its place among the answers of the batch) and its token ids.
+        answers: the owner of each answer (its place among the answers of the batch) and its token
+            ids.
     """
 
     prompt: Sequence[int]
@@ -50,8 +53,10 @@ def pack(rows: Sequence[PackedRow], pad_token_id: int) -> dict[str, torch.Tensor
     """Write rows as tensors, padded on the right.
 
     Returns:
-        ``input_ids``, ``position_ids`` and ``branches`` (0 for prompt and padding, n for a row's n-th answer). Shape: [R, T].
-        ``answer_rows``, ``answer_positions``: where the N answer tokens are predicted from. Shape: [N].
+        ``input_ids``, ``position_ids`` and ``branches`` (0 for prompt and padding, n for a row's
+        n-th answer). Shape: [R, T].
+        ``answer_rows``, ``answer_positions``: where the N answer tokens are predicted from. Shape:
+            [N].
         ``answer_ids``, ``answer_owners``: the answer tokens, and whose they are. Shape: [N].
     """
     ids = []
@@ -88,7 +93,9 @@ def pack(rows: Sequence[PackedRow], pad_token_id: int) -> dict[str, torch.Tensor
 
 
 def first_branching(branches: torch.Tensor) -> int:
-    """The first position where a second answer begins, over all rows; T where none does. ``branches``. Shape: [R, T]."""
+    """The first position where a second answer begins, over all rows; T where none does.
+    ``branches``. Shape: [R, T].
+    """
     places = (branches > 1).any(0).nonzero()
     return int(places[0]) if len(places) else branches.shape[1]
 
@@ -96,7 +103,8 @@ def first_branching(branches: torch.Tensor) -> int:
 def attention_mask(branches: torch.Tensor, start: int = 0) -> torch.Tensor:
     """What the tokens from ``start`` on see: prompt, own answer, nothing later.
 
-    Before `first_branching` this is the plain causal rule, also in rows of one answer, whose padding comes last.
+    Before `first_branching` this is the plain causal rule, also in rows of one answer, whose
+    padding comes last.
 
     Args:
         branches: 0 for the prompt, n for the n-th answer. Shape: [R, T].
@@ -113,14 +121,25 @@ def block_mask(branches: torch.Tensor) -> BlockMask:
     """The rule of `attention_mask` as FlexAttention takes it. ``branches``. Shape: [R, T]."""
 
     def sees(row: Any, _: Any, query: Any, key: Any) -> Any:
-        return ((branches[row, key] == 0) | (branches[row, key] == branches[row, query])) & (key <= query)
+        return ((branches[row, key] == 0) | (branches[row, key] == branches[row, query])) & (
+            key <= query
+        )
 
-    return create_block_mask(sees, len(branches), None, branches.shape[1], branches.shape[1], device=branches.device)
+    return create_block_mask(
+        sees, len(branches), None, branches.shape[1], branches.shape[1], device=branches.device
+    )
 
 
-def prefix_attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-                     mask: torch.Tensor | None, **options: Any) -> tuple[torch.Tensor, None]:
-    """SDPA in two parts: plain causal attention before the first branching, the few tokens after it with their mask.
+def prefix_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """SDPA in two parts: plain causal attention before the first branching, the few tokens after it
+    with their mask.
 
     Without a mask, or with one over all tokens, this is transformers' ``sdpa``.
 
@@ -134,7 +153,9 @@ def prefix_attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Te
     start = 0 if mask is None else query.shape[2] - mask.shape[2]
     if start == 0:
         return sdpa_attention_forward(module, query, key, value, mask, **options)
-    before, _ = sdpa_attention_forward(module, query[:, :, :start], key[:, :, :start], value[:, :, :start], None, **options)
+    before, _ = sdpa_attention_forward(
+        module, query[:, :, :start], key[:, :, :start], value[:, :, :start], None, **options
+    )
     after, _ = sdpa_attention_forward(module, query[:, :, start:], key, value, mask, **options)
     return torch.cat([before, after], dim=1), None
 

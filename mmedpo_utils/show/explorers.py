@@ -144,7 +144,10 @@ def attention_explorer(
         known = masks[film.value] if masks else {}
         union = np.any(list(known.values()), axis=0) if known else None
         outline = union if finding.value == "disease" else known.get(finding.value)
-        alt = f"{names[film.value]}: attention of {finding.value}, layer {layer.label}, head {head.label}"
+        alt = (
+            f"{names[film.value]}: attention of {finding.value}, layer {layer.label}, head "
+            f"{head.label}"
+        )
         return plots.attention_overlay(
             films[film.value], chosen, outline, threshold.value, opacity.value, finding.value
         ), alt
