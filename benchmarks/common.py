@@ -42,16 +42,13 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from mmedpo_utils.base.environment import provenance  # noqa: E402
-from mmedpo_utils.lvlm import MedLVLM, generate, load_lvlm, model_digest  # noqa: E402
-from mmedpo_utils.preference_rows import (  # noqa: E402
-    Row,
-    answer_text,
-    question_text,
-    read_manifest,
-    write_manifest,
-)
+from mmedpo_utils.base.precision import train_in_32_bits  # noqa: E402
+from mmedpo_utils.base.rows import Row, question_text  # noqa: E402
+from mmedpo_utils.base.tensors import model_digest  # noqa: E402
+from mmedpo_utils.lvlm import MedLVLM, generate, load_lvlm  # noqa: E402
+from mmedpo_utils.preference_rows import answer_text, read_manifest, write_manifest  # noqa: E402
 from mmedpo_utils.scale.fast_trainer import FastTrainer, PackingCollator  # noqa: E402
-from mmedpo_utils.trainer import adapter_config, preference_dataset, train_in_32_bits  # noqa: E402
+from mmedpo_utils.trainer import adapter_config, preference_dataset  # noqa: E402
 
 PATCH, MAX_LENGTH, SEED, BETA = 14, 1024, 3, 0.1
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>", "USER", "ASSISTANT", ":")

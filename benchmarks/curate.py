@@ -38,13 +38,17 @@ sys.path.insert(0, str(ROOT))
 from mmedpo_utils.base.environment import provenance  # noqa: E402
 from mmedpo_utils.base.files import write_json  # noqa: E402
 from mmedpo_utils.base.images import open_image  # noqa: E402
+from mmedpo_utils.base.rows import Row  # noqa: E402
 from mmedpo_utils.convert.medklip_official import OFFICIAL_QUERIES  # noqa: E402
-from mmedpo_utils.curate import curate_folder  # noqa: E402
 from mmedpo_utils.medklip import MedKLIP, MedKLIPConfig, confidence, heat_map  # noqa: E402
-from mmedpo_utils.pairs import PNG, medklip_look, reject_image  # noqa: E402
+from mmedpo_utils.noise import noise_mask, noised_pixels  # noqa: E402
+from mmedpo_utils.pairs import medklip_tool  # noqa: E402
 from mmedpo_utils.phantom.world import films  # noqa: E402
-from mmedpo_utils.preference_rows import Row  # noqa: E402
 from mmedpo_utils.profiles import load_profile  # noqa: E402
+from mmedpo_utils.scale.resumable_curation import (
+    PNG,  # noqa: E402
+    curate_folder,  # noqa: E402
+)
 
 CORES, BATCH_SIZE, MEMORY_SIZE, PATIENTS = 2, 32, 256, 16
 NOISE = load_profile("phantom").noise
@@ -94,8 +98,11 @@ def one_at_a_time(model: MedKLIP, questions: list[Row], images: Path, noised: Pa
         with torch.inference_mode():
             output = model(model.preprocess([image]))
         rng = np.random.default_rng(question["question_id"])
-        copy = reject_image(image, heat_map(output)[0].numpy(), NOISE, rng)
-        copy.save(noised / question["image"], **PNG)
+        pixels = np.asarray(image)
+        heat = heat_map(output)[0].numpy()
+        mask = noise_mask(heat, pixels.shape[:2], NOISE.kind, NOISE.mask, NOISE.quantile)
+        copy = noised_pixels(pixels, mask, NOISE.kind, NOISE.signal, rng)
+        Image.fromarray(copy).save(noised / question["image"], **PNG)
         question["weighted_score"] = float(confidence(output)[0])
 
 
@@ -119,7 +126,7 @@ def measure_time(count: int, size: int, rounds: int, folder: Path) -> dict[str, 
     pixels = torch.cat(
         [model.preprocess([open_image(folder / "images" / item["image"])]) for item in questions]
     )
-    look, taken = medklip_look(model), {"forward": [], "curation": [], "released": []}
+    look, taken = medklip_tool(model), {"forward": [], "curation": [], "released": []}
     bare_forward(model, pixels[:BATCH_SIZE])
     for number in range(rounds):
         target = folder / f"round-{number}"
@@ -164,7 +171,7 @@ def curate_and_print_peak(count: int, folder: Path) -> None:
         questions,
         folder / "images",
         folder / "pairs",
-        medklip_look(official_network()),
+        medklip_tool(official_network()),
         NOISE,
         0,
         BATCH_SIZE,

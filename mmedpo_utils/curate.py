@@ -9,43 +9,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from .base.doors import open_door
 from .base.errors import InputError
-from .base.files import atomic_write, remove_temporaries, write_json
+from .base.files import read_or_compute, write_json
+from .base.rows import Row
+from .base.tensors import model_digest
 from .dataset import Dataset, with_images
-from .lvlm import MedLVLM, generate, model_digest
+from .lvlm import MedLVLM, generate
 from .medklip import MedKLIP
-from .pairs import (
-    Look,
-    image_batches,
-    medklip_look,
-    merge_pairs,
-    noised_copies,
-    open_or_reason,
-    pick_questions,
-    text_pairs,
-    visual_rows,
-)
-from .preference_rows import (
-    Row,
-    read_manifest,
-    row_sha,
-    row_source,
-    rows_to_questions,
-    write_manifest,
-)
-from .profiles import Noise, Profile
+from .pairs import medklip_tool, merge_pairs, pick_questions, text_pairs
+from .preference_rows import read_manifest, row_sha, row_source, rows_to_questions, write_manifest
+from .profiles import Profile
 from .relevance import Judge, Member, sample_candidates
-from .scale.journal import Journal
 
 PROGRESS_SECONDS = 30
 
@@ -65,146 +45,29 @@ def curate_visual(profile: Profile, dataset: Dataset, model: MedKLIP) -> list[Ro
 
     A run that was killed goes on where it was; ``pairs/audit.json`` says what was skipped.
     """
-    questions, folder = training_questions(profile, dataset), profile.output / "pairs"
-    digest = (
-        f"{inputs_digest(profile, questions, 'seed', 'data', 'visual_tool', 'noise')} "
-        f"{model_digest(model)}"
-    )
+    questions = training_questions(profile, dataset)
+    folder = profile.output / "pairs"
+    inputs = inputs_digest(profile, questions, "seed", "data", "visual_tool", "noise")
+    inputs = f"{inputs} {model_digest(model)}"
     audit = folder / "audit.json"
     if audit.is_file() and json.loads(audit.read_text(encoding="utf-8"))["skipped"]:
-        (folder / "visual.sha256").unlink(
-            missing_ok=True
-        )  # the reader may have mended what was skipped
+        # The reader may have corrected what was skipped.
+        (folder / "visual.sha256").unlink(missing_ok=True)
 
     def compute() -> None:
-        look = medklip_look(model, profile.visual_tool.query)
-        curate_folder(
+        open_door("visual curation")(
             questions,
             dataset.image_root,
             folder,
-            look,
+            medklip_tool(model, profile.visual_tool.query),
             profile.noise,
             profile.seed,
             profile.visual_tool.batch_size,
-            digest,
+            inputs,
         )
 
-    once(folder / "visual.json", digest, compute)
+    read_or_compute(folder / "visual.json", inputs, compute)
     return read_manifest(folder / "visual.json", dataset.image_root, folder / "noised", strict=True)
-
-
-def curate_folder(
-    questions: Sequence[Row],
-    image_root: str | Path,
-    folder: str | Path,
-    look: Look,
-    noise: Noise,
-    seed: int,
-    batch_size: int,
-    tool: str,
-) -> Row:
-    """Visual pairs of any number of images, restartable: killed at any point, the same call goes on
-    where it was.
-
-    Under ``folder``: ``noised/``, one PNG per image; ``visual.jsonl``, the journal, one line per
-        batch; in the end
-    ``visual.json``, the rows, and ``audit.json``. All are the same, byte for byte, however often
-    the run was killed.
-
-    Args:
-        look, noise, seed, batch_size: as for ``visual_pairs``.
-        tool: identifies the visual tool (and whatever else decides the result); the journal of
-            another one is not used.
-
-    Returns:
-        the audit of ``audit_visual``. An image that cannot be used is skipped, with its rows.
-
-    Raises:
-        InputError: something cannot be written, or no image can be used.
-    """
-    folder, batches = Path(folder), image_batches(questions, batch_size)
-    remove_temporaries(folder)
-    digest = row_sha([{"batches": batches, "noise": asdict(noise), "seed": seed, "tool": tool}])
-    journal = Journal(
-        folder / "visual.jsonl",
-        digest,
-        partial(_is_written, Path(image_root).resolve(), folder / "noised"),
-    )
-    total, done = sum(map(len, batches)), sum(map(len, journal.entries))
-    if done:
-        print(f"visual pairs: going on after {done:,} of {total:,} images")
-    left, said = batches[len(journal.entries) :], time.monotonic()
-    for records in noised_copies(left, image_root, folder / "noised", look, noise, seed):
-        journal.append(records)
-        done += len(records)
-        if time.monotonic() - said >= PROGRESS_SECONDS:
-            print(f"visual pairs: {done:,} of {total:,} images", flush=True)
-            said = time.monotonic()
-    records = [record for entry in journal.entries for record in entry]
-    if all("skipped" in record for record in records):
-        raise InputError(
-            f"{image_root}: none of {total:,} images can be used; the first: "
-            f"{records[0]['skipped']}"
-        )
-    write_manifest(folder / "visual.json", visual_rows(questions, records))
-    audit = audit_visual(questions, records)
-    write_json(folder / "audit.json", audit)
-    print(
-        f"visual pairs: {audit['rows']:,} rows of {audit['images']:,} images, "
-        f"{audit['rows_skipped']:,} rows skipped; "
-        f"mask over {audit['coverage']['mean']:.1%} of an image; mean confidence "
-        f"{audit['confidence']['mean']:.2f}"
-    )
-    return audit
-
-
-def audit_visual(questions: Sequence[Row], records: Sequence[Row]) -> Row:
-    """What a curation did, from the records of ``noised_copies``, at least one of them with a copy.
-
-    Returns:
-        ``images`` with a copy, ``unchanged`` ones among them, ``rows``, ``rows_skipped``;
-        ``coverage`` (share of an image under the mask) and ``confidence``, each with mean, least,
-        most and counts in ten equal bins from 0 to 1;
-        ``skipped``: per image why, and how many rows.
-    """
-    asked = Counter(question["image"] for question in questions)
-    made = [record for record in records if "skipped" not in record]
-    skipped = [
-        {"image": record["image"], "why": record["skipped"], "rows": asked[record["image"]]}
-        for record in records
-        if "skipped" in record
-    ]
-    lost = sum(entry["rows"] for entry in skipped)
-    return {
-        "images": len(made),
-        "unchanged": sum(not record["changed"] for record in made),
-        "rows": len(questions) - lost,
-        "rows_skipped": lost,
-        **{key: _spread([record[key] for record in made]) for key in ("coverage", "confidence")},
-        "skipped": skipped,
-    }
-
-
-def _spread(values: Sequence[float]) -> dict[str, Any]:
-    counts, _ = np.histogram(values, bins=10, range=(0, 1))
-    return {
-        "mean": round(float(np.mean(values)), 6),
-        "least": min(values),
-        "most": max(values),
-        "bins": counts.tolist(),
-    }
-
-
-def _is_written(image_root: Path, noised_root: Path, records: Any) -> bool:
-    """Whether a journal's entry is a list of records whose copies are there, or whose images still
-    cannot be used.
-    """
-    return isinstance(records, list) and all(
-        isinstance(open_or_reason(image_root, record["image"])[1], str)
-        if "skipped" in record
-        else (noised_root / record["rejected_image"]).is_file()
-        for record in records
-    )
 
 
 def curate_text(
@@ -222,6 +85,8 @@ def curate_text(
     questions = training_questions(profile, dataset)
     questions = with_images(questions, dataset.image_root, "train", decode=True)
 
+    values = profile.curation
+
     def compute() -> None:
         sample = partial(
             generate,
@@ -229,7 +94,6 @@ def curate_text(
             max_new_tokens=profile.lvlm.max_new_tokens,
             batch_size=profile.lvlm.batch_size,
         )
-        values = profile.curation
         candidates = sample_candidates(
             sample,
             questions,
@@ -250,25 +114,21 @@ def curate_text(
         write_json(folder / "debates.json", debates)
         write_manifest(folder / "text.json", rows)
 
-    digest = (
-        f"{inputs_digest(profile, questions, 'seed', 'data', 'lvlm', 'curation', 'judge')} "
-        f"{model_digest(lvlm.model)}"
-    )
-    once(folder / "text.json", digest, compute)
+    inputs = inputs_digest(profile, questions, "seed", "data", "lvlm", "curation", "judge")
+    read_or_compute(folder / "text.json", f"{inputs} {model_digest(lvlm.model)}", compute)
     rows = read_manifest(folder / "text.json", dataset.image_root, strict=True)
-    return rows, json.loads((folder / "debates.json").read_text())
+    return rows, json.loads((folder / "debates.json").read_text(encoding="utf-8"))
 
 
-def merge(profile: Profile, text_rows: list[Row], visual_rows: list[Row]) -> list[Row]:
+def write_training_pairs(
+    profile: Profile, text_rows: list[Row], visual_rows: list[Row]
+) -> list[Row]:
     """Both kinds of pairs in one manifest, ``pairs/train.json``, which training reads."""
     rows = merge_pairs(text_rows, visual_rows)
     write_manifest(profile.output / "pairs" / "train.json", rows)
-    print(
-        "train.json: "
-        + ", ".join(
-            f"{count} {source}" for source, count in Counter(r["source"] for r in rows).items()
-        )
-    )
+    counts = Counter(row["source"] for row in rows)
+    told = ", ".join(f"{count} {source}" for source, count in counts.items())
+    print(f"train.json: {told}")
     return rows
 
 
@@ -277,21 +137,6 @@ def inputs_digest(profile: Profile, questions: list[Row], *sections: str) -> str
     the questions.
     """
     return hashlib.sha256(f"{profile.digest(*sections)} {row_sha(questions)}".encode()).hexdigest()
-
-
-def once(path: Path, digest: str, compute: Any) -> None:
-    """Call ``compute``, which writes ``path``, unless the digest beside it says that it has run on
-    the same inputs.
-    """
-    stamp = path.with_suffix(".sha256")
-    if path.is_file() and stamp.is_file() and stamp.read_text().strip() == digest:
-        print(f"{path.name}: read, made earlier from the same inputs")
-        return
-    stamp.unlink(missing_ok=True)
-    compute()
-    with atomic_write(stamp) as temporary:
-        temporary.write_text(digest + "\n")
-    print(f"{path.name}: computed")
 
 
 def manifest_path(profile: Profile, variant: str) -> Path:
@@ -309,7 +154,8 @@ def training_rows(profile: Profile, name: str) -> list[dict[str, Any]]:
     Raises:
         InputError: the manifest cannot be used, or has no pair of the variant's sources.
     """
-    manifest, sources = manifest_path(profile, name), profile.training.variants[name].sources
+    manifest = manifest_path(profile, name)
+    sources = profile.training.variants[name].sources
     own = manifest.stem == "train" or manifest.with_suffix(".sha256").is_file()
     roots = () if own else (profile.image_root, profile.output / "pairs" / "noised")
     stored = read_manifest(manifest, *roots, strict=own)

@@ -20,9 +20,10 @@ from .base.errors import InputError, Unusable
 from .base.files import write_json
 from .base.images import open_image, resolve_image
 from .base.privacy import check_origin, check_outputs
+from .base.rows import Row
 from .base.settings import SPLITS
 from .phantom.texts import read_masks, write_dataset
-from .preference_rows import Row, pair_images, read_questions
+from .preference_rows import pair_images, read_questions
 from .profiles import Profile
 
 

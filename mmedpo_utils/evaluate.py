@@ -16,14 +16,17 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from .base.bootstrap import bootstrap_interval, paired_difference
 from .base.errors import InputError, first_line
 from .base.files import atomic_write, read_text, write_json, write_json_lines
 from .base.images import open_image, resolve_image
+from .base.rows import check_prediction, question_text
+from .base.tensors import model_digest
 from .dataset import Dataset, with_images
-from .lvlm import MedLVLM, generate, image_attention, load_profile_lvlm, model_digest
-from .metrics import bootstrap_interval, paired_difference, patient_of, row_statistics
+from .lvlm import MedLVLM, generate, image_attention, load_profile_lvlm
+from .metrics import patient_of, row_statistics
 from .phantom.texts import read_masks
-from .preference_rows import ANSWER_TYPES, question_text, row_sha
+from .preference_rows import row_sha
 from .profiles import Profile
 
 COMPARED = ("closed_accuracy", "open_recall", "bleu", "rouge_l")
@@ -140,31 +143,9 @@ def read_predictions(path: str | Path) -> list[dict[str, Any]]:
             raise InputError(
                 f"{path}, line {number}: not a JSON object ({first_line(error)}); predict again"
             ) from error
-        _check_prediction(row, f"{path}, line {number}")
+        check_prediction(row, f"{path}, line {number}")
         rows.append(row)
     return rows
-
-
-def _check_prediction(row: Any, where: str) -> None:
-    if not isinstance(row, dict):
-        raise InputError(f"{where}: not a JSON object but {type(row).__name__}; predict again")
-    missing = [
-        key
-        for key in ("question_id", "image", "answer_type", "answer", "prediction")
-        if key not in row
-    ]
-    if missing:
-        raise InputError(f"{where}: a prediction needs {', '.join(missing)}; predict again")
-    for key in ("image", "answer", "prediction"):
-        if not isinstance(row[key], str):
-            raise InputError(
-                f"{where}: `{key}`: expected a text, found {row[key]!r:.80}; predict again"
-            )
-    if row["answer_type"] not in ANSWER_TYPES:
-        raise InputError(
-            f"{where}: `answer_type`: expected one of {', '.join(ANSWER_TYPES)}, found "
-            f"{row['answer_type']!r:.80}; predict again"
-        )
 
 
 def _answers(

@@ -4,27 +4,22 @@ from __future__ import annotations
 
 import importlib.util
 import io
-import os
 import re
 import shutil
-import signal
 import subprocess
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 from IPython import get_ipython
 from IPython.display import Image, Pretty, display
 
+from .base.doors import open_door
 from .base.environment import check_device
 from .base.errors import InputError
-from .base.settings import repository_root
-from .commands import check_hostfile, commands, printed, process_count, shorten, write_hostfile
+from .base.processes import cause_of_death, last_words, log_text, started
 from .curate import manifest_path
+from .launch_command import launch_command, printed, process_count, shorten
 from .profiles import Profile
 from .run_folder import (
     FAILED,
@@ -38,20 +33,8 @@ from .run_folder import (
 from .show import plots
 
 REFRESH_SECONDS = 1.5
-PATIENCE_SECONDS = 10
 PORT_ATTEMPTS = 3
 PORT_TAKEN = re.compile("EADDRINUSE|address already in use", re.IGNORECASE)
-CAUSES = [  # what a dying process says, and what it means
-    (
-        r"No space left on device|File too large|Disk quota exceeded|disk is full"
-        r"|os error (27|28)|unexpected pos",
-        "the disk is full, or a file may not grow further; free some space",
-    ),
-    (
-        r"return code = (-9|247|137)|Connection closed by peer|Connection reset by peer",
-        "a process was killed from outside: by a person, or by the system where memory ran out",
-    ),
-]
 
 
 class TrainingError(RuntimeError):
@@ -138,7 +121,8 @@ def folder_of(profile: Profile, variant: str, seed: int) -> Path:
 def _checked_manifest(profile: Profile, variant: str) -> Path:
     check_variant(profile, variant)
     check_device(profile.lvlm.device)
-    package, manifest = profile.training.report_to, manifest_path(profile, variant)
+    package = profile.training.report_to
+    manifest = manifest_path(profile, variant)
     if package != "none" and importlib.util.find_spec(package) is None:
         raise InputError(
             f"profile key `training.report_to`: the package {package} is not installed; run `pip "
@@ -149,7 +133,8 @@ def _checked_manifest(profile: Profile, variant: str) -> Path:
             "profile key `training.hostfile`: the launcher reaches the nodes through pdsh, which "
             "is not installed; install it, or write null: then each node gets a command of its own"
         )
-    check_hostfile(profile)
+    if profile.training.hostfile:
+        open_door("hostfile")(profile)
     if not manifest.is_file():
         how = (
             f"run notebook 03 with profile {profile.name}"
@@ -170,7 +155,8 @@ def check_variant(profile: Profile, variant: str) -> None:
 
 
 def _say_how_it_begins(profile: Profile, folder: Path, digest: str) -> None:
-    processes, values = process_count(profile), profile.training
+    values = profile.training
+    processes = process_count(profile)
     checkpoint = newest_checkpoint(folder, digest, processes)
     if checkpoint:
         print(f"{shorten(folder)} goes on from step {checkpoint.name.rpartition('-')[2]}.")
@@ -183,55 +169,58 @@ def _say_how_it_begins(profile: Profile, folder: Path, digest: str) -> None:
         print("paged_adamw_8bit needs a GPU: AdamW trains instead.")
 
 
+def _commands(profile: Profile, variant: str, seed: int, folder: Path) -> list[list[str]]:
+    """What starts the training: one command here, or several over nodes."""
+    if profile.training.nodes == 1:
+        return [launch_command(profile, variant, seed, folder)]
+    ssh = profile.training.hostfile is not None
+    return open_door("several nodes")(profile, variant, seed, folder, ssh)
+
+
 def _run_commands(profile: Profile, variant: str, seed: int, folder: Path, live: bool) -> int:
-    """Start the training here and follow it to its end; try another port where the chosen one was
-    taken meanwhile.
+    """Start the training here and follow it to its end. Returns its exit code.
+
+    A port that was free may be taken a moment later: then another one is tried.
     """
-    if profile.training.nodes > 1 and not profile.training.hostfile:
-        write_hostfile(profile, folder)
+    log = folder / "train.log"
+    each = process_count(profile) // profile.training.nodes
+    returned = 1
     for _ in range(PORT_ATTEMPTS):
-        first, *others = commands(
-            profile, variant, seed, folder, ssh=bool(profile.training.hostfile)
-        )
+        first, *others = _commands(profile, variant, seed, folder)
         print("$ " + printed(first))
         if others:
             print(
                 "This node is the first one. Start on each other node, in the repository's folder:"
             )
             print("\n".join("$ " + printed(other) for other in others))
-        with _started(
-            first, folder / "train.log", process_count(profile) // profile.training.nodes
-        ) as process:
+        cores = int(first[first.index("--cores") + 1])
+        with started(first, log, threads=max(1, cores // each)) as process:
             _follow(process, folder, live)
-        if not process.returncode or not PORT_TAKEN.search(_text(folder / "train.log")):
+        returned = process.returncode
+        if returned == 0 or not PORT_TAKEN.search(log_text(log)):
             break
-    return process.returncode
+    return returned
 
 
 def _what_happened(folder: Path, digest: str, returned: int) -> str:
     """One message: what failed, what the same call does next, and the process's own last lines."""
-    log = _text(folder / "train.log")
-    last = _last_words(log)
-    evidence = (
-        last
-        + "".join(re.findall(r"exits with return code = -\d+", log))
-        + f"return code = {returned}"
-    )
-    cause = next((f": {told}" for pattern, told in CAUSES if re.search(pattern, evidence)), "")
+    log = log_text(folder / "train.log")
+    last = last_words(log, FAILED)
+    codes = "".join(re.findall(r"exits with return code = -\d+", log))
+    cause = cause_of_death(f"{last}{codes}return code = {returned}")
     return (
-        f"training of {folder.name} failed (exit code {returned}){cause}. The same cell or "
-        f"command, run again, {_next_time(folder, digest)}. Its last lines (all of them: "
+        f"training of {folder.name} failed (exit code {returned})"
+        f"{f': {cause}' if cause else ''}. The same cell or command, run again, "
+        f"{_next_time(folder, digest)}. Its last lines (all of them: "
         f"{shorten(folder)}/train.log):\n{last}"
     )
 
 
 def _next_time(folder: Path, digest: str) -> str:
     checkpoint = newest_checkpoint(folder, digest)
-    return (
-        f"goes on from step {checkpoint.name.rpartition('-')[2]}, whose checkpoint is whole"
-        if checkpoint
-        else "starts anew"
-    )
+    if checkpoint is None:
+        return "starts anew"
+    return f"goes on from step {checkpoint.name.rpartition('-')[2]}, whose checkpoint is whole"
 
 
 def load_run(folder: Path, digest: str) -> RunResult | None:
@@ -242,74 +231,15 @@ def load_run(folder: Path, digest: str) -> RunResult | None:
     return RunResult(folder, result, read_events(folder), loaded=True) if result else None
 
 
-@contextmanager
-def _started(arguments: list[str], log: Path, processes: int) -> Iterator[subprocess.Popen]:
-    """Run a command in a process group of its own; whatever happens, none of the group is left at
-    the end.
-    """
-    with open(log, "wb") as stream:
-        process = subprocess.Popen(
-            arguments,
-            cwd=repository_root(),
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-            env={**os.environ, "HF_HUB_DISABLE_TELEMETRY": "1"} | _threads(arguments, processes),
-        )
-    try:
-        yield process
-    finally:
-        _stop(process)
-
-
-def _threads(arguments: list[str], processes: int) -> dict[str, str]:
-    """OMP_NUM_THREADS that shares the command's cores between its ``processes`` on this node."""
-    return {
-        "OMP_NUM_THREADS": str(max(1, int(arguments[arguments.index("--cores") + 1]) // processes))
-    }
-
-
-def _stop(process: subprocess.Popen) -> None:
-    """Ask the whole group to end, then end it; return when none of it runs."""
-    if os.name == "nt":
-        process.kill()
-        return
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(process.pid, number)
-        except (ProcessLookupError, PermissionError):  # nobody is left in the group
-            return
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        while time.monotonic() < deadline:
-            process.poll()
-            if not _runs(process.pid):
-                return
-            time.sleep(0.05)
-
-
-def _runs(group: int) -> bool:
-    """Whether a process of the group still runs; one that has ended and waits to be collected does
-    not.
-    """
-    for process in psutil.process_iter(["status"]):
-        try:
-            if os.getpgid(process.pid) == group and process.info["status"] != psutil.STATUS_ZOMBIE:
-                return True
-        except ProcessLookupError:
-            continue
-    return False
-
-
 def _follow(process: subprocess.Popen, folder: Path, live: bool) -> None:
     """Wait for the process; as events arrive, redraw the curves in a notebook, or print the steps
     in a terminal.
     """
-    notebook = live and get_ipython() is not None
-    handle = (
-        display(Pretty("The processes are starting ..."), display_id=True) if notebook else None
-    )
-    running, shown = True, len(read_events(folder))
+    handle = None
+    if live and get_ipython() is not None:
+        handle = display(Pretty("The processes are starting ..."), display_id=True)
+    running = True
+    shown = len(read_events(folder))
     while running:
         try:
             process.wait(REFRESH_SECONDS)
@@ -320,32 +250,24 @@ def _follow(process: subprocess.Popen, folder: Path, live: bool) -> None:
         if len(events) == shown:
             continue
         if handle:
-            drawing = io.BytesIO()
-            plots.training_curves(events).savefig(
-                drawing, format="png", dpi=80, bbox_inches="tight"
-            )
-            handle.update(
-                Image(
-                    drawing.getvalue(),
-                    alt="Training curves so far: loss, log-probabilities, margin, accuracy",
-                )
-            )
+            handle.update(_curves(events))
         else:
             for event in events[shown:]:
-                names = ("loss", "validation_loss", "pairs_per_second", "seconds_left")
-                values = "  ".join(f"{name} {event[name]:.4g}" for name in names if name in event)
-                print(f"step {event['step']}/{event['total_steps']}  {values}", flush=True)
+                print(_progress(event), flush=True)
         shown = len(events)
 
 
-def _text(log: Path) -> str:
-    return log.read_text(encoding="utf-8", errors="replace")
+def _curves(events: list[dict[str, Any]]) -> Image:
+    drawing = io.BytesIO()
+    figure = plots.training_curves(events)
+    figure.savefig(drawing, format="png", dpi=80, bbox_inches="tight")
+    alt = "Training curves so far: loss, log-probabilities, margin, accuracy"
+    return Image(drawing.getvalue(), alt=alt)
 
 
-def _last_words(log: str, lines: int = 15) -> str:
-    """The end of the first traceback that a process wrote, or the log's last lines where none
-    did.
-    """
-    _, _, told = log.partition(FAILED)
-    block = re.split(rf"^\[\d{{4}}-|{re.escape(FAILED)}", told, maxsplit=1, flags=re.MULTILINE)[0]
-    return "\n".join((block or log).strip().splitlines()[-lines:])
+def _progress(event: dict[str, Any]) -> str:
+    values = []
+    for name in ("loss", "validation_loss", "pairs_per_second", "seconds_left"):
+        if name in event:
+            values.append(f"{name} {event[name]:.4g}")
+    return f"step {event['step']}/{event['total_steps']}  {'  '.join(values)}"

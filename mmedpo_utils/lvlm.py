@@ -10,35 +10,29 @@ vision tower, projector and output layer keep their precision.
 
 from __future__ import annotations
 
-import hashlib
-import logging
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import (
-    AutoConfig,
-    AutoProcessor,
     LlavaForConditionalGeneration,
-    LlavaProcessor,
     ProcessorMixin,
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.utils import logging as transformers_logging
 
 from .base.chat_templates import TEMPLATES
 from .base.doors import open_door
 from .base.environment import check_device
 from .base.errors import InputError, first_line
-from .base.files import load_json
+from .base.precision import keep_packing, nf4_config
+from .base.quiet import quiet_loading
+from .convert.model_folder import prepare_processor, read_processor
 from .profiles import Profile
 
 PHANTOM_WEIGHTS = Path(__file__).parent / "phantom" / "weights" / "lvlm"
@@ -131,7 +125,7 @@ def _read_folder(
             "install the package's extra `gpu`, or set lvlm.quantization to none"
         ) from error
     if small:
-        _keep_packing(model)
+        keep_packing(model)
     # bitsandbytes or DeepSpeed has put the weights where they belong.
     placed = small or is_deepspeed_zero3_enabled()
     return (model if placed else model.to(target)), read_processor(source)
@@ -173,114 +167,12 @@ def empty_model(source: Path) -> LlavaForConditionalGeneration:
     return _load_weights(source, device_map={"": "meta"})
 
 
-def read_processor(source: Path) -> LlavaProcessor:
-    """The processor of a Hugging Face LLaVA folder. Raises InputError: unreadable, or of another
-    kind.
-    """
-    try:
-        with quiet_loading():
-            # The torchvision back end resizes otherwise than Pillow, which the original code uses.
-            processor = AutoProcessor.from_pretrained(
-                source, backend="pil", trust_remote_code=False
-            )
-    except (OSError, RuntimeError, ValueError, TypeError, KeyError, ImportError) as error:
-        raise InputError(
-            f"{source}: its processor cannot be read ({first_line(error)}); the folder needs "
-            "processor_config.json and the files of its image processor and tokenizer"
-        ) from error
-    if not isinstance(processor, LlavaProcessor):
-        raise InputError(
-            f"{source}: its processor is a {type(processor).__name__}; expected a LlavaProcessor: "
-            "put the processor_config.json of a LLaVA model there"
-        )
-    processor.tokenizer.padding_side = "left"
-    return processor
-
-
 def image_token_count(processor: ProcessorMixin) -> int:
     """How many image tokens one ``<image>`` mark becomes."""
     batch = processor(
         images=Image.new("RGB", (64, 64)), text=processor.image_token, return_tensors="pt"
     )
     return int((batch["input_ids"] == processor.image_token_id).sum())
-
-
-def prepare_processor(
-    source: Path, config: Any, processor: LlavaProcessor, template: str | None
-) -> int:
-    """Make a processor write prompts in which the model finds the image, or refuse.
-
-    Values that its file leaves out come from the model's configuration. Then one question about one
-    image is written: a template that drops the image, or another image token than the model's,
-    would have every question answered from its text alone.
-
-    Args:
-        config: the model's `LlavaConfig`.
-        template: a name in `llava_text.TEMPLATES`; None is the folder's own chat template.
-
-    Returns:
-        how many tokens an image becomes.
-
-    Raises:
-        InputError: names the file and the key.
-    """
-    if template is not None:
-        processor.chat_template = TEMPLATES[template]
-    tokens = _complete_processor(source, config, processor)
-    mark, found = processor.image_token, config.image_token_id
-    own = processor.tokenizer.convert_tokens_to_ids(mark)
-    if own != found:
-        raise InputError(
-            f"{source / 'config.json'}: `image_token_index` is {found}, and the tokenizer's {mark} "
-            f"is {own}; expected the same number: the model would answer without seeing the image"
-        )
-    try:
-        written = prompt(processor, "Is there a nodule?")
-        count = image_token_count(processor)
-    except Exception as error:  # a template is a program of its own: anything may come out of it
-        raise InputError(
-            f"{source}: its processor or chat template cannot write a prompt "
-            f"({first_line(error)}); correct its files, or set lvlm.template"
-        ) from error
-    if written.count(mark) != 1:
-        raise InputError(
-            f"{source}: the chat template writes {written.count(mark)} {mark} marks for a question "
-            "about one image, and expected is one: the model would answer without the image; "
-            "correct chat_template.jinja, or set lvlm.template"
-        )
-    if count != tokens:
-        raise InputError(
-            f"{source}: its processor makes {count} tokens of an image, and config.json's vision "
-            f"tower {tokens}; correct the size of the images in processor_config.json or "
-            "preprocessor_config.json"
-        )
-    return tokens
-
-
-def _complete_processor(source: Path, config: Any, processor: LlavaProcessor) -> int:
-    """Set what the processor's file leaves out, compare what it says; how many tokens an image
-    is.
-    """
-    tower = config.vision_config
-    expected = {
-        "patch_size": tower.patch_size,
-        "vision_feature_select_strategy": config.vision_feature_select_strategy,
-        # CLIP puts a class token before its patches; SigLIP, for instance, has none.
-        "num_additional_image_tokens": int("clip" in tower.model_type),
-    }
-    file = source / "processor_config.json"
-    stored = load_json(file, "the settings of a processor") if file.is_file() else {}
-    for key, value in expected.items():
-        if stored.get(key) is None:
-            setattr(processor, key, value)
-        elif stored[key] != value:
-            raise InputError(
-                f"{file}: `{key}` is {stored[key]!r}, and config.json's model needs {value!r}; "
-                "correct it, or take the key out"
-            )
-    patches = (tower.image_size // tower.patch_size) ** 2
-    drops_class_token = config.vision_feature_select_strategy == "default"
-    return patches + (0 if drops_class_token else expected["num_additional_image_tokens"])
 
 
 def load_profile_lvlm(
@@ -303,94 +195,6 @@ def load_profile_lvlm(
         template or values.template,
         values.base_adapter,
     )
-
-
-def read_config(source: Path) -> Any:
-    """The `LlavaConfig` of a Hugging Face folder. Raises InputError: unreadable, or of another
-    architecture.
-    """
-    try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
-        raise InputError(
-            f"{source}: no readable model configuration ({first_line(error)}); expected "
-            '"phantom", a '
-            "folder with a LLaVA config.json, or a model's name on the Hub"
-        ) from error
-    if config.model_type != "llava":
-        raise InputError(
-            f"{source}: config.json says model_type {config.model_type!r}; expected 'llava' "
-            "(LlavaForConditionalGeneration)"
-        )
-    return config
-
-
-def nf4_config(precision: torch.dtype = torch.bfloat16) -> Any:
-    """The `BitsAndBytesConfig` of 4-bit loading: NF4, double quantisation, computing in
-    ``precision``.
-    """
-    from transformers import BitsAndBytesConfig
-
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of an optional CPU kernel
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=precision,
-        llm_int8_skip_modules=["model.vision_tower", "model.multi_modal_projector", "lm_head"],
-    )
-
-
-def _keep_packing(model: torch.nn.Module) -> None:
-    """Keep bitsandbytes from repacking 4-bit weights on the CPU at the first look in eval mode.
-
-    Where the CPU computes in bfloat16, it would round the scales in place, and from then on no
-    gradient passes.
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-
-
-@contextmanager
-def quiet_loading() -> Iterator[None]:
-    """Turn off the library's progress bars and reports while a model loads."""
-    level = transformers_logging.get_verbosity()
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()
-
-
-def model_digest(model: torch.nn.Module) -> str:
-    """SHA-256 over up to 1,024 evenly spaced values of every tensor of the model, with its name and
-    shape.
-
-    What DeepSpeed has divided among processes is gathered, one tensor at a time; all of them have
-    to call.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
-        with _whole(tensor):
-            values = (
-                tensor.detach().flatten()[:: max(1, tensor.numel() // 1024)].float().cpu().numpy()
-            )
-            digest.update(f"{name} {tuple(tensor.shape)}".encode() + values.tobytes())
-    return digest.hexdigest()
-
-
-def _whole(tensor: torch.Tensor) -> AbstractContextManager:
-    """Inside, a parameter that ZeRO stage 3 divided is whole."""
-    if not hasattr(tensor, "ds_id"):
-        return nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters([tensor])
 
 
 def prompt(processor: Any, question: str) -> str:

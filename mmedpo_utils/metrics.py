@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache, lru_cache
 from typing import Any
 
@@ -22,11 +22,12 @@ import numpy as np
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU
 
+from .base.bootstrap import Statistic, mean_percent
 from .base.errors import first_line
+from .base.words import IDEOGRAPH, AnyScript, opener, words
 from .released import evaluation
 
 Row = dict[str, Any]
-Statistic = Callable[[np.ndarray], np.ndarray]
 METHODS = {
     "closed_accuracy": "share of yes/no answers whose first word is the true one (lower case; "
     "punctuation parts words); where the truth is another word or phrase, the prediction has to "
@@ -44,13 +45,6 @@ METHODS = {
     **evaluation.METHODS,
 }
 BLEU_ORDERS = (1, 2, 3, 4)
-# Chinese and Japanese write no blanks: each character counts as a word.
-IDEOGRAPH = "[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]"
-LETTERS = rf"(?:(?!{IDEOGRAPH})[^\W_])+"
-RUN = re.compile(f"{IDEOGRAPH}|{LETTERS}")
-NUMBER = r"\d{1,3}(?:,\d{3})+(?!\d)|\d+(?:\.\d+)+"
-WORD = re.compile(rf"{IDEOGRAPH}|{NUMBER}|{LETTERS}(?:['\u2019]{LETTERS})*")
-LETTER_HYPHEN = re.compile(r"\b([^\W\d_])-(?=[^\W\d_])")
 ANSWER_TYPES = {
     "closed_accuracy": "CLOSED",
     "open_recall": "OPEN",
@@ -66,33 +60,6 @@ SCORES = (
     "meteor",
 )
 RELEASED_SCORES = tuple(evaluation.METHODS)
-
-
-def words(text: str) -> list[str]:
-    """Lower-case words of ``text``: runs of letters and digits of any script, so that punctuation
-    parts words.
-
-    Decimals stay whole ("3.5"), thousands lose their commas ("1,200" is 1200), contractions their
-    apostrophe ("don't" is dont), and a single letter its hyphen ("x-ray" is xray; "left-sided" is
-    two words).
-    """
-    joined = LETTER_HYPHEN.sub(r"\1", text.lower())
-    return [re.sub("[,'\u2019]", "", word) for word in WORD.findall(joined)]
-
-
-def opener(text: str) -> str:
-    """``yes`` or ``no`` where that is the first word of ``text``, else an empty text. The one place
-    that says so.
-    """
-    first = words(text)[:1]
-    return first[0] if first in (["yes"], ["no"]) else ""
-
-
-def is_yes_no(answer: str) -> bool:
-    """Whether an answer is yes or no and nothing else: then its question is a closed one, where
-    nobody says the type.
-    """
-    return len(words(answer)) == 1 and opener(answer) != ""
 
 
 def closed_correct(answer: str, prediction: str) -> bool:
@@ -112,16 +79,6 @@ def recall(answer: str, prediction: str) -> float:
     return found / truth.total() if truth else float("nan")
 
 
-class AnyScript:
-    """A tokenizer for rouge-score, whose own drops all but a to z and digits; on such text they
-    agree.
-    """
-
-    def tokenize(self, text: str) -> list[str]:
-        """Lower-case runs of letters and digits; each ideograph is one."""
-        return RUN.findall(text.lower())
-
-
 @cache
 def _rouge() -> RougeScorer:
     return RougeScorer(["rougeL"], use_stemmer=False, tokenizer=AnyScript())
@@ -135,13 +92,6 @@ def answer_score(row: Row) -> float:
     if row["answer_type"] == "OPEN":
         return recall(answer, prediction)
     return _rouge().score(answer, prediction)["rougeL"].fmeasure
-
-
-def mean_percent(sums: np.ndarray) -> np.ndarray:
-    """Mean in percent from summed (score, one) pairs. Shape: [..., 2] to [...]; NaN where nothing
-    was drawn.
-    """
-    return 100 * sums[..., 0] / np.where(sums[..., 1] > 0, sums[..., 1], np.nan)
 
 
 @lru_cache(100_000)
@@ -331,88 +281,3 @@ def patient_of(row: Row) -> str:
     """
     patient = row.get("patient_id")
     return str(row["image"] if patient is None or not str(patient).strip() else patient)
-
-
-def _draws(
-    tables: Sequence[np.ndarray],
-    patients: Sequence,
-    seeds: Sequence | None,
-    samples: int,
-    rng: np.random.Generator | None,
-    statistic: Statistic,
-) -> list[np.ndarray]:
-    """Scores of each table under the same draws; the first is the undrawn table's. Shape of each:
-    [1 + samples].
-    """
-    rng = rng or np.random.default_rng(0)
-    labels, weights = [], []
-    for names in (patients, np.zeros(len(patients)) if seeds is None else seeds):
-        _, label = np.unique([str(name) for name in names], return_inverse=True)
-        size = label.max() + 1
-        labels.append(label)
-        weights.append(
-            np.vstack([np.ones((1, size)), rng.multinomial(size, np.full(size, 1 / size), samples)])
-        )
-    scores = []
-    for table in tables:
-        rows = np.asarray(table, float)
-        rows = np.stack([rows, np.ones(len(rows))], axis=1) if rows.ndim == 1 else rows
-        cells = np.zeros((weights[0].shape[1], weights[1].shape[1], rows.shape[1]))
-        np.add.at(cells, tuple(labels), rows)
-        scores.append(
-            statistic(np.einsum("bsk,bs->bk", np.tensordot(weights[0], cells, axes=1), weights[1]))
-        )
-    return scores
-
-
-def _interval(scores: np.ndarray) -> tuple[float, float, float]:
-    low, high = np.nanpercentile(scores[1:], [2.5, 97.5])
-    return float(scores[0]), float(low), float(high)
-
-
-def bootstrap_interval(
-    scores: np.ndarray,
-    patients: Sequence,
-    seeds: Sequence | None = None,
-    samples: int = 1000,
-    rng: np.random.Generator | None = None,
-    statistic: Statistic = mean_percent,
-) -> tuple[float, float, float]:
-    """Score with its 95% percentile interval, by a bootstrap over patients and over training seeds.
-
-    A draw picks whole patients with replacement and, independently, whole seeds with replacement:
-    answers about one patient are not independent, and neither are the answers of one trained model.
-    With one seed the interval says nothing of training luck.
-
-    Args:
-        scores: Per-row scores in [0, 1]. Shape: [N]. Or per-row statistics, shape [N, K] (see
-            `row_statistics`).
-        patients: The patient of each row. Shape: [N].
-        seeds: The training seed of each row. Shape: [N]; None for one seed.
-        samples: Number of draws.
-        rng: Source of the draws; a fixed one by default, so that a number can be had again.
-        statistic: From the summed statistics, shape [B, K], to scores, shape [B].
-
-    Returns:
-        (score of the rows themselves, 2.5th percentile, 97.5th percentile).
-    """
-    return _interval(_draws([scores], patients, seeds, samples, rng, statistic)[0])
-
-
-def paired_difference(
-    first: np.ndarray,
-    second: np.ndarray,
-    patients: Sequence,
-    seeds: Sequence | None = None,
-    samples: int = 1000,
-    rng: np.random.Generator | None = None,
-    statistic: Statistic = mean_percent,
-) -> tuple[float, float, float]:
-    """Score of ``first`` minus score of ``second`` with its 95% interval: each draw serves both
-    models.
-
-    Arguments are those of `bootstrap_interval`; row i of both tables answers the same question
-    under the same seed.
-    """
-    one, other = _draws([first, second], patients, seeds, samples, rng, statistic)
-    return _interval(one - other)

@@ -1,5 +1,5 @@
-"""Lesion masks and noise: the paper's localized noise, its global ablation, and what the released
-code does.
+"""Lesion masks and noise: the paper's localized noise and its global ablation, and the choice among
+them and the released code's (`released.noise`).
 
 Pure functions of arrays. Equations: arXiv 2412.06141, the curation step (visual pairs).
 """
@@ -9,7 +9,10 @@ from __future__ import annotations
 import numpy as np
 
 from .base.errors import InputError
+from .base.images import resize_bilinear
+from .released.noise import released_mask, released_noise
 
+RELEASED_SIZE = 224  # pixels of a side at which the released code reads a heat map
 MASK_METHODS = ("quantile", "mean_std", "otsu", "soft")
 
 
@@ -42,14 +45,15 @@ def lesion_mask(
     scaled = (scaled - scaled.min()) / max(np.ptp(scaled), np.finfo(float).tiny)
     if method == "soft":
         return scaled.astype(np.float32)
-    thresholds = {
-        "quantile": lambda: np.quantile(scaled, quantile),
-        "mean_std": lambda: scaled.mean() + scaled.std(),
-        "otsu": lambda: _otsu(scaled),
-    }
-    if method not in thresholds:
+    if method == "quantile":
+        threshold = np.quantile(scaled, quantile)
+    elif method == "mean_std":
+        threshold = scaled.mean() + scaled.std()
+    elif method == "otsu":
+        threshold = _otsu(scaled)
+    else:
         raise InputError(f"mask method {method!r}: expected one of {', '.join(MASK_METHODS)}")
-    return (scaled > thresholds[method]()).astype(np.float32)
+    return (scaled > threshold).astype(np.float32)
 
 
 def signal_schedule(steps: int = 1000) -> np.ndarray:
@@ -101,13 +105,12 @@ def localized_noise(
                 f"{name}: expected values from 0 to 1, found {np.min(values):g} to "
                 f"{np.max(values):g}"
             )
-    inside, noised = mask > 0, image.copy()
-    epsilon = rng.standard_normal(image.shape)[inside].astype(np.float32)
-    x, h = image[inside], mask[inside] if image.ndim == 2 else mask[inside, None]
-    noised[inside] = np.clip(
-        np.sqrt(alpha_bar) * (x * h) + np.sqrt(1 - alpha_bar) * (epsilon * h) + x * (1 - h), 0, 1
-    )
-    return noised
+    x = image
+    h = mask if image.ndim == 2 else mask[..., None]
+    epsilon = rng.standard_normal(image.shape).astype(np.float32)
+    noised = np.sqrt(alpha_bar) * (x * h) + np.sqrt(1 - alpha_bar) * (epsilon * h) + x * (1 - h)
+    # Where h is 0 the equation gives x; taking x itself spares its rounding.
+    return np.where(h > 0, np.clip(noised, 0, 1), x).astype(np.float32)
 
 
 def global_noise(
@@ -117,69 +120,52 @@ def global_noise(
     return localized_noise(image, np.ones(np.shape(image)[:2]), alpha_bar, rng)
 
 
-def released_mask(heat_map: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """The released code's mask: resize, 15x15 Gaussian blur, then above mean minus standard
-    deviation.
-
-    Args:
-        heat_map: the map at the tool's resolution, each cell repeated (224x224 for MedKLIP's
-            14x14). Shape: [h, w].
-        size: height and width of the image.
-
-    Returns:
-        bool; at least half of the pixels of any map that is not constant. Shape: [H, W].
-    """
-    blurred = _blur(resize_bilinear(np.asarray(heat_map, dtype=np.float64), size))
-    return blurred > blurred.mean() - blurred.std()
-
-
-def released_noise(
-    image: np.ndarray, mask: np.ndarray, rng: np.random.Generator | np.random.RandomState
+def noise_mask(
+    heat_map: np.ndarray, size: tuple[int, int], kind: str, method: str, quantile: float
 ) -> np.ndarray:
-    """The released code's noise: N(0, 10) replaces the masked pixels, cut toward zero and wrapped
-    modulo 256.
-
-    So -3.7 becomes 253, and the result is black and white speckle, not faint noise around zero.
+    """Where a kind of noise goes, and how much of it.
 
     Args:
-        image: uint8. Shape: [H, W] or [H, W, C].
-        mask: bool. Shape: [H, W].
+        heat_map: the visual tool's map. Shape: [h, w].
+        size: height and width of the image.
+        kind: ``localized`` (the paper's: `lesion_mask` by ``method`` and ``quantile``), ``global``
+            (everywhere) or ``released`` (`released.noise.released_mask`).
 
     Returns:
-        uint8. Shape: as ``image``.
+        bool for the released kind, else float32 in [0, 1]. Shape: [H, W].
     """
-    noise = rng.normal(0, 10, image.shape)
-    noised = image.copy()
-    noised[mask] = (np.trunc(noise).astype(np.int64) % 256).astype(np.uint8)[mask]
-    return noised
+    if kind == "released":
+        cell = RELEASED_SIZE // len(heat_map)
+        return released_mask(np.kron(heat_map, np.ones((cell, cell))), size)
+    if kind == "global":
+        return np.ones(size, np.float32)
+    return lesion_mask(heat_map, size, method, quantile)
 
 
-def resize_bilinear(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Bilinear interpolation between cell centres, the border held. Shape: [h, w] to [H, W] =
-    ``size``.
+def noised_pixels(
+    pixels: np.ndarray,
+    mask: np.ndarray,
+    kind: str,
+    signal: float,
+    rng: np.random.Generator | np.random.RandomState,
+) -> np.ndarray:
+    """An 8-bit image with a kind of noise in ``mask``.
+
+    Args:
+        pixels: uint8. Shape: [H, W] or [H, W, C].
+        mask: of `noise_mask`, for the same ``kind``. Shape: [H, W].
+        signal: share of the signal that stays, 0 to 1; the nearest step of `signal_schedule` is
+            taken. The released kind knows none.
+
+    Returns:
+        uint8. Shape: as ``pixels``.
     """
-    down, across = (_interpolation(old, new) for old, new in zip(values.shape, size, strict=True))
-    return down @ values @ across.T
-
-
-def _interpolation(old: int, new: int) -> np.ndarray:
-    """Weights that take ``old`` samples to ``new``. Shape: [new, old]."""
-    position = np.clip((np.arange(new) + 0.5) * old / new - 0.5, 0, old - 1)
-    return np.maximum(0, 1 - np.abs(position[:, None] - np.arange(old)))
-
-
-def _blur(values: np.ndarray) -> np.ndarray:
-    """15x15 Gaussian with the sigma that OpenCV derives, 2.6; mirrored border without repeating the
-    edge.
-    """
-    kernel = np.exp(-(np.arange(-7, 8) ** 2) / (2 * 2.6**2))
-    kernel /= kernel.sum()
-    for _ in range(2):
-        padded = np.pad(values, ((7, 7), (0, 0)), mode="reflect")
-        values = sum(
-            weight * padded[start : start + len(values)] for start, weight in enumerate(kernel)
-        ).T
-    return values
+    if kind == "released":
+        return released_noise(pixels, mask, rng)
+    schedule = signal_schedule()
+    alpha_bar = float(schedule[step_for_signal(schedule, signal)])
+    noised = localized_noise(pixels.astype(np.float32) / 255, mask, alpha_bar, rng)
+    return np.round(noised * 255).astype(np.uint8)
 
 
 def _otsu(values: np.ndarray) -> float:

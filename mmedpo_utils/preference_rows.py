@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import warnings
 from collections import Counter
@@ -17,14 +16,22 @@ from typing import Any
 import numpy as np
 
 from .base.errors import InputError, Unusable, first_line
-from .base.files import WrittenTwice, _object, load_json, read_text, write_json
+from .base.files import json_object, load_json, read_text, write_json
 from .base.images import open_image, resolve_image
 from .base.privacy import is_mimic
-from .base.rows import _is_text, check_fields, check_text, place
-from .metrics import is_yes_no, opener
+from .base.rows import (
+    IMAGE_MARK,
+    Row,
+    check_pair,
+    check_question,
+    has_weight,
+    mended_pair,
+    mended_question,
+    place,
+    question_text,
+)
+from .base.words import is_yes_no, opener
 
-IMAGE_MARK = "<image>"
-ANSWER_TYPES = ("CLOSED", "OPEN", "REPORT")
 OPTIONAL_KEYS = ("patient_id", "finding", "question_type")
 PAIR_KEYS = (
     "id",
@@ -38,7 +45,6 @@ PAIR_KEYS = (
     "rejected_noised",
     *OPTIONAL_KEYS,
 )
-Row = dict[str, Any]
 
 
 def read_manifest(
@@ -83,7 +89,7 @@ def read_manifest(
         where = place(path, number, row, "id")
         try:
             row = mended_pair(row)
-            _check_pair(row, where)
+            check_pair(row, where)
             for root, key in ((image_root, "image"), (rejected_root, "rejected_image")):
                 if root is not None and row.get(key) is not None:
                     _verify_image(root, row[key], f"{where}: `{key}`", verified)
@@ -149,7 +155,7 @@ def write_manifest(path: str | os.PathLike, rows: Sequence[Row]) -> None:
     if not rows:
         raise InputError(f"{path}: no preference pairs to write")
     for number, row in enumerate(rows):
-        _check_pair(row, place(path, number, row, "id"))
+        check_pair(row, place(path, number, row, "id"))
     write_json(path, list(rows))
 
 
@@ -172,7 +178,7 @@ def read_questions(
             continue
         try:
             try:
-                row = json.loads(line, object_pairs_hook=_object)
+                row = json.loads(line, object_pairs_hook=json_object)
             except (ValueError, RecursionError) as error:
                 raise InputError(
                     f"{path}: row {number}: is not JSON ({first_line(error)}); expected one "
@@ -191,70 +197,6 @@ def read_questions(
     if not rows:
         raise InputError(f"{path}: holds no question; expected one JSON object per line")
     return rows
-
-
-def mended_text(value: Any) -> Any:
-    """A number as the text that it means; anything else, NaN and true among it, as it is.
-
-    A table program writes the whole numbers of a column that has gaps as 2.0: that is "2".
-    """
-    if type(value) is int:
-        return str(value)
-    if type(value) is not float or not math.isfinite(value):
-        return value
-    return str(int(value) if value.is_integer() else value)
-
-
-def mended_question(row: Any) -> Any:
-    """A question with what other makers write otherwise put right: the one place that says what
-    that is.
-
-    Numbers among the answers become text; an answer type loses blanks and becomes upper case; a
-    missing image mark is put last. A row that needs nothing, or is no object, comes back as it is.
-    """
-    if not isinstance(row, dict):
-        return row
-    row = dict(row) if type(row) is dict else row
-    if "gpt4_answer" in row:
-        row["gpt4_answer"] = mended_text(row["gpt4_answer"])
-    if isinstance(row.get("answer_type"), str):
-        row["answer_type"] = row["answer_type"].strip().upper()
-    text = row.get("text")
-    if isinstance(text, str) and text.strip() and IMAGE_MARK not in text:
-        row["text"] = f"{text.strip()}\n{IMAGE_MARK}"
-    return row
-
-
-def mended_pair(row: Any) -> Any:
-    """A preference row with the same put right as in `mended_question`; both sides are mended
-    alike.
-    """
-    if not isinstance(row, dict):
-        return row
-    row = dict(row) if type(row) is dict else row
-    for key in ("conversations", "rejected_conversations"):
-        if not isinstance(row.get(key), list):
-            continue
-        turns = []
-        for turn in row[key]:
-            if type(turn) is dict and "value" in turn:
-                turn = turn | {"value": mended_text(turn["value"])}
-            turns.append(turn)
-        row[key] = turns
-        texts = [
-            turn["value"]
-            for turn in turns
-            if isinstance(turn, dict) and isinstance(turn.get("value"), str)
-        ]
-        marked = any(IMAGE_MARK in text for text in texts)
-        if (
-            turns
-            and not marked
-            and type(turns[0]) is dict
-            and isinstance(turns[0].get("value"), str)
-        ):
-            turns[0] = turns[0] | {"value": f"{IMAGE_MARK}\n{turns[0]['value'].strip()}"}
-    return row
 
 
 def audit_manifest(rows: Sequence[Row]) -> Row:
@@ -341,21 +283,9 @@ def is_identical(
     ).resolve()
 
 
-def has_weight(row: Row) -> bool:
-    """Whether a preference row has a raw relevance score of its own."""
-    return row.get("weighted_score") is not None
-
-
 def row_source(row: Row) -> str:
     """``visual`` for a pair with a rejected image of its own, else ``text``."""
     return "text" if row.get("rejected_image") is None else "visual"
-
-
-def question_text(item: Row | str) -> str:
-    """The question of a preference row, a question or a text, without the image mark."""
-    if isinstance(item, dict):
-        item = item["conversations"][0]["value"] if "conversations" in item else item["text"]
-    return item.replace(IMAGE_MARK, "").strip()
 
 
 def answer_text(row: Row, rejected: bool = False) -> str:
@@ -428,92 +358,3 @@ def _verify_image(root: str | os.PathLike, name: str, where: str, verified: set[
             verified.add(path)
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
-
-
-def _check_pair(row: Any, where: str) -> None:
-    check_fields(row, where, ("id", "image", "conversations", "rejected_conversations"))
-    check_text(row["image"], f"{where}: `image`")
-    if row.get("rejected_image") is not None:
-        check_text(row["rejected_image"], f"{where}: `rejected_image`")
-    elif row.get("rejected_noised"):
-        raise InputError(
-            f"{where}: `rejected_noised` is {row['rejected_noised']!r:.20}: the rejected side is a "
-            "noised image, and no `rejected_image` names it; make the noised images (notebook 02) "
-            "and name them there"
-        )
-    elif row.get("source") == "visual":
-        raise InputError(
-            f"{where}: `source` is visual, and no `rejected_image` names the rejected side's "
-            "image; name it there, or take `source` out"
-        )
-    for key in ("conversations", "rejected_conversations"):
-        _check_conversation(row[key], f"{where}: `{key}`")
-    if question_text(row) != question_text(row["rejected_conversations"][0]["value"]):
-        raise InputError(
-            f"{where}: `rejected_conversations`: asks another question than `conversations`"
-        )
-    score = row.get("weighted_score")
-    if has_weight(row) and (type(score) not in (int, float) or not 0 <= score <= 1):
-        raise InputError(
-            f"{where}: `weighted_score`: expected a number from 0 to 1, found {score!r:.80}"
-        )
-
-
-def _check_conversation(turns: Any, where: str) -> None:
-    if not isinstance(turns, list) or not turns or len(turns) % 2:
-        raise InputError(
-            f"{where}: expected an even number of turns, human then gpt, found "
-            f"{len(turns) if isinstance(turns, list) else type(turns).__name__}"
-        )
-    for number, turn in enumerate(turns):
-        speaker = ("human", "gpt")[number % 2]
-        known = isinstance(turn, dict) and not isinstance(turn, WrittenTwice)
-        if not known or turn.get("from") != speaker or not _is_text(turn.get("value")):
-            raise InputError(
-                f"{where}: turn {number}: expected {{from: {speaker}, value: text}}, found "
-                f"{turn!r:.80}"
-            )
-    if len(turns) > 2:
-        # The prompt holds one question: an earlier turn would be dropped, and the last answer
-        # belong to another question.
-        raise InputError(
-            f"{where}: has {len(turns)} turns; expected one question and one answer: write the "
-            "last turn's question and answer as a pair of its own, or leave the row out"
-        )
-    if not question_text(turns[0]["value"]):
-        raise InputError(
-            f"{where}: turn 0: asks nothing beside the {IMAGE_MARK} mark; expected a question"
-        )
-    marks = [turn["value"].count(IMAGE_MARK) for turn in turns]
-    if marks[0] != 1 or sum(marks) != 1:
-        raise InputError(
-            f"{where}: expected one {IMAGE_MARK} mark, in the first turn, found {sum(marks)}"
-        )
-
-
-def check_question(row: Any, where: str) -> None:
-    """Check one question in the format of ``read_questions``. Raises InputError: begins with
-    ``where``, names the key.
-    """
-    check_fields(row, where, ("question_id", "image", "text", "gpt4_answer", "answer_type"))
-    for key in ("image", "text", "gpt4_answer"):
-        check_text(row[key], f"{where}: `{key}`")
-    if row["text"].count(IMAGE_MARK) != 1:
-        raise InputError(
-            f"{where}: `text`: expected one {IMAGE_MARK} mark, found "
-            f"{row['text'].count(IMAGE_MARK)}"
-        )
-    if not question_text(row["text"]):
-        raise InputError(
-            f"{where}: `text`: asks nothing beside the {IMAGE_MARK} mark; expected a question"
-        )
-    if IMAGE_MARK in row["gpt4_answer"]:
-        raise InputError(
-            f"{where}: `gpt4_answer`: holds the mark {IMAGE_MARK}, which stands in questions "
-            "alone; take it out"
-        )
-    kind = row["answer_type"]
-    if kind not in ANSWER_TYPES:
-        raise InputError(
-            f"{where}: `answer_type`: expected one of {', '.join(ANSWER_TYPES)}, found {kind!r}"
-        )

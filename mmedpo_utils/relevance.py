@@ -17,8 +17,9 @@ import numpy as np
 
 from .base.errors import InputError
 from .base.images import open_image, resolve_image
-from .metrics import words
-from .preference_rows import IMAGE_MARK, has_weight, question_text, row_source
+from .base.rows import IMAGE_MARK, has_weight, question_text
+from .base.words import words
+from .preference_rows import row_source
 from .profiles import Profile, Variant
 
 

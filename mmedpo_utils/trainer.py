@@ -8,7 +8,7 @@ it where they ask for one of its savings (``training.shared_prefix``, ``training
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,16 +23,17 @@ from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, ProcessorMixin
-from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.utils import ModelOutput
 from trl import DPOTrainer
 from trl.data_utils import apply_chat_template
 from trl.models.utils import disable_gradient_checkpointing
 
+from .base.epoch_order import EpochOrder
 from .base.errors import InputError
 from .base.images import open_image, resolve_image
+from .base.rows import Row, question_text
 from .lvlm import image_token_count
-from .preference_rows import Row, answer_text, question_text, row_source
+from .preference_rows import answer_text, row_source
 
 PROJECTOR = "multi_modal_projector"
 CACHED_IMAGES = 2048  # decoded images that a collator keeps: each comes once an epoch
@@ -228,35 +229,6 @@ class PreferenceCollator:
             chosen_lengths=torch.tensor(answer_lengths[: len(pairs)]),
             tokens=chosen_tokens + rejected_tokens,
         )
-
-
-class EpochOrder(torch.utils.data.Sampler):
-    """The order of the pairs in each epoch: seed and epoch alone decide, so that every process and
-    a resumed run agree.
-
-    Args:
-        lengths: tokens of each pair's longest row. Length: N.
-        group: pairs of one step; with it, pairs of like length come together. None: any order.
-        epoch: tells the epoch that begins; the libraries' own samplers forget it where several
-            processes resume.
-    """
-
-    def __init__(
-        self, lengths: Sequence[int], group: int | None, seed: int, epoch: Callable[[], int]
-    ) -> None:
-        self.lengths = lengths
-        self.group = group
-        self.seed = seed
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed + self.epoch())
-        if self.group:
-            return iter(get_length_grouped_indices(self.lengths, self.group, generator=generator))
-        return iter(torch.randperm(len(self.lengths), generator=generator).tolist())
 
 
 class MMedPOTrainer(DPOTrainer):
@@ -467,13 +439,3 @@ class MMedPOTrainer(DPOTrainer):
         for name, value in exact.items():
             prepared[name] = value.to(self.args.device)
         return prepared
-
-
-def train_in_32_bits(model: torch.nn.Module) -> None:
-    """Keep the trained parameters in 32 bits: in bfloat16 a step of 1e-7 rounds to nothing.
-
-    Not for DeepSpeed, which keeps a 32-bit copy itself.
-    """
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()

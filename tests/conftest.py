@@ -17,6 +17,13 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from huggingface_hub import constants  # noqa: E402
 
+from mmedpo_utils.base.errors import InputError  # noqa: E402
+from mmedpo_utils.pairs import visual_pairs  # noqa: E402
+from mmedpo_utils.scale.resumable_curation import (  # noqa: E402
+    image_batches,
+    noised_copies,
+)
+
 from .original_llava import (  # noqa: E402
     CLIP,
     CONFIG,
@@ -90,3 +97,15 @@ def golden(shared, tmp_path, cache):
         np.load(folder / "expected.npz"),
         json.loads((folder / "cases.json").read_text()),
     )
+
+
+def curated_pairs(questions, image_root, noised_root, tool, noise, seed, batch_size=32) -> list:
+    """Visual pairs of the questions, without a journal; what cannot be used is an error."""
+    batches = image_batches(questions, batch_size)
+    records = []
+    for batch in noised_copies(batches, image_root, noised_root, tool, noise, seed):
+        for record in batch:
+            if "skipped" in record:
+                raise InputError(record["skipped"])
+            records.append(record)
+    return visual_pairs(questions, records)

@@ -17,10 +17,11 @@ import torch
 
 from mmedpo_utils.base.errors import InputError
 from mmedpo_utils.base.images import open_image
+from mmedpo_utils.base.rows import question_text
 from mmedpo_utils.dataset import prepare_dataset
 from mmedpo_utils.lvlm import generate, load_lvlm
 from mmedpo_utils.phantom.panel import FactJudge, fact_panel
-from mmedpo_utils.preference_rows import answer_text, question_text, read_manifest
+from mmedpo_utils.preference_rows import answer_text, read_manifest
 from mmedpo_utils.profiles import load_profile
 from mmedpo_utils.programs import baselines
 from mmedpo_utils.relevance import debate, normalise, sample_candidates, training_weights

@@ -57,7 +57,7 @@ def test_curation_runs_once_and_text_and_visual_pairs_ask_the_same(profile, data
     medklip, lvlm, panel = load_medklip("phantom"), load_lvlm("phantom", "cpu"), fact_panel()
     visual = curate.curate_visual(profile, dataset, medklip)
     text, debates = curate.curate_text(profile, dataset, lvlm, FactJudge(), panel)
-    rows = curate.merge(profile, text, visual)
+    rows = curate.write_training_pairs(profile, text, visual)
     assert [row["id"] for row in text] == [row["id"] for row in visual]
     assert len(text) == profile.curation.text_pairs == len(debates) and len(rows) == 2 * len(text)
     assert "computed" in capsys.readouterr().out

@@ -21,13 +21,14 @@ from PIL import Image
 
 from mmedpo_utils.base.errors import InputError
 from mmedpo_utils.base.images import open_image
-from mmedpo_utils.curate import curate_folder
 from mmedpo_utils.medklip import MedKLIP, MedKLIPConfig
 from mmedpo_utils.noise import lesion_mask
-from mmedpo_utils.pairs import Look, image_batches, medklip_look, visual_pairs
+from mmedpo_utils.pairs import VisualTool, medklip_tool
 from mmedpo_utils.preference_rows import read_manifest
 from mmedpo_utils.profiles import load_profile
 from mmedpo_utils.scale.journal import Journal
+from mmedpo_utils.scale.resumable_curation import curate_folder, image_batches
+from tests.conftest import curated_pairs
 
 NOISE = load_profile("phantom-smoke").noise
 HEAT = np.exp(-((np.mgrid[:14, :14][0] - 4) ** 2 + (np.mgrid[:14, :14][1] - 9) ** 2) / 6) / 196
@@ -35,7 +36,7 @@ FORKSERVER = multiprocessing.get_context("forkserver")
 FORKSERVER.set_forkserver_preload(["mmedpo_utils.curate"])
 
 
-def tiny_look() -> Look:
+def tiny_look() -> VisualTool:
     """A MedKLIP of a few thousand weights, always the same."""
     torch.manual_seed(0)
     config = MedKLIPConfig(
@@ -53,7 +54,7 @@ def tiny_look() -> Look:
     )
     model = MedKLIP(config)
     model.disease_book.normal_()
-    return medklip_look(model.eval())
+    return medklip_tool(model.eval())
 
 
 def still(images: list[Image.Image]) -> tuple[np.ndarray, np.ndarray]:
@@ -246,13 +247,13 @@ def test_progress_is_shown_in_a_long_run(
 
 def test_neither_order_nor_batch_size_changes_a_file(films: Path, tmp_path: Path) -> None:
     look, names = tiny_look(), [name for name in names_of(films) if "torn" not in name][:24]
-    rows = visual_pairs(ask(names), films, tmp_path / "first", look, NOISE, 0, 24)
+    rows = curated_pairs(ask(names), films, tmp_path / "first", look, NOISE, 0, 24)
     for folder, order, size in (
         ("turned", names[::-1], 24),
         ("small", names, 5),
         ("single", names, 1),
     ):
-        other = visual_pairs(ask(order), films, tmp_path / folder, look, NOISE, 0, size)
+        other = curated_pairs(ask(order), films, tmp_path / folder, look, NOISE, 0, size)
         assert sorted(other, key=str) == sorted(rows, key=str) and contents(
             tmp_path / folder
         ) == contents(tmp_path / "first")
@@ -284,7 +285,7 @@ def test_every_kind_of_source_gives_a_plain_png_of_its_upright_size(
 ) -> None:
     (tmp_path / "images").mkdir()
     names = save_sources(tmp_path / "images")
-    rows = visual_pairs(
+    rows = curated_pairs(
         ask(names), tmp_path / "images", tmp_path / "noised", still, replace(NOISE, kind=kind), 0
     )
     for row in rows:

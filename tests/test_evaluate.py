@@ -14,9 +14,10 @@ from peft import get_peft_model
 from mmedpo_utils import evaluate, lvlm, metrics
 from mmedpo_utils.base.errors import InputError
 from mmedpo_utils.base.images import open_image
+from mmedpo_utils.base.rows import question_text
 from mmedpo_utils.dataset import Dataset
 from mmedpo_utils.phantom.texts import read_masks, write_dataset
-from mmedpo_utils.preference_rows import question_text, read_questions
+from mmedpo_utils.preference_rows import read_questions
 from mmedpo_utils.profiles import load_profile
 from mmedpo_utils.trainer import adapter_config
 

@@ -11,10 +11,10 @@ import pytest
 from PIL import Image
 
 from mmedpo_utils.base.errors import InputError
+from mmedpo_utils.base.rows import question_text
 from mmedpo_utils.phantom.panel import FactJudge, claims, errors, fact_panel
 from mmedpo_utils.phantom.texts import questions
 from mmedpo_utils.phantom.world import films
-from mmedpo_utils.preference_rows import question_text
 from mmedpo_utils.relevance import choose_rejected, debate, sample_candidates
 
 JUDGE = FactJudge()

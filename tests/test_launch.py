@@ -29,12 +29,13 @@ from safetensors.torch import load_file
 
 from mmedpo_utils import launch
 from mmedpo_utils.base.errors import InputError
-from mmedpo_utils.commands import check_hostfile, commands, free_cores, free_port, process_count
 from mmedpo_utils.curate import manifest_path
 from mmedpo_utils.launch import TrainingError, load_run, train
+from mmedpo_utils.launch_command import cores_for, free_port, launch_command, process_count
 from mmedpo_utils.lvlm import load_lvlm
 from mmedpo_utils.preference_rows import read_manifest, write_manifest
 from mmedpo_utils.profiles import load_profile
+from mmedpo_utils.programs import launch as launch_program
 from mmedpo_utils.programs import train as train_program
 from mmedpo_utils.programs.train import (
     EventWriter,
@@ -46,6 +47,7 @@ from mmedpo_utils.programs.train import (
 )
 from mmedpo_utils.relevance import training_weights
 from mmedpo_utils.run_folder import read_events, run_digest
+from mmedpo_utils.scale.nodes import check_hostfile, node_commands
 from mmedpo_utils.show.plots import training_curves
 
 from .conftest import REPOSITORY
@@ -198,11 +200,10 @@ def test_bad_requests_are_refused_before_anything_starts(workspace, tmp_path):
 def test_two_commands_take_different_ports_and_one_process_needs_no_launcher(workspace):
     profile = tiny_profile(workspace)
     folder = profile.output / "train" / "dpo-seed0"
-    first, second = (commands(profile, "dpo", 0, folder, ssh=False)[0] for _ in range(2))
+    first, second = (launch_command(profile, "dpo", 0, folder) for _ in range(2))
     assert first[first.index("--master_port") + 1] != second[second.index("--master_port") + 1]
-    alone = commands(
-        tiny_profile(workspace, **{"training.processes": 1}), "dpo", 0, folder, ssh=False
-    )[0]
+    one_process = tiny_profile(workspace, **{"training.processes": 1})
+    alone = launch_command(one_process, "dpo", 0, folder)
     assert alone[1:3] == ["-m", "mmedpo_utils.programs.train"] and "deepspeed" not in " ".join(
         alone
     )
@@ -237,7 +238,7 @@ def test_every_input_changes_the_digest(workspace, tmp_path):
 def test_the_number_of_processes_keeps_the_global_batch(
     workspace, monkeypatch, processes, accumulation, gpus, expected
 ):
-    monkeypatch.setattr("mmedpo_utils.commands.check_device", lambda device: "cuda")
+    monkeypatch.setattr("mmedpo_utils.launch_command.check_device", lambda device: "cuda")
     monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
     profile = tiny_profile(
         workspace,
@@ -301,11 +302,11 @@ def test_the_gpus_that_are_visible_are_the_ones_that_train(tmp_path, monkeypatch
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
-    (line,) = commands(load_profile("phantom"), "dpo", 0, tmp_path, ssh=False)
+    line = launch_command(load_profile("phantom"), "dpo", 0, tmp_path)
     assert line[line.index("--include") + 1] == "localhost:2,3" and "--num_accelerators" not in line
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-1f,GPU-2e")
     with pytest.raises(InputError, match="CUDA_VISIBLE_DEVICES"):
-        commands(load_profile("phantom"), "dpo", 0, tmp_path, ssh=False)
+        launch_command(load_profile("phantom"), "dpo", 0, tmp_path)
 
 
 def test_no_patient_is_on_both_sides_of_the_validation_split(tmp_path):
@@ -397,42 +398,21 @@ def test_a_terminal_and_a_cell_start_the_same_run_and_tensorboard_is_filled(work
 def test_a_wrong_command_ends_with_one_line(workspace, monkeypatch, capsys):
     monkeypatch.setattr("signal.signal", lambda *_: None)
     monkeypatch.setattr("sys.argv", ["launch", "--profile", "phantom", "--variant", "grpo"])
-    assert launch.main() == 2
+    assert launch_program.main() == 2
     assert (
         capsys.readouterr().err.startswith("error: variant 'grpo': unknown")
         and not capsys.readouterr().out
     )
 
 
-def test_cores_are_those_that_other_trainings_leave(monkeypatch):
-    class Process:
-        def __init__(self, pid: int, *words: str) -> None:
-            self.pid, self.info = pid, {"cmdline": list(words)}
-
-    running = [
-        Process(
-            10,
-            "python",
-            "-m",
-            "deepspeed.launcher.runner",
-            "--module",
-            "mmedpo_utils.programs.train",
-            "--cores",
-            "3",
-        ),
-        Process(11, "python", "-m", "mmedpo_utils.programs.train", "--cores", "3"),
-        Process(20, "python", "-m", "mmedpo_utils.programs.train", "--cores", "2"),
-        Process(30, "vim", "mmedpo_utils.programs.train"),
-    ]
-    monkeypatch.setattr("psutil.process_iter", lambda attributes: running)
-    monkeypatch.setattr("os.getpgid", lambda pid: pid // 10)
+def test_processes_share_the_cores_that_they_may_use(monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: range(8))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    assert free_cores(1) == free_cores(4) == 3
+    assert cores_for(1) == cores_for(4) == 8
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert free_cores(1) == 1 and free_cores(2) == 2 and free_cores(4) == 3
-    monkeypatch.setattr("os.sched_getaffinity", lambda pid: range(4))
-    assert free_cores(2) == 1
+    assert cores_for(1) == 1 and cores_for(2) == 2 and cores_for(4) == 4
+    monkeypatch.setenv("OMP_NUM_THREADS", "16")
+    assert cores_for(1) == cores_for(2) == 8
 
 
 @pytest.mark.slow
@@ -442,7 +422,7 @@ def test_a_port_that_is_taken_meanwhile_is_tried_again_elsewhere(workspace, monk
         taken.bind(("", 0))
         taken.listen()
         ports = iter([taken.getsockname()[1], free_port()])
-        monkeypatch.setattr("mmedpo_utils.commands.free_port", lambda: next(ports))
+        monkeypatch.setattr("mmedpo_utils.launch_command.free_port", lambda: next(ports))
         run = train(tiny_profile(workspace, output=str(workspace / "ports")), "dpo", live=False)
     assert run.result["processes"] == 2 and capsys.readouterr().out.count("--master_port") == 2
 
@@ -602,23 +582,23 @@ def test_the_command_in_the_programs_docstring_is_one_that_it_takes(monkeypatch)
 )
 def test_the_first_number_of_threads_counts(monkeypatch, value, cores):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
-    monkeypatch.setattr(psutil, "process_iter", lambda *_: iter(()))
     monkeypatch.setenv("OMP_NUM_THREADS", value)
-    assert free_cores(1) == cores
+    assert cores_for(1) == cores
 
 
 def test_master_port_is_for_several_nodes_and_a_port(workspace, monkeypatch):
     monkeypatch.setenv("MASTER_PORT", "29613")
     folder = workspace / "x"
-    (line,) = commands(tiny_profile(workspace), "dpo", 0, folder, ssh=False)
+    line = launch_command(tiny_profile(workspace), "dpo", 0, folder)
     assert line[line.index("--master_port") + 1] != "29613", "a pod's leftover may be taken"
     several = tiny_profile(workspace, **{"training.nodes": 2, "training.processes": 2})
     assert all(
-        "29613" in line for line in commands(several, "dpo", 0, folder, ssh=False, dry_run=True)
+        "29613" in line
+        for line in node_commands(several, "dpo", 0, folder, ssh=False, dry_run=True)
     )
     monkeypatch.setenv("MASTER_PORT", "tcp://10.0.0.1:29613")
     with pytest.raises(InputError, match="MASTER_PORT: expected a port"):
-        commands(several, "dpo", 0, folder, ssh=False, dry_run=True)
+        node_commands(several, "dpo", 0, folder, ssh=False, dry_run=True)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from PIL import Image
 from mmedpo_utils.base.cards import card_folder
 from mmedpo_utils.base.errors import InputError
 from mmedpo_utils.base.images import open_image, resolve_image
+from mmedpo_utils.base.rows import question_text
 from mmedpo_utils.curate import training_rows
 from mmedpo_utils.dataset import with_images
 from mmedpo_utils.preference_rows import (
@@ -26,7 +27,6 @@ from mmedpo_utils.preference_rows import (
     audit_manifest,
     is_identical,
     pair_row,
-    question_text,
     read_manifest,
     read_questions,
     repair_manifest,

@@ -13,7 +13,8 @@ from peft import LoraConfig, get_peft_model
 from PIL import Image
 from torch import nn
 
-from mmedpo_utils.lvlm import MedLVLM, generate, load_lvlm, load_profile_lvlm, model_digest, prompt
+from mmedpo_utils.base.tensors import model_digest
+from mmedpo_utils.lvlm import MedLVLM, generate, load_lvlm, load_profile_lvlm, prompt
 from mmedpo_utils.preference_rows import read_manifest, write_manifest
 from mmedpo_utils.profiles import load_profile
 from mmedpo_utils.programs.train import build_trainer, save_adapter, training_arguments

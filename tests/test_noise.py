@@ -10,16 +10,15 @@ import pytest
 from PIL import Image
 
 from mmedpo_utils.base.errors import InputError
+from mmedpo_utils.base.images import resize_bilinear
 from mmedpo_utils.noise import (
     global_noise,
     lesion_mask,
     localized_noise,
-    released_mask,
-    released_noise,
-    resize_bilinear,
     signal_schedule,
     step_for_signal,
 )
+from mmedpo_utils.released.noise import released_mask, released_noise
 
 STEMS = {"00000001_000": "png", "00027426_000": "png", "synpic42202": "jpg", "synpic32933": "jpg"}
 

@@ -11,14 +11,12 @@ from PIL import Image
 
 from mmedpo_utils.base.errors import InputError
 from mmedpo_utils.base.images import open_image
-from mmedpo_utils.noise import lesion_mask
+from mmedpo_utils.noise import lesion_mask, noise_mask, noised_pixels
 from mmedpo_utils.pairs import (
-    medklip_look,
+    medklip_tool,
     merge_pairs,
     pick_questions,
-    reject_image,
     text_pairs,
-    visual_pairs,
 )
 from mmedpo_utils.phantom.panel import FactJudge, fact_panel
 from mmedpo_utils.phantom.texts import write_dataset
@@ -31,6 +29,7 @@ from mmedpo_utils.preference_rows import (
     write_manifest,
 )
 from mmedpo_utils.profiles import Profile, load_profile
+from tests.conftest import curated_pairs
 
 NOISE = load_profile("phantom-smoke").noise
 HEAT = np.exp(-((np.mgrid[:14, :14][0] - 4) ** 2 + (np.mgrid[:14, :14][1] - 9) ** 2) / 6) / 196
@@ -95,7 +94,7 @@ def test_text_rows_do_not_depend_on_the_order(profile: Profile) -> None:
 
 def test_visual_rows_noise_the_lesion_only(profile: Profile, tmp_path: Path) -> None:
     questions = asked(profile)
-    rows = visual_pairs(questions, profile.image_root, tmp_path / "noised", look, NOISE, seed=0)
+    rows = curated_pairs(questions, profile.image_root, tmp_path / "noised", look, NOISE, seed=0)
     write_manifest(tmp_path / "visual.json", rows)
     assert read_manifest(tmp_path / "visual.json", profile.image_root, tmp_path / "noised") == rows
     mask = lesion_mask(HEAT, (224, 224), NOISE.mask, NOISE.quantile) > 0
@@ -115,12 +114,14 @@ def test_visual_rows_noise_the_lesion_only(profile: Profile, tmp_path: Path) -> 
 
 def test_visual_rows_do_not_depend_on_the_order(profile: Profile, tmp_path: Path) -> None:
     questions = asked(profile)
-    rows = visual_pairs(questions, profile.image_root, tmp_path / "a", look, NOISE, seed=0)
+    rows = curated_pairs(questions, profile.image_root, tmp_path / "a", look, NOISE, seed=0)
     assert (
-        visual_pairs(questions[::-1], profile.image_root, tmp_path / "b", look, NOISE, seed=0)[::-1]
+        curated_pairs(questions[::-1], profile.image_root, tmp_path / "b", look, NOISE, seed=0)[
+            ::-1
+        ]
         == rows
     )
-    visual_pairs(questions, profile.image_root, tmp_path / "c", look, NOISE, seed=1)
+    curated_pairs(questions, profile.image_root, tmp_path / "c", look, NOISE, seed=1)
     for path in (tmp_path / "a").iterdir():
         same, other = ((tmp_path / folder / path.name).read_bytes() for folder in "bc")
         assert path.read_bytes() == same != other
@@ -133,10 +134,11 @@ def test_kinds_of_noise(mode: str) -> None:
     ).convert(mode)
     changed = {}
     for kind in ("localized", "released", "global"):
-        noised = reject_image(image, HEAT, replace(NOISE, kind=kind), np.random.default_rng(0))
-        assert noised.mode == mode and noised.size == image.size
-        pixels = np.asarray(noised)
-        changed[kind] = (pixels != np.asarray(image)).mean()
+        original = np.asarray(image)
+        mask = noise_mask(HEAT, original.shape[:2], kind, NOISE.mask, NOISE.quantile)
+        pixels = noised_pixels(original, mask, kind, NOISE.signal, np.random.default_rng(0))
+        assert pixels.shape == original.shape and pixels.dtype == np.uint8
+        changed[kind] = (pixels != original).mean()
         if kind == "released":
             assert ((pixels <= 51) | (pixels >= 206)).mean() > 0.9, "black and white speckle"
     assert (
@@ -148,7 +150,7 @@ def test_kinds_of_noise(mode: str) -> None:
 def test_noise_that_changes_nothing_is_warned_of(profile: Profile, tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="1 of 1 images are left unchanged"):
         one = asked(profile)[:1]
-        visual_pairs(one, profile.image_root, tmp_path, look, replace(NOISE, quantile=1.0), 0)
+        curated_pairs(one, profile.image_root, tmp_path, look, replace(NOISE, quantile=1.0), 0)
 
 
 def test_names_stay_apart_and_inside(tmp_path: Path) -> None:
@@ -159,10 +161,10 @@ def test_names_stay_apart_and_inside(tmp_path: Path) -> None:
         questions.append(
             {"question_id": name, "image": name, "text": "<image>\nq", "gpt4_answer": "a"}
         )
-    rows = visual_pairs(questions, tmp_path / "images", tmp_path / "noised", look, NOISE, 0)
+    rows = curated_pairs(questions, tmp_path / "images", tmp_path / "noised", look, NOISE, 0)
     assert [row["rejected_image"] for row in rows] == ["deep/a.png", "deep/a.jpg.png", "deep/a.png"]
     with pytest.raises(InputError, match="outside"):
-        visual_pairs(
+        curated_pairs(
             [questions[0] | {"image": "../x.png"}],
             tmp_path / "images",
             tmp_path / "noised",
@@ -176,7 +178,7 @@ def test_merge_keeps_both_sources(profile: Profile, tmp_path: Path) -> None:
     questions = pick_questions(asked(profile), 6, seed=0)
     text, _ = curate(questions)
     released = [{key: value for key, value in text[0].items() if key not in ("origin", "source")}]
-    visual = visual_pairs(questions, profile.image_root, tmp_path / "noised", look, NOISE, 0)
+    visual = curated_pairs(questions, profile.image_root, tmp_path / "noised", look, NOISE, 0)
     audit = audit_manifest(merge_pairs(text + released, visual))
     assert (audit["rows"], audit["sources"], audit["duplicate_ids"]) == (
         13,
@@ -194,7 +196,7 @@ def test_pick_questions_is_a_seeded_subset_in_order() -> None:
     assert pick_questions(questions, 99, 0) == questions
 
 
-def test_real_films_make_visual_pairs(
+def test_real_films_make_curated_pairs(
     shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MMEDPO_DATA_ROOT", str(shared / "data/vqa_rad_mini"))
@@ -203,7 +205,7 @@ def test_real_films_make_visual_pairs(
     questions = rows_to_questions(text)
     rows = merge_pairs(
         text,
-        visual_pairs(questions, mini.image_root, tmp_path / "noised", look, mini.noise, mini.seed),
+        curated_pairs(questions, mini.image_root, tmp_path / "noised", look, mini.noise, mini.seed),
     )
     write_manifest(tmp_path / "train.json", rows)
     assert (
@@ -214,7 +216,7 @@ def test_real_films_make_visual_pairs(
     )
 
 
-def test_medklip_look_has_the_shapes_and_ranges() -> None:
+def test_medklip_tool_has_the_shapes_and_ranges() -> None:
     from mmedpo_utils.medklip import MedKLIP, MedKLIPConfig
 
     config = MedKLIPConfig(
@@ -230,7 +232,7 @@ def test_medklip_look_has_the_shapes_and_ranges() -> None:
         heads=1,
         feed_forward=8,
     )
-    heat, scores = medklip_look(MedKLIP(config).eval())(
+    heat, scores = medklip_tool(MedKLIP(config).eval())(
         [Image.new("L", (50, 70)), Image.new("RGB", (224, 224))]
     )
     assert (

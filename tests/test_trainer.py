@@ -30,6 +30,7 @@ from transformers import (
 from trl import DPOConfig, DPOTrainer
 
 from mmedpo_utils.base.errors import InputError
+from mmedpo_utils.base.precision import train_in_32_bits
 from mmedpo_utils.lvlm import image_token_count
 from mmedpo_utils.scale.fast_trainer import FastTrainer, PackingCollator, pair_key
 from mmedpo_utils.trainer import (
@@ -39,7 +40,6 @@ from mmedpo_utils.trainer import (
     adapter_config,
     preference_dataset,
     preference_loss,
-    train_in_32_bits,
 )
 
 TEMPLATE = (

@@ -16,6 +16,9 @@ DOORS = {
     "data set": "convert.layouts:read_layout",
     "DICOM": "convert.dicom:open_dicom",
     "Med-LVLM": "convert.model_folder:model_folder",
+    "hostfile": "scale.nodes:check_hostfile",
+    "several nodes": "scale.nodes:node_commands",
+    "visual curation": "scale.resumable_curation:curate_folder",
     "MedKLIP": "convert.medklip_official:official_checkpoint",
 }
 

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -94,7 +94,7 @@ def load_json(path: str | os.PathLike, expected: str) -> Any:
     """
     text = read_text(path)
     try:
-        value = json.loads(text, object_pairs_hook=_object)
+        value = json.loads(text, object_pairs_hook=json_object)
     except (ValueError, RecursionError) as error:
         raise InputError(
             f"{path}: is not JSON ({first_line(error)}); expected {expected}"
@@ -115,7 +115,7 @@ class WrittenTwice(dict):
     key = ""
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def json_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object, marked where a key is written twice."""
     values = dict(pairs)
     if len(values) == len(pairs):
@@ -124,3 +124,30 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     names = [key for key, _ in pairs]
     marked.key = next(name for name in names if names.count(name) > 1)
     return marked
+
+
+def read_or_compute(path: str | os.PathLike, inputs: str, compute: Callable[[], object]) -> bool:
+    """The one way to ask: is it there already, made from the same inputs?
+
+    Where ``path`` is there and the file beside it (``.sha256``) holds ``inputs``, nothing happens.
+    Else ``compute`` is called, which writes ``path``, and ``inputs`` is written beside it last: a
+    run that is killed before computes again. Either way one line says what happened.
+
+    Args:
+        inputs: identifies all that ``path`` is made of, usually a SHA-256.
+        compute: writes ``path``, whole or not at all, and whatever belongs to it.
+
+    Returns:
+        whether it was computed.
+    """
+    path = Path(path)
+    stamp = path.with_suffix(".sha256")
+    if path.is_file() and stamp.is_file() and stamp.read_text(encoding="utf-8").strip() == inputs:
+        print(f"{path.name}: read, made earlier from the same inputs")
+        return False
+    stamp.unlink(missing_ok=True)
+    compute()
+    with atomic_write(stamp) as temporary:
+        temporary.write_text(inputs + "\n", encoding="utf-8")
+    print(f"{path.name}: computed")
+    return True

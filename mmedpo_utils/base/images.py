@@ -6,7 +6,9 @@ import os
 from pathlib import Path, PurePath
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
+from torch.nn.functional import interpolate
 
 from .doors import open_door
 from .errors import InputError, first_line
@@ -115,3 +117,17 @@ def scale_to_8_bits(values: np.ndarray, counted: np.ndarray | None = None) -> np
     scaled = (np.clip(values, low, high) - low) / max(high - low, 1e-12)
     scaled[np.isnan(values) | ~counted] = 0
     return np.round(scaled * 255).astype(np.uint8)
+
+
+def resize_bilinear(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Bilinear interpolation between cell centres, the border held.
+
+    Args:
+        values: float64. Shape: [h, w].
+        size: height H and width W.
+
+    Returns:
+        float64. Shape: [H, W].
+    """
+    grid = torch.from_numpy(np.ascontiguousarray(values))[None, None]
+    return interpolate(grid, size=size, mode="bilinear", align_corners=False)[0, 0].numpy()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -51,3 +54,29 @@ def check_state(path: Path, state: dict[str, Tensor], wanted: dict[str, Tensor])
             f"{path}: not the architecture of its configuration: tensors {problems}; check that "
             "weights and configuration belong together"
         )
+
+
+def model_digest(model: torch.nn.Module) -> str:
+    """SHA-256 over up to 1,024 evenly spaced values of every tensor of the model, with its name and
+    shape.
+
+    What DeepSpeed has divided among processes is gathered, one tensor at a time; all of them have
+    to call.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
+        with _whole(tensor):
+            values = (
+                tensor.detach().flatten()[:: max(1, tensor.numel() // 1024)].float().cpu().numpy()
+            )
+            digest.update(f"{name} {tuple(tensor.shape)}".encode() + values.tobytes())
+    return digest.hexdigest()
+
+
+def _whole(tensor: torch.Tensor) -> AbstractContextManager:
+    """Inside, a parameter that ZeRO stage 3 divided is whole."""
+    if not hasattr(tensor, "ds_id"):
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters([tensor])

@@ -26,11 +26,19 @@ from PIL import Image
 from ..base.errors import InputError, Unusable, first_line
 from ..base.files import atomic_write, load_json, read_text, write_json_lines
 from ..base.images import IMAGE_FORMATS, resolve_image
-from ..base.rows import check_fields, check_text, place
+from ..base.rows import (
+    Row,
+    check_fields,
+    check_question,
+    check_text,
+    mended_question,
+    mended_text,
+    place,
+)
 from ..base.settings import SPLITS, nearest
+from ..base.words import is_yes_no
 from ..dataset import with_images
-from ..metrics import is_yes_no
-from ..preference_rows import Row, check_question, mended_question, mended_text, read_questions
+from ..preference_rows import read_questions
 from ..profiles import IMAGE_FOLDERS
 
 OTHER_NAMES = {"val": "validation", "validate": "validation", "valid": "validation"}

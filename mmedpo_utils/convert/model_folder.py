@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from ..lvlm import PHANTOM_WEIGHTS, MedLVLM, load_lvlm, quiet_loading, read_config
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, AutoProcessor, LlavaProcessor
+
+from ..base.chat_templates import TEMPLATES
+from ..base.errors import InputError, first_line
+from ..base.files import load_json
+from ..base.quiet import quiet_loading
+from ..lvlm import PHANTOM_WEIGHTS, MedLVLM, image_token_count, load_lvlm, prompt
 from .adapters import adapter_folder, adapter_record
 from .llava_med import cache_folder, cached, converted, fetch, folder_record, original_config
 
@@ -58,3 +66,125 @@ def _hugging_face_folder(name_or_path: str | Path, vision_tower: str) -> Path:
             source = converted(source, original, vision_tower, str(name_or_path))
     read_config(source)
     return source
+
+
+def read_processor(source: Path) -> LlavaProcessor:
+    """The processor of a Hugging Face LLaVA folder. Raises InputError: unreadable, or of another
+    kind.
+    """
+    try:
+        with quiet_loading():
+            # The torchvision back end resizes otherwise than Pillow, which the original code uses.
+            processor = AutoProcessor.from_pretrained(
+                source, backend="pil", trust_remote_code=False
+            )
+    except (OSError, RuntimeError, ValueError, TypeError, KeyError, ImportError) as error:
+        raise InputError(
+            f"{source}: its processor cannot be read ({first_line(error)}); the folder needs "
+            "processor_config.json and the files of its image processor and tokenizer"
+        ) from error
+    if not isinstance(processor, LlavaProcessor):
+        raise InputError(
+            f"{source}: its processor is a {type(processor).__name__}; expected a LlavaProcessor: "
+            "put the processor_config.json of a LLaVA model there"
+        )
+    processor.tokenizer.padding_side = "left"
+    return processor
+
+
+def prepare_processor(
+    source: Path, config: Any, processor: LlavaProcessor, template: str | None
+) -> int:
+    """Make a processor write prompts in which the model finds the image, or refuse.
+
+    Values that its file leaves out come from the model's configuration. Then one question about one
+    image is written: a template that drops the image, or another image token than the model's,
+    would have every question answered from its text alone.
+
+    Args:
+        config: the model's `LlavaConfig`.
+        template: a name in `llava_text.TEMPLATES`; None is the folder's own chat template.
+
+    Returns:
+        how many tokens an image becomes.
+
+    Raises:
+        InputError: names the file and the key.
+    """
+    if template is not None:
+        processor.chat_template = TEMPLATES[template]
+    tokens = _complete_processor(source, config, processor)
+    mark, found = processor.image_token, config.image_token_id
+    own = processor.tokenizer.convert_tokens_to_ids(mark)
+    if own != found:
+        raise InputError(
+            f"{source / 'config.json'}: `image_token_index` is {found}, and the tokenizer's {mark} "
+            f"is {own}; expected the same number: the model would answer without seeing the image"
+        )
+    try:
+        written = prompt(processor, "Is there a nodule?")
+        count = image_token_count(processor)
+    except Exception as error:  # a template is a program of its own: anything may come out of it
+        raise InputError(
+            f"{source}: its processor or chat template cannot write a prompt "
+            f"({first_line(error)}); correct its files, or set lvlm.template"
+        ) from error
+    if written.count(mark) != 1:
+        raise InputError(
+            f"{source}: the chat template writes {written.count(mark)} {mark} marks for a question "
+            "about one image, and expected is one: the model would answer without the image; "
+            "correct chat_template.jinja, or set lvlm.template"
+        )
+    if count != tokens:
+        raise InputError(
+            f"{source}: its processor makes {count} tokens of an image, and config.json's vision "
+            f"tower {tokens}; correct the size of the images in processor_config.json or "
+            "preprocessor_config.json"
+        )
+    return tokens
+
+
+def _complete_processor(source: Path, config: Any, processor: LlavaProcessor) -> int:
+    """Set what the processor's file leaves out, compare what it says; how many tokens an image
+    is.
+    """
+    tower = config.vision_config
+    expected = {
+        "patch_size": tower.patch_size,
+        "vision_feature_select_strategy": config.vision_feature_select_strategy,
+        # CLIP puts a class token before its patches; SigLIP, for instance, has none.
+        "num_additional_image_tokens": int("clip" in tower.model_type),
+    }
+    file = source / "processor_config.json"
+    stored = load_json(file, "the settings of a processor") if file.is_file() else {}
+    for key, value in expected.items():
+        if stored.get(key) is None:
+            setattr(processor, key, value)
+        elif stored[key] != value:
+            raise InputError(
+                f"{file}: `{key}` is {stored[key]!r}, and config.json's model needs {value!r}; "
+                "correct it, or take the key out"
+            )
+    patches = (tower.image_size // tower.patch_size) ** 2
+    drops_class_token = config.vision_feature_select_strategy == "default"
+    return patches + (0 if drops_class_token else expected["num_additional_image_tokens"])
+
+
+def read_config(source: Path) -> Any:
+    """The `LlavaConfig` of a Hugging Face folder. Raises InputError: unreadable, or of another
+    architecture.
+    """
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
+        raise InputError(
+            f"{source}: no readable model configuration ({first_line(error)}); expected "
+            '"phantom", a '
+            "folder with a LLaVA config.json, or a model's name on the Hub"
+        ) from error
+    if config.model_type != "llava":
+        raise InputError(
+            f"{source}: config.json says model_type {config.model_type!r}; expected 'llava' "
+            "(LlavaForConditionalGeneration)"
+        )
+    return config

@@ -283,7 +283,8 @@ class LocalModel:
         from safetensors import SafetensorError
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        from ..lvlm import nf4_config, quiet_loading
+        from ..base.precision import nf4_config
+        from ..base.quiet import quiet_loading
 
         target, small = torch.device(check_device(device)), model.quantization == "nf4"
         if small and target.type != "cuda":

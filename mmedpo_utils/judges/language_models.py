@@ -27,9 +27,9 @@ import numpy as np
 
 from ..base.errors import InputError
 from ..base.privacy import Card, check_endpoint
-from ..metrics import is_yes_no, opener, words
+from ..base.rows import Row, question_text
+from ..base.words import is_yes_no, opener, words
 from ..phantom.panel import FactJudge, fact_panel
-from ..preference_rows import Row, question_text
 from ..profiles import LanguageModel, Profile
 from ..relevance import Judge, Member, Opinion
 from .chat import Backend, Chat, EndpointModel, Limits, LocalModel, Messages, Sampling

@@ -33,16 +33,18 @@ from trl.data_utils import apply_chat_template
 from ..base.cards import load_card
 from ..base.environment import provenance
 from ..base.errors import InputError, exit_status
-from ..base.files import write_json
+from ..base.files import read_or_compute, write_json
 from ..base.images import open_image, resolve_image
+from ..base.rows import Row, question_text
 from ..base.settings import nearest
-from ..curate import curate_text, curate_visual, inputs_digest, once, training_questions
+from ..base.tensors import model_digest
+from ..curate import curate_text, curate_visual, inputs_digest, training_questions
 from ..dataset import Dataset, prepare_dataset
 from ..judges.language_models import build_judges
-from ..lvlm import MedLVLM, generate, load_profile_lvlm, model_digest
+from ..lvlm import MedLVLM, generate, load_profile_lvlm
 from ..medklip import MedKLIP, load_medklip
 from ..pairs import generator, merge_pairs
-from ..preference_rows import Row, answer_text, pair_row, question_text, write_manifest
+from ..preference_rows import answer_text, pair_row, write_manifest
 from ..profiles import Profile, load_profile
 from ..relevance import CHUNK, Judge, Member, debate, sample_candidates
 from .reference_results import evaluate_seeds
@@ -373,7 +375,8 @@ def build_manifests(profile: Profile, dataset: Dataset) -> None:
     for name in dict.fromkeys(variant.pairs for variant in profile.training.variants.values()):
         path = profile.output / "pairs" / f"{name}.json"
         if name in MANIFESTS:
-            once(path, _digest(ingredients, name), partial(_build, ingredients, name, path))
+            build = partial(_build, ingredients, name, path)
+            read_or_compute(path, _digest(ingredients, name), build)
         elif not path.is_file():
             raise InputError(
                 f"{path}: no such manifest, and nothing here makes one of that "

@@ -24,7 +24,6 @@ from ..base.cards import load_card
 from ..base.environment import check_device
 from ..base.errors import InputError, exit_status
 from ..base.privacy import check_endpoint
-from ..commands import process_count
 from ..convert.adapters import adapter_folder, put_on
 from ..convert.cards import check_dataset
 from ..convert.llava_med import (
@@ -34,8 +33,10 @@ from ..convert.llava_med import (
     original_config,
     weight_files,
 )
+from ..convert.model_folder import prepare_processor, read_config, read_processor
 from ..judges.chat import EndpointModel
-from ..lvlm import PHANTOM_WEIGHTS, empty_model, prepare_processor, read_config, read_processor
+from ..launch_command import process_count
+from ..lvlm import PHANTOM_WEIGHTS, empty_model
 from ..profiles import LanguageModel, Profile, load_profile
 from ..scale.estimate import (
     GIB,

@@ -12,12 +12,13 @@ import yaml
 
 from ..base.environment import check_device
 from ..base.errors import exit_status
-from ..commands import commands, free_cores, printed, process_count, shorten
 from ..curate import manifest_path, training_rows
 from ..launch import check_variant, folder_of
+from ..launch_command import cores_for, launch_command, printed, process_count, shorten
 from ..preference_rows import row_source
 from ..profiles import Profile, load_profile, profile_names
 from ..scale.estimate import describe
+from ..scale.nodes import node_commands
 from .launch import add_run_arguments
 
 
@@ -47,7 +48,7 @@ def plan(profile: Profile, variant: str, seed: int = 0) -> str:
             else "; they are not made yet (notebook 03), reckoned with curation.text_pairs"
         ),
         describe(
-            profile, variant, rows, counts, processes, free_cores(processes) if on_cpu else None
+            profile, variant, rows, counts, processes, cores_for(processes) if on_cpu else None
         ),
     ]
     folder, several = folder_of(profile, variant, seed), profile.training.nodes > 1
@@ -57,19 +58,17 @@ def plan(profile: Profile, variant: str, seed: int = 0) -> str:
         "The cell, or this command in the repository's folder, writes the run folder",
         f"$ python -m mmedpo_utils.launch --profile {name} --variant {variant} --seed {seed}",
     ]
-    for ssh in (True, False) if profile.training.hostfile else (False,):
-        where = (
-            ""
-            if not several
-            else " over ssh"
-            if ssh
-            else " on each node, one command each, without ssh"
-        )
-        lines.append(f"and starts{where}")
-        lines += [
-            "$ " + printed(line)
-            for line in commands(profile, variant, seed, folder, ssh, dry_run=True)
-        ]
+    if not several:
+        starts = [("and starts", [launch_command(profile, variant, seed, folder, dry_run=True)])]
+    else:
+        by_hand = node_commands(profile, variant, seed, folder, ssh=False, dry_run=True)
+        starts = [("and starts on each node, one command each, without ssh", by_hand)]
+        if profile.training.hostfile:
+            over_ssh = node_commands(profile, variant, seed, folder, ssh=True, dry_run=True)
+            starts.insert(0, ("and starts over ssh", over_ssh))
+    for where, commands in starts:
+        lines.append(where)
+        lines += ["$ " + printed(command) for command in commands]
     return "\n".join(lines)
 
 

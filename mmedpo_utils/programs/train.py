@@ -36,8 +36,10 @@ from ..base.doors import open_door
 from ..base.environment import check_device, versions
 from ..base.errors import InputError
 from ..base.files import write_json
+from ..base.precision import train_in_32_bits
+from ..base.tensors import model_digest
 from ..curate import manifest_path, training_rows
-from ..lvlm import load_profile_lvlm, model_digest
+from ..lvlm import load_profile_lvlm
 from ..metrics import patient_of
 from ..profiles import Profile, Variant, load_profile
 from ..relevance import training_weights
@@ -54,13 +56,7 @@ from ..run_folder import (
 )
 from ..scale.estimate import accumulation, total_steps
 from ..scale.fast_trainer import FastTrainer, PackingCollator
-from ..trainer import (
-    MMedPOTrainer,
-    PreferenceCollator,
-    adapter_config,
-    preference_dataset,
-    train_in_32_bits,
-)
+from ..trainer import MMedPOTrainer, PreferenceCollator, adapter_config, preference_dataset
 from .export import write_model_card
 
 VALIDATION_SHARE = 0.1

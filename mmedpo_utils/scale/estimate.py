@@ -16,8 +16,9 @@ from typing import Any
 
 from transformers import AutoConfig, CLIPVisionConfig, LlavaConfig, MistralConfig
 
+from ..base.rows import question_text
 from ..lvlm import PHANTOM_WEIGHTS
-from ..preference_rows import answer_text, question_text
+from ..preference_rows import answer_text
 from ..profiles import Profile, Training
 
 GIB = 2**30

@@ -23,8 +23,9 @@ from PIL import Image
 from .. import noise
 from ..base.files import atomic_write
 from ..base.images import open_image, resolve_image
+from ..base.rows import question_text
 from ..metrics import answer_score
-from ..preference_rows import answer_text, question_text, row_source
+from ..preference_rows import answer_text, row_source
 from . import plots
 
 ANY = "any"
