@@ -19,7 +19,7 @@ from .base.errors import InputError
 from .base.files import read_or_compute, write_json
 from .base.rows import Row
 from .base.tensors import model_digest
-from .dataset import Dataset, with_images
+from .dataset import FilmDataset, with_images
 from .lvlm import MedLVLM, generate
 from .medklip import MedKLIP
 from .pairs import medklip_tool, merge_pairs, pick_questions, text_pairs
@@ -30,7 +30,7 @@ from .relevance import Judge, Member, sample_candidates
 PROGRESS_SECONDS = 30
 
 
-def training_questions(profile: Profile, dataset: Dataset) -> list[Row]:
+def training_questions(profile: Profile, dataset: FilmDataset) -> list[Row]:
     """The questions that pairs are made of: those of the released rows, else at most
     ``curation.text_pairs`` drawn ones.
     """
@@ -39,7 +39,7 @@ def training_questions(profile: Profile, dataset: Dataset) -> list[Row]:
     return pick_questions(dataset.questions["train"], profile.curation.text_pairs, profile.seed)
 
 
-def curate_visual(profile: Profile, dataset: Dataset, model: MedKLIP) -> list[Row]:
+def curate_visual(profile: Profile, dataset: FilmDataset, model: MedKLIP) -> list[Row]:
     """Visual pairs of the training questions; the noised images go to ``pairs/noised``, the rows to
     ``pairs/visual.json``.
 
@@ -71,7 +71,7 @@ def curate_visual(profile: Profile, dataset: Dataset, model: MedKLIP) -> list[Ro
 
 
 def curate_text(
-    profile: Profile, dataset: Dataset, lvlm: MedLVLM, judge: Judge, panel: list[Member]
+    profile: Profile, dataset: FilmDataset, lvlm: MedLVLM, judge: Judge, panel: list[Member]
 ) -> tuple[list[Row], list[dict[str, Any]]]:
     """Text pairs and their debates, in ``pairs/text.json`` and ``pairs/debates.json``.
 

@@ -4,6 +4,7 @@ layout, or a data set's own.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from PIL import Image
 from .base.cards import load_card
 from .base.doors import open_door
 from .base.errors import InputError, Unusable
-from .base.files import write_json
+from .base.files import read_or_compute
 from .base.images import open_image, resolve_image
 from .base.privacy import check_origin, check_outputs
 from .base.rows import Row
@@ -28,7 +29,7 @@ from .profiles import Profile
 
 
 @dataclass(frozen=True)
-class Dataset:
+class FilmDataset:
     """Where a data set lies, and its questions.
 
     Attributes:
@@ -64,7 +65,7 @@ class Dataset:
         return list(dict.fromkeys(row["image"] for row in self.questions[split]))
 
 
-def prepare_dataset(profile: Profile) -> Dataset:
+def prepare_dataset(profile: Profile) -> FilmDataset:
     """Return the profile's data set. Films of the phantom world are drawn once, then read back.
 
     Raises:
@@ -90,14 +91,16 @@ def prepare_dataset(profile: Profile) -> Dataset:
     return dataset
 
 
-def _layout(profile: Profile) -> Dataset:
+def _layout(profile: Profile) -> FilmDataset:
     root = Path(profile.data.root)
     released = root / "train_preferences.json"
     questions = open_door("data set")(profile.data.source, root)
-    return Dataset(profile.image_root, questions, None, released if released.is_file() else None)
+    return FilmDataset(
+        profile.image_root, questions, None, released if released.is_file() else None
+    )
 
 
-def _folder(profile: Profile) -> Dataset:
+def _folder(profile: Profile) -> FilmDataset:
     root = Path(profile.data.root)
     if not (root / "test_questions.jsonl").is_file():
         raise InputError(
@@ -106,23 +109,22 @@ def _folder(profile: Profile) -> Dataset:
             "and test_questions.jsonl"
         )
     questions = {"test": read_questions(root / "test_questions.jsonl", root / "images")}
-    return Dataset(root / "images", questions, None, root / "train_preferences.json")
+    return FilmDataset(root / "images", questions, None, root / "train_preferences.json")
 
 
-def _phantom(profile: Profile) -> Dataset:
+def _phantom(profile: Profile) -> FilmDataset:
     folder = profile.output / "data"
     sizes = {split: getattr(profile.data, f"{split}_patients") for split in SPLITS}
-    recipe = {"seed": profile.seed, "patients": sizes}
-    stamp = folder / "recipe.json"
-    if stamp.is_file() and json.loads(stamp.read_text()) == recipe:
-        print(f"{sum(sizes.values())} phantom films are there already: reading them")
-    else:
-        stamp.unlink(missing_ok=True)
+    recipe = json.dumps({"seed": profile.seed, "patients": sizes})
+
+    def draw() -> None:
         print(f"drawing {sum(sizes.values())} phantom films")
         write_dataset(folder, sizes, profile.seed)
-        write_json(stamp, recipe)
+
+    # facts.json is written last.
+    read_or_compute(folder / "facts.json", hashlib.sha256(recipe.encode()).hexdigest(), draw)
     questions = {split: read_questions(folder / f"{split}_questions.jsonl") for split in SPLITS}
-    return Dataset(folder / "images", questions, folder / "masks", None)
+    return FilmDataset(folder / "images", questions, folder / "masks", None)
 
 
 def with_images(

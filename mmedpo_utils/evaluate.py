@@ -11,24 +11,26 @@ import json
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
 
 from .base.bootstrap import bootstrap_interval, paired_difference
 from .base.errors import InputError, first_line
-from .base.files import atomic_write, read_text, write_json, write_json_lines
+from .base.files import read_or_compute, read_text, write_json, write_json_lines
 from .base.images import open_image, resolve_image
-from .base.rows import check_prediction, question_text
+from .base.rows import ANSWER_TYPES, Row, check_prediction, question_text
 from .base.tensors import model_digest
-from .dataset import Dataset, with_images
+from .dataset import FilmDataset, with_images
 from .lvlm import MedLVLM, generate, image_attention, load_profile_lvlm
 from .metrics import patient_of, row_statistics
 from .phantom.texts import read_masks
 from .preference_rows import row_sha
 from .profiles import Profile
 
+T = TypeVar("T")
+Scores = dict[str, dict[str, float]]  # by metric: mean, low, high, seeds
 COMPARED = ("closed_accuracy", "open_recall", "bleu", "rouge_l")
 ROW_KEYS = ("question_id", "image", "patient_id", "finding", "question_type", "answer_type")
 
@@ -38,7 +40,7 @@ class Decoding:
     """How questions are answered.
 
     Attributes:
-        template: a name in `llava_text.TEMPLATES`; None is the profile's own.
+        template: a name in `chat_templates.TEMPLATES`; None is the profile's own.
         temperature: 0 decodes greedily, above 0 samples (seed 0).
         answer_tokens: the longest closed or open answer.
         report_tokens: the longest report.
@@ -70,65 +72,68 @@ def profile_decoding(profile: Profile) -> Decoding:
     return greedy_decoding(profile.lvlm.max_new_tokens)
 
 
-def shuffled_images(questions: Sequence[dict[str, Any]], seed: int) -> list[str]:
+def shuffled_images(questions: Sequence[Row], seed: int) -> list[str]:
     """For each question the image of another patient; two questions about one image share their new
     image.
 
-    The patients stand in a random circle and each takes the next one's image, so that nobody keeps
-    his own.
+    The patients are put in a random circle and each takes the next one's image, so that nobody
+    keeps his own.
 
     Raises:
         InputError: there are fewer than two patients.
     """
     images: dict[str, list[str]] = {}
     for row in questions:
-        names = images.setdefault(patient_of(row), [])
-        if row["image"] not in names:
-            names.append(row["image"])
+        of_patient = images.setdefault(patient_of(row), [])
+        if row["image"] not in of_patient:
+            of_patient.append(row["image"])
     if len(images) < 2:
         raise InputError(
             "questions: shuffling the images needs two patients or more; give a split with more "
             "patients"
         )
     circle = np.random.default_rng(seed).permutation(sorted(images)).tolist()
-    following = dict(zip(circle, circle[1:] + circle[:1]))
-    shown = {}
+    following = dict(zip(circle, circle[1:] + circle[:1], strict=True))
+    shown: dict[tuple[str, str], str] = {}
     for patient, names in images.items():
         others = images[following[patient]]
-        shown.update({(patient, name): others[i % len(others)] for i, name in enumerate(names)})
+        for number, name in enumerate(names):
+            shown[patient, name] = others[number % len(others)]
     return [shown[patient_of(row), row["image"]] for row in questions]
 
 
-def _input_digest(
+def _inputs_digest(
     lvlm: MedLVLM,
-    questions: Sequence[dict],
+    questions: Sequence[Row],
     images: Sequence[Path],
     decoding: Decoding,
     batch_size: int,
 ) -> str:
+    """SHA-256 (hexadecimal) of all that predictions depend on."""
     # Sampled answers depend on who shares a batch; greedy ones do not.
-    ways = (*astuple(decoding), batch_size if decoding.temperature > 0 else None)
-    digest = hashlib.sha256(
-        f"{model_digest(lvlm.model)} {ways} {lvlm.processor.chat_template}".encode()
-    )
+    batch = batch_size if decoding.temperature > 0 else None
+    ways = (*astuple(decoding), batch)
+    digest = hashlib.sha256()
+    digest.update(f"{model_digest(lvlm.model)} {ways} {lvlm.processor.chat_template}".encode())
     digest.update(f"{row_sha(questions)} {[path.name for path in images]}".encode())
     for path in sorted(set(images)):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
-def _parts(items: Sequence, batch_size: int) -> list[Sequence]:
+def _parts(items: Sequence[T], batch_size: int) -> list[Sequence[T]]:
     """Sixteen batches at a time: neighbours share an image, which is encoded once, and memory stays
     bounded.
     """
-    return [items[i : i + 16 * batch_size] for i in range(0, len(items), 16 * batch_size)]
+    size = 16 * batch_size
+    return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 def _known(row: dict[str, Any]) -> dict[str, Any]:
     return {key: row[key] for key in ROW_KEYS if key in row}
 
 
-def read_predictions(path: str | Path) -> list[dict[str, Any]]:
+def read_predictions(path: str | Path) -> list[Row]:
     """Rows of a predictions file.
 
     Raises:
@@ -150,85 +155,75 @@ def read_predictions(path: str | Path) -> list[dict[str, Any]]:
 
 def _answers(
     lvlm: MedLVLM,
-    questions: Sequence[dict],
+    questions: Sequence[Row],
     images: Sequence[Path],
     batch_size: int,
     decoding: Decoding,
-) -> dict[int, str]:
-    answers: dict[int, str] = {}
-    for kind in sorted({row["answer_type"] for row in questions}):
-        places = [i for i, row in enumerate(questions) if row["answer_type"] == kind]
+) -> list[str]:
+    """One answer a question. Questions of one type share a batch, because the longest answer sets a
+    batch's time.
+    """
+    answers = [""] * len(questions)
+    for kind in ANSWER_TYPES:
+        places = [place for place, row in enumerate(questions) if row["answer_type"] == kind]
         tokens = decoding.report_tokens if kind == "REPORT" else decoding.answer_tokens
         for part in _parts(places, batch_size):
             texts = generate(
                 lvlm,
-                [open_image(images[i]) for i in part],
-                [question_text(questions[i]) for i in part],
+                [open_image(images[place]) for place in part],
+                [question_text(questions[place]) for place in part],
                 max_new_tokens=tokens,
                 batch_size=batch_size,
                 temperature=decoding.temperature,
             )
-            answers.update({i: text[0] for i, text in zip(part, texts)})
+            for place, samples in zip(part, texts, strict=True):
+                answers[place] = samples[0]
     return answers
 
 
 def predict(
     lvlm: MedLVLM,
-    questions: Sequence[dict[str, Any]],
+    questions: Sequence[Row],
     image_root: str | Path,
     path: str | Path,
     batch_size: int,
     decoding: Decoding,
     shuffle_images: int | None = None,
-) -> list[dict[str, Any]]:
+) -> list[Row]:
     """Answer every question and write the predictions, or read them where they were written
     already.
 
-    Questions of one answer type share a batch, because the longest answer sets a batch's time.
-
     Args:
-        questions: Rows of `manifests.read_questions`.
-        decoding: How the answers are written; its template is the one that ``lvlm`` was loaded
+        questions: rows of `preference_rows.read_questions`.
+        path: the predictions file (JSON lines), see `read_or_compute`.
+        decoding: how the answers are written; its template is the one that ``lvlm`` was loaded
             with.
-        path: The predictions file (JSON lines). A digest of model, questions and images lies beside
-            it (`.sha256`); where it still holds, the file is read instead of computed.
         shuffle_images: None, or the seed by which each question is asked about another patient's
             image (key ``shown_image``). A gain that survives this comes from the text.
 
     Returns:
-        One row per question, in the order of ``questions``.
+        one row per question, in the order of ``questions``.
     """
-    path, shown = Path(path), [row["image"] for row in questions]
+    shown = [row["image"] for row in questions]
     if shuffle_images is not None:
         shown = shuffled_images(questions, shuffle_images)
     images = [resolve_image(image_root, name) for name in shown]
-    digest, key_file = (
-        _input_digest(lvlm, questions, images, decoding, batch_size),
-        path.with_suffix(".sha256"),
-    )
-    if path.is_file() and key_file.is_file() and key_file.read_text().strip() == digest:
-        print(
-            f"{path.name}: read, {len(questions)} predictions of the same model, questions and "
-            "images"
-        )
-        return read_predictions(path)
-    answers = _answers(lvlm, questions, images, batch_size, decoding)
-    rows = [
-        {
-            **_known(row),
-            "question": question_text(row),
-            "answer": row["gpt4_answer"],
-            "prediction": answers[i],
-            **({} if shuffle_images is None else {"shown_image": shown[i]}),
-        }
-        for i, row in enumerate(questions)
-    ]
-    key_file.unlink(missing_ok=True)
-    write_json_lines(path, rows)
-    with atomic_write(key_file) as temporary:
-        temporary.write_text(digest + "\n")
-    print(f"{path.name}: computed, {len(rows)} predictions")
-    return rows
+
+    def compute() -> None:
+        answers = _answers(lvlm, questions, images, batch_size, decoding)
+        rows = []
+        for question, answer, image in zip(questions, answers, shown, strict=True):
+            row = _known(question)
+            row["question"] = question_text(question)
+            row["answer"] = question["gpt4_answer"]
+            row["prediction"] = answer
+            if shuffle_images is not None:
+                row["shown_image"] = image
+            rows.append(row)
+        write_json_lines(path, rows)
+
+    read_or_compute(path, _inputs_digest(lvlm, questions, images, decoding, batch_size), compute)
+    return read_predictions(path)
 
 
 def attention_share(attention: np.ndarray, lesion_mask: np.ndarray) -> float:
@@ -247,11 +242,11 @@ def attention_share(attention: np.ndarray, lesion_mask: np.ndarray) -> float:
 
 def lesion_attention(
     lvlm: MedLVLM,
-    questions: Sequence[dict[str, Any]],
+    questions: Sequence[Row],
     image_root: str | Path,
     mask_root: str | Path | None,
     batch_size: int,
-) -> list[dict[str, Any]]:
+) -> list[Row]:
     """How much of the answer's attention to the image falls inside the lesion that the question
     asks about.
 
@@ -262,47 +257,48 @@ def lesion_attention(
         Rows with the question's keys, ``share`` (0 to 1) and ``chance``, the mask's share of the
         image's area.
     """
-    asked = []
+    asked: list[Row] = []
+    masks: list[np.ndarray] = []
     for row in questions if mask_root is not None else []:
         path = Path(mask_root) / f"{Path(row['image']).stem}.png"
-        mask = (
-            read_masks(path).get(row.get("finding"))
-            if row.get("finding") and path.is_file()
-            else None
-        )
-        if mask is not None:
-            asked.append((row, mask))
+        if row.get("finding") and path.is_file():
+            mask = read_masks(path).get(row["finding"])
+            if mask is not None:
+                asked.append(row)
+                masks.append(mask)
     rows = []
-    for part in _parts(asked, batch_size):
+    for part in _parts(list(zip(asked, masks, strict=True)), batch_size):
         images = [open_image(resolve_image(image_root, row["image"])) for row, _ in part]
-        maps = image_attention(lvlm, images, [question_text(row) for row, _ in part], batch_size)
-        rows += [
-            {
-                **_known(row),
-                "share": attention_share(np.asarray(attention), mask),
-                "chance": float(mask.mean()),
-            }
-            for attention, (row, mask) in zip(maps, part)
-        ]
+        texts = [question_text(row) for row, _ in part]
+        maps = image_attention(lvlm, images, texts, batch_size).numpy()
+        for attention, (row, mask) in zip(maps, part, strict=True):
+            share = attention_share(attention, mask)
+            rows.append({**_known(row), "share": share, "chance": float(mask.mean())})
     return rows
 
 
 def _joined(
-    files: Sequence[Sequence[dict[str, Any]]], metric: str
+    files: Sequence[Sequence[Row]], metric: str
 ) -> tuple[np.ndarray, Any, list[dict], list[int]]:
     """Statistics of all seeds' rows, the function from sums to score, the rows, and each row's
     seed.
     """
-    statistics, functions, used = zip(*(row_statistics(rows, metric) for rows in files))
-    seeds = [seed for seed, rows in enumerate(used) for _ in rows]
-    return np.concatenate(statistics), functions[0], [row for rows in used for row in rows], seeds
+    statistics = []
+    used: list[Row] = []
+    seeds: list[int] = []
+    for seed, rows in enumerate(files):
+        of_seed, statistic, scored = row_statistics(rows, metric)
+        statistics.append(of_seed)
+        used += scored
+        seeds += [seed] * len(scored)
+    return np.concatenate(statistics), statistic, used, seeds
 
 
 def compare(
-    models: dict[str, Sequence[Sequence[dict[str, Any]]]],
+    models: dict[str, Sequence[Sequence[Row]]],
     samples: int,
     metrics: Sequence[str] = COMPARED,
-) -> dict[str, dict[str, dict[str, float]]]:
+) -> dict[str, Scores]:
     """Scores of several models with 95% intervals over patients and seeds.
 
     Args:
@@ -314,7 +310,7 @@ def compare(
         ``{name: {metric: {"mean", "low", "high", "seeds"}}}`` in percent; a metric without rows is
         left out.
     """
-    table: dict[str, dict[str, dict[str, float]]] = {}
+    table: dict[str, Scores] = {}
     for name, files in models.items():
         table[name] = {}
         for metric in metrics:
@@ -332,8 +328,8 @@ def compare(
 
 
 def compare_pair(
-    first: Sequence[Sequence[dict[str, Any]]],
-    second: Sequence[Sequence[dict[str, Any]]],
+    first: Sequence[Sequence[Row]],
+    second: Sequence[Sequence[Row]],
     samples: int,
     metrics: Sequence[str] = COMPARED,
 ) -> dict[str, dict[str, float]]:
@@ -369,7 +365,7 @@ def compare_pair(
     return table
 
 
-def asked_questions(profile: Profile, dataset: Dataset) -> list[dict[str, Any]]:
+def asked_questions(profile: Profile, dataset: FilmDataset) -> list[Row]:
     """The test split's questions, ``evaluation.questions`` at most, spread over the whole split.
 
     A question whose image cannot be opened is left out, with a warning.
@@ -380,13 +376,13 @@ def asked_questions(profile: Profile, dataset: Dataset) -> list[dict[str, Any]]:
     return with_images(rows, dataset.image_root, "test", decode=True)
 
 
-def answer_test(
+def predict_test_split(
     profile: Profile,
-    dataset: Dataset,
+    dataset: FilmDataset,
     label: str,
     adapter: str | Path | None,
     shuffle: bool = False,
-) -> list[dict[str, Any]]:
+) -> list[Row]:
     """One model's predictions on the test split, in ``evaluation/<label>.jsonl`` (see `predict`).
 
     Args:
@@ -408,9 +404,9 @@ def answer_test(
     )
 
 
-def attend_test(
-    profile: Profile, dataset: Dataset, adapter: str | Path | None
-) -> list[dict[str, Any]]:
+def lesion_attention_of_test_split(
+    profile: Profile, dataset: FilmDataset, adapter: str | Path | None
+) -> list[Row]:
     """One model's attention to the lesion on the open questions of the test split (see
     `lesion_attention`).
     """
@@ -422,7 +418,7 @@ def attend_test(
 
 
 def attention_example(
-    profile: Profile, dataset: Dataset, adapter: str | Path
+    profile: Profile, dataset: FilmDataset, adapter: str | Path
 ) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
     """The first open test question, and the attention to its image without and with the adapter.
 
@@ -439,10 +435,10 @@ def attention_example(
 
 
 def score_table(
-    predictions: dict[str, list[list[dict[str, Any]]]],
-    attention: dict[str, list[list[dict[str, Any]]]],
+    predictions: dict[str, list[list[Row]]],
+    attention: dict[str, list[list[Row]]],
     samples: int,
-) -> dict[str, dict[str, dict[str, float]]]:
+) -> dict[str, Scores]:
     """`compare` over predictions and over attention to the lesion, one row a model, in percent."""
     table = compare(predictions, samples)
     for name, scores in compare(attention, samples, ["attention_in_lesion"]).items():
@@ -452,9 +448,9 @@ def score_table(
 
 def write_scores(
     profile: Profile,
-    predictions: dict[str, list[list[dict[str, Any]]]],
-    attention: dict[str, list[list[dict[str, Any]]]],
-) -> dict[str, dict[str, dict[str, float]]]:
+    predictions: dict[str, list[list[Row]]],
+    attention: dict[str, list[list[Row]]],
+) -> dict[str, Scores]:
     """Score every model (see `score_table`), write ``evaluation/scores.json``, return the table."""
     table = score_table(predictions, attention, profile.evaluation.bootstrap_samples)
     write_json(

@@ -32,7 +32,6 @@ from .base.environment import check_device
 from .base.errors import InputError, first_line
 from .base.precision import keep_packing, nf4_config
 from .base.quiet import quiet_loading
-from .convert.model_folder import prepare_processor, read_processor
 from .profiles import Profile
 
 PHANTOM_WEIGHTS = Path(__file__).parent / "phantom" / "weights" / "lvlm"
@@ -83,7 +82,7 @@ def load_lvlm(
         vision_tower: checkpoint | config: in the original layout, the tower's weights inside the
             checkpoint or those that its configuration names. A Hugging Face folder has one tower,
             and this has no effect.
-        template: a name in `llava_text.TEMPLATES`; None is the folder's own chat template.
+        template: a name in `chat_templates.TEMPLATES`; None is the folder's own chat template.
         base_adapter: an adapter that is merged into the model before all else, as `model_folder`
             does.
 
@@ -101,8 +100,8 @@ def load_lvlm(
         if value not in known:
             raise InputError(f"lvlm.{key}: {value!r} is not known; expected one of {known}")
     source = open_door("Med-LVLM")(name_or_path, vision_tower, base_adapter)
-    model, processor = _read_folder(source, target, quantization)
-    prepare_processor(source, model.config, processor, template)
+    model = _read_folder(source, target, quantization)
+    processor = open_door("processor")(source, model.config, template)
     if adapter is not None:
         model = open_door("adapter")(model, adapter, (str(name_or_path), source.name))
     return MedLVLM(model.eval(), processor, target)
@@ -110,8 +109,8 @@ def load_lvlm(
 
 def _read_folder(
     source: Path, target: torch.device, quantization: str
-) -> tuple[LlavaForConditionalGeneration, Any]:
-    """Model and processor of a Hugging Face folder, the model on ``target``."""
+) -> LlavaForConditionalGeneration:
+    """The model of a Hugging Face folder, on ``target``."""
     precision = torch.float32 if target.type == "cpu" else torch.bfloat16
     small = quantization == "nf4"
     options: dict[str, Any] = {"dtype": precision}
@@ -128,7 +127,7 @@ def _read_folder(
         keep_packing(model)
     # bitsandbytes or DeepSpeed has put the weights where they belong.
     placed = small or is_deepspeed_zero3_enabled()
-    return (model if placed else model.to(target)), read_processor(source)
+    return model if placed else model.to(target)
 
 
 def _load_weights(source: Path, **options: Any) -> LlavaForConditionalGeneration:

@@ -29,7 +29,7 @@ def dataset(profile):
 
 def test_a_data_set_is_drawn_once_and_again_when_its_recipe_changes(profile, dataset, capsys):
     prepare_dataset(profile)
-    assert "reading them" in capsys.readouterr().out
+    assert "facts.json: read, made earlier" in capsys.readouterr().out
     before = np.asarray(dataset.image(dataset.image_names("test")[0]))
     other = load_profile("phantom-smoke", {"output": str(profile.output), "seed": 5})
     changed = prepare_dataset(other)

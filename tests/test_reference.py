@@ -130,8 +130,8 @@ def test_a_shuffled_name_asks_that_model_about_other_films_and_every_seed_is_sco
         )
 
     monkeypatch.setattr(reference_results, "train", trained)
-    monkeypatch.setattr(reference_results, "answer_test", answer)
-    monkeypatch.setattr(reference_results, "attend_test", lambda *_: [])
+    monkeypatch.setattr(reference_results, "predict_test_split", answer)
+    monkeypatch.setattr(reference_results, "lesion_attention_of_test_split", lambda *_: [])
     monkeypatch.setattr(
         reference_results,
         "add_scores",

@@ -19,6 +19,7 @@ DOORS = {
     "hostfile": "scale.nodes:check_hostfile",
     "several nodes": "scale.nodes:node_commands",
     "visual curation": "scale.resumable_curation:curate_folder",
+    "processor": "convert.model_folder:prepared_processor",
     "MedKLIP": "convert.medklip_official:official_checkpoint",
 }
 

@@ -296,7 +296,7 @@ class Original:
         config: of the Hugging Face model; every tensor of it was found, in its shape.
         tower: the folder of the vision tower that the checkpoint's configuration names; None: not
             here.
-        template: the name of the chat template in `llava_text.TEMPLATES`.
+        template: the name of the chat template in `chat_templates.TEMPLATES`.
         shards: per file, its keys and their names in the original layout.
     """
 

@@ -68,6 +68,17 @@ def _hugging_face_folder(name_or_path: str | Path, vision_tower: str) -> Path:
     return source
 
 
+def prepared_processor(source: Path, config: Any, template: str | None) -> LlavaProcessor:
+    """The processor of a Hugging Face LLaVA folder, with which its model finds the image.
+
+    Raises:
+        InputError: as `read_processor` and `prepare_processor`.
+    """
+    processor = read_processor(source)
+    prepare_processor(source, config, processor, template)
+    return processor
+
+
 def read_processor(source: Path) -> LlavaProcessor:
     """The processor of a Hugging Face LLaVA folder. Raises InputError: unreadable, or of another
     kind.
@@ -103,7 +114,7 @@ def prepare_processor(
 
     Args:
         config: the model's `LlavaConfig`.
-        template: a name in `llava_text.TEMPLATES`; None is the folder's own chat template.
+        template: a name in `chat_templates.TEMPLATES`; None is the folder's own chat template.
 
     Returns:
         how many tokens an image becomes.

@@ -39,7 +39,7 @@ from ..base.rows import Row, question_text
 from ..base.settings import nearest
 from ..base.tensors import model_digest
 from ..curate import curate_text, curate_visual, inputs_digest, training_questions
-from ..dataset import Dataset, prepare_dataset
+from ..dataset import FilmDataset, prepare_dataset
 from ..judges.language_models import build_judges
 from ..lvlm import MedLVLM, generate, load_profile_lvlm
 from ..medklip import MedKLIP, load_medklip
@@ -58,7 +58,7 @@ VISUAL = ("seed", "data", "visual_tool", "noise")
 class Ingredients:
     """What manifests are made of; each is loaded or made when a manifest first asks for it."""
 
-    def __init__(self, profile: Profile, dataset: Dataset) -> None:
+    def __init__(self, profile: Profile, dataset: FilmDataset) -> None:
         self.profile, self.dataset = profile, dataset
         self.questions = training_questions(profile, dataset)
 
@@ -362,7 +362,7 @@ MANIFESTS = {
 }
 
 
-def build_manifests(profile: Profile, dataset: Dataset) -> None:
+def build_manifests(profile: Profile, dataset: FilmDataset) -> None:
     """Write the manifests that the profile's variants name, ``output``/pairs/NAME.json, unless they
     are there already.
 

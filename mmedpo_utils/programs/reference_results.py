@@ -16,8 +16,8 @@ from typing import Any
 from ..base.environment import provenance
 from ..base.files import write_json
 from ..base.settings import SPLITS, repository_root
-from ..dataset import Dataset, prepare_dataset
-from ..evaluate import answer_test, attend_test, compare_pair, score_table
+from ..dataset import FilmDataset, prepare_dataset
+from ..evaluate import compare_pair, lesion_attention_of_test_split, predict_test_split, score_table
 from ..launch import train
 from ..medklip import load_medklip, score_medklip
 from ..profiles import Profile, load_profile
@@ -37,7 +37,7 @@ PAIRS = (
 
 
 def evaluate_seeds(
-    profile: Profile, dataset: Dataset, seeds: Sequence[int], pairs: Sequence[tuple[str, str]]
+    profile: Profile, dataset: FilmDataset, seeds: Sequence[int], pairs: Sequence[tuple[str, str]]
 ) -> dict[str, Any]:
     """Train and evaluate every variant with every seed; the scores go into the adapters' model
     cards too.
@@ -73,10 +73,16 @@ def evaluate_seeds(
                 if adapter is None or seed == profile.evaluation.seeds[0]
                 else f"{name}-seed{seed}"
             )
-            predictions.setdefault(name, []).append(answer_test(profile, dataset, label, adapter))
-            attention.setdefault(name, []).append(attend_test(profile, dataset, adapter))
+            predictions.setdefault(name, []).append(
+                predict_test_split(profile, dataset, label, adapter)
+            )
+            attention.setdefault(name, []).append(
+                lesion_attention_of_test_split(profile, dataset, adapter)
+            )
             if name in shuffled:
-                rows = answer_test(profile, dataset, f"{label}_shuffled", adapter, shuffle=True)
+                rows = predict_test_split(
+                    profile, dataset, f"{label}_shuffled", adapter, shuffle=True
+                )
                 predictions.setdefault(f"{name}_shuffled", []).append(rows)
     samples = profile.evaluation.bootstrap_samples
     table = score_table(predictions, attention, samples)
@@ -98,7 +104,7 @@ def evaluate_seeds(
     }
 
 
-def medklip_scores(profile: Profile, dataset: Dataset) -> dict[str, float]:
+def medklip_scores(profile: Profile, dataset: FilmDataset) -> dict[str, float]:
     """Pointing game and presence of the shipped MedKLIP on the films of all splits, in percent."""
     names = [name for split in SPLITS for name in dataset.image_names(split)]
     scores = score_medklip(
