@@ -45,10 +45,7 @@ from mmedpo_utils.noise import noise_mask, noised_pixels  # noqa: E402
 from mmedpo_utils.pairs import medklip_tool  # noqa: E402
 from mmedpo_utils.phantom.world import films  # noqa: E402
 from mmedpo_utils.profiles import load_profile  # noqa: E402
-from mmedpo_utils.scale.resumable_curation import (  # noqa: E402
-    PNG,
-    curate_folder,
-)
+from mmedpo_utils.scale.resumable_curation import PNG, curate_folder  # noqa: E402
 
 CORES, BATCH_SIZE, MEMORY_SIZE, PATIENTS = 2, 32, 256, 16
 NOISE = load_profile("phantom").noise

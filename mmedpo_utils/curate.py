@@ -17,9 +17,10 @@ from typing import Any
 from .base.doors import open_door
 from .base.errors import InputError
 from .base.files import read_or_compute, write_json
+from .base.images import with_images
 from .base.rows import Row
 from .base.tensors import model_digest
-from .dataset import FilmDataset, with_images
+from .dataset import FilmDataset
 from .lvlm import MedLVLM, generate
 from .medklip import MedKLIP
 from .pairs import medklip_tool, merge_pairs, pick_questions, text_pairs

@@ -6,8 +6,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +15,10 @@ from PIL import Image
 
 from .base.cards import load_card
 from .base.doors import open_door
-from .base.errors import InputError, Unusable
+from .base.errors import InputError
 from .base.files import read_or_compute
 from .base.images import open_image, resolve_image
 from .base.privacy import check_origin, check_outputs
-from .base.rows import Row
 from .base.settings import SPLITS
 from .phantom.texts import read_masks, write_dataset
 from .preference_rows import pair_images, read_questions
@@ -125,36 +122,3 @@ def _phantom(profile: Profile) -> FilmDataset:
     read_or_compute(folder / "facts.json", hashlib.sha256(recipe.encode()).hexdigest(), draw)
     questions = {split: read_questions(folder / f"{split}_questions.jsonl") for split in SPLITS}
     return FilmDataset(folder / "images", questions, folder / "masks", None)
-
-
-def with_images(
-    rows: Sequence[Row], root: str | os.PathLike, split: str = "asked", decode: bool = False
-) -> list[Row]:
-    """The questions whose image is there; the others are named in one warning.
-
-    Args:
-        split: what the rows are called in the warning.
-        decode: open each image too. A data set's own layout is read without, so that a damaged
-            image shows only where it is used.
-
-    Raises:
-        InputError: no question's image can be used.
-    """
-    kept, left_out = [], Unusable(f"{root}, split {split}")
-    faults: dict[str, InputError | None] = {}
-    for row in rows:
-        name = row["image"]
-        if name not in faults:
-            faults[name] = None
-            try:
-                path = resolve_image(root, name)
-                if decode:
-                    open_image(path)
-            except InputError as error:
-                faults[name] = error
-        if faults[name] is None:
-            kept.append(row)
-        else:
-            left_out.note(InputError(f"{split}, question {row['question_id']!r}: {faults[name]}"))
-    left_out.tell(len(kept))
-    return kept

@@ -16,22 +16,20 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import Image
 
-from .base.bootstrap import bootstrap_interval, paired_difference
 from .base.errors import InputError, first_line
-from .base.files import read_or_compute, read_text, write_json, write_json_lines
-from .base.images import open_image, resolve_image
+from .base.files import read_or_compute, read_text, write_json_lines
+from .base.images import open_image, resolve_image, with_images
 from .base.rows import ANSWER_TYPES, Row, check_prediction, question_text
 from .base.tensors import model_digest
-from .dataset import FilmDataset, with_images
+from .dataset import FilmDataset
 from .lvlm import MedLVLM, generate, image_attention, load_profile_lvlm
-from .metrics import patient_of, row_statistics
+from .metrics import patient_of
 from .phantom.texts import read_masks
 from .preference_rows import row_sha
 from .profiles import Profile
 
 T = TypeVar("T")
 Scores = dict[str, dict[str, float]]  # by metric: mean, low, high, seeds
-COMPARED = ("closed_accuracy", "open_recall", "bleu", "rouge_l")
 ROW_KEYS = ("question_id", "image", "patient_id", "finding", "question_type", "answer_type")
 
 
@@ -277,94 +275,6 @@ def lesion_attention(
     return rows
 
 
-def _joined(
-    files: Sequence[Sequence[Row]], metric: str
-) -> tuple[np.ndarray, Any, list[dict], list[int]]:
-    """Statistics of all seeds' rows, the function from sums to score, the rows, and each row's
-    seed.
-    """
-    statistics = []
-    used: list[Row] = []
-    seeds: list[int] = []
-    for seed, rows in enumerate(files):
-        of_seed, statistic, scored = row_statistics(rows, metric)
-        statistics.append(of_seed)
-        used += scored
-        seeds += [seed] * len(scored)
-    return np.concatenate(statistics), statistic, used, seeds
-
-
-def compare(
-    models: dict[str, Sequence[Sequence[Row]]],
-    samples: int,
-    metrics: Sequence[str] = COMPARED,
-) -> dict[str, Scores]:
-    """Scores of several models with 95% intervals over patients and seeds.
-
-    Args:
-        models: For each name, one table of rows per training seed (`predict`'s, or
-            `lesion_attention`'s with ``metrics=["attention_in_lesion"]``).
-        samples: Bootstrap draws.
-
-    Returns:
-        ``{name: {metric: {"mean", "low", "high", "seeds"}}}`` in percent; a metric without rows is
-        left out.
-    """
-    table: dict[str, Scores] = {}
-    for name, files in models.items():
-        table[name] = {}
-        for metric in metrics:
-            statistics, statistic, used, seeds = _joined(files, metric)
-            if used:
-                mean, low, high = bootstrap_interval(
-                    statistics,
-                    [patient_of(row) for row in used],
-                    seeds,
-                    samples,
-                    statistic=statistic,
-                )
-                table[name][metric] = {"mean": mean, "low": low, "high": high, "seeds": len(files)}
-    return table
-
-
-def compare_pair(
-    first: Sequence[Sequence[Row]],
-    second: Sequence[Sequence[Row]],
-    samples: int,
-    metrics: Sequence[str] = COMPARED,
-) -> dict[str, dict[str, float]]:
-    """Score of ``first`` minus score of ``second``, question by question, with 95% intervals (see
-    `compare`).
-
-    A model with one table (one that is not trained) meets every seed of the other.
-
-    Raises:
-        InputError: the two do not answer the same questions, or their numbers of seeds differ.
-    """
-    seeds = max(len(first), len(second))
-    sides = [list(side) * seeds if len(side) == 1 else list(side) for side in (first, second)]
-    ids = [[[str(row["question_id"]) for row in rows] for rows in side] for side in sides]
-    if ids[0] != ids[1]:
-        raise InputError(
-            "compare_pair: the two models need the same questions in the same order, and as many "
-            "seeds; predict both on one split"
-        )
-    table = {}
-    for metric in metrics:
-        one, statistic, used, seed = _joined(sides[0], metric)
-        if used:
-            mean, low, high = paired_difference(
-                one,
-                _joined(sides[1], metric)[0],
-                [patient_of(row) for row in used],
-                seed,
-                samples,
-                statistic=statistic,
-            )
-            table[metric] = {"mean": mean, "low": low, "high": high, "seeds": seeds}
-    return table
-
-
 def asked_questions(profile: Profile, dataset: FilmDataset) -> list[Row]:
     """The test split's questions, ``evaluation.questions`` at most, spread over the whole split.
 
@@ -432,28 +342,3 @@ def attention_example(
         film, question = dataset.image(row["image"]), question_text(row)
         maps.append(np.asarray(image_attention(lvlm, [film], [question], 1)[0]))
     return row, *maps
-
-
-def score_table(
-    predictions: dict[str, list[list[Row]]],
-    attention: dict[str, list[list[Row]]],
-    samples: int,
-) -> dict[str, Scores]:
-    """`compare` over predictions and over attention to the lesion, one row a model, in percent."""
-    table = compare(predictions, samples)
-    for name, scores in compare(attention, samples, ["attention_in_lesion"]).items():
-        table[name] |= scores
-    return table
-
-
-def write_scores(
-    profile: Profile,
-    predictions: dict[str, list[list[Row]]],
-    attention: dict[str, list[list[Row]]],
-) -> dict[str, Scores]:
-    """Score every model (see `score_table`), write ``evaluation/scores.json``, return the table."""
-    table = score_table(predictions, attention, profile.evaluation.bootstrap_samples)
-    write_json(
-        profile.output / "evaluation" / "scores.json", {"profile": profile.name, "models": table}
-    )
-    return table

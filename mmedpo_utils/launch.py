@@ -14,22 +14,15 @@ from typing import Any
 from IPython import get_ipython
 from IPython.display import Image, Pretty, display
 
+from .base.checkpoints import newest_checkpoint, remove_half_written
 from .base.doors import open_door
 from .base.environment import check_device
 from .base.errors import InputError
-from .base.processes import cause_of_death, last_words, log_text, started
+from .base.processes import cause_of_death, last_words, log_text, printed, shorten, started
 from .curate import manifest_path
-from .launch_command import launch_command, printed, process_count, shorten
+from .launch_command import launch_command, process_count
 from .profiles import Profile
-from .run_folder import (
-    FAILED,
-    finished_result,
-    newest_checkpoint,
-    read_events,
-    remove_half_written,
-    run_digest,
-    run_lock,
-)
+from .run_folder import FAILED, finished_result, read_events, run_digest, run_lock
 from .show import plots
 
 REFRESH_SECONDS = 1.5

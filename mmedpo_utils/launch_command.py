@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import shlex
-import socket
 import sys
 from pathlib import Path
 
 import torch
 
-from .base.environment import check_device
+from .base.environment import check_device, cores_for
 from .base.errors import InputError
-from .base.settings import repository_root
+from .base.processes import free_port, shorten
 from .profiles import Profile
 
 PROGRAM = "mmedpo_utils.programs.train"
@@ -57,40 +55,6 @@ def process_count(profile: Profile, dry_run: bool = False) -> int:
         return values.processes
     total = values.processes * values.gradient_accumulation_steps
     return next(count for count in range(min(values.processes, gpus), 0, -1) if total % count == 0)
-
-
-def cores_for(processes: int) -> int:
-    """Processor cores that ``processes`` on this machine share; OMP_NUM_THREADS, where it is set,
-    is the limit of each.
-    """
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    else:
-        cores = os.cpu_count() or 1
-    return min(cores, _thread_limit(cores) * processes)
-
-
-def _thread_limit(otherwise: int) -> int:
-    """OMP_NUM_THREADS, of a list of them (one a nesting level) the first; ``otherwise`` where it is
-    no number.
-    """
-    first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
-    return int(first) if first.isdecimal() and int(first) else otherwise
-
-
-def free_port() -> int:
-    """A port of this machine that nobody listens on now; another process may take it before it is
-    used.
-    """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def shorten(path: Path) -> str:
-    """``path`` relative to the repository where it lies inside."""
-    root = repository_root()
-    return (path.relative_to(root) if path.is_relative_to(root) else path).as_posix()
 
 
 def launch_command(
@@ -155,8 +119,3 @@ def _devices(processes: int) -> list[str]:
             "write the GPUs' numbers, as `nvidia-smi --list-gpus` shows them"
         )
     return ["--include", "localhost:" + ",".join(visible[:processes])]
-
-
-def printed(arguments: list[str]) -> str:
-    """A command as it can be pasted into a terminal."""
-    return shlex.join(["python", *arguments[1:]])

@@ -3,7 +3,7 @@
 The paper (arXiv 2412.06141) reports closed accuracy, open recall, BLEU (the mean of BLEU-1..4),
 ROUGE-L and METEOR. It names no implementation; its authors released one later. `METHODS` says how
 each score is computed here; print it beside the numbers. The names that begin with ``released_``
-are the authors' rules (`released_metrics`), and the others are ours.
+are the authors' rules (`released.evaluation`), and the others are ours.
 
 A prediction row holds `question_id`, `image`, `answer_type` (CLOSED, OPEN or REPORT), `answer` and
 `prediction`, and optionally `patient_id`, `finding` and `question_type`. Without `patient_id` the
@@ -35,8 +35,7 @@ METHODS = {
     "open_recall": "share of the true answer's words found in the prediction, counted with "
     "multiplicity (lower case; punctuation parts words), mean over questions",
     "bleu": "mean of BLEU-1 to BLEU-4; each is sacrebleu's cumulative corpus BLEU (lower case, "
-    "tokenizer 13a, "
-    "smoothing 'exp'; each ideograph is a word)",
+    "tokenizer 13a, smoothing 'exp'; each ideograph is a word)",
     "rouge_l": "rouge-score's ROUGE-L F1 without stemming, mean over reports; words of any "
     "script, each ideograph one",
     "meteor": "nltk's METEOR with its WordNet word list, mean over reports",
@@ -45,7 +44,7 @@ METHODS = {
     **evaluation.METHODS,
 }
 BLEU_ORDERS = (1, 2, 3, 4)
-ANSWER_TYPES = {
+TYPE_OF_METRIC = {
     "closed_accuracy": "CLOSED",
     "open_recall": "OPEN",
     "released_closed_accuracy": "CLOSED",
@@ -66,7 +65,8 @@ def closed_correct(answer: str, prediction: str) -> bool:
     """Whether a closed prediction is right, by the rule of `METHODS`: "Yes, there is." says yes,
     "It is" does not.
     """
-    truth, given = [opener(answer)] if opener(answer) else words(answer), words(prediction)
+    truth = [opener(answer)] if opener(answer) else words(answer)
+    given = words(prediction)
     return bool(truth) and given[: len(truth)] == truth
 
 
@@ -108,19 +108,17 @@ def bleu_from_statistics(sums: np.ndarray, orders: Sequence[int] = BLEU_ORDERS) 
     """Mean over ``orders`` of cumulative corpus BLEU, in percent, from summed counts. Shape: [...,
     10] to [...].
     """
-    flat = np.rint(sums).astype(int).reshape(-1, 10).tolist()
-    scores = [
-        np.mean(
-            [
-                BLEU.compute_bleu(
-                    row[:n], row[4 : 4 + n], *row[8:], smooth_method="exp", max_ngram_order=n
-                ).score
-                for n in orders
-            ]
-        )
-        for row in flat
-    ]
-    return np.array(scores).reshape(sums.shape[:-1])
+    means = []
+    for row in np.rint(sums).astype(int).reshape(-1, 10).tolist():
+        matching, total, lengths = row[:4], row[4:8], row[8:]
+        scores = []
+        for n in orders:
+            bleu = BLEU.compute_bleu(
+                matching[:n], total[:n], *lengths, smooth_method="exp", max_ngram_order=n
+            )
+            scores.append(bleu.score)
+        means.append(np.mean(scores))
+    return np.array(means).reshape(sums.shape[:-1])
 
 
 def row_statistics(rows: Iterable[Row], metric: str) -> tuple[np.ndarray, Statistic, list[Row]]:
@@ -135,7 +133,7 @@ def row_statistics(rows: Iterable[Row], metric: str) -> tuple[np.ndarray, Statis
         used = list(rows)
         scores = np.array([row["share"] for row in used], float)
     else:
-        used = [row for row in rows if row["answer_type"] == ANSWER_TYPES.get(metric, "REPORT")]
+        used = [row for row in rows if row["answer_type"] == TYPE_OF_METRIC.get(metric, "REPORT")]
         if metric.startswith("bleu"):
             orders = [int(metric[4:])] if metric[4:] else BLEU_ORDERS
             counts = [bleu_statistics(str(row["answer"]), str(row["prediction"])) for row in used]
@@ -160,28 +158,6 @@ def score(rows: Iterable[Row], metric: str) -> float | None:
     statistics, statistic, used = row_statistics(rows, metric)
     value = float(statistic(statistics.sum(axis=0))) if used else None
     return value if value is None or np.isfinite(value) else None
-
-
-def closed_accuracy(rows: Iterable[Row]) -> float | None:
-    """Accuracy over the CLOSED rows, in percent; None where there is none."""
-    return score(rows, "closed_accuracy")
-
-
-def open_recall(rows: Iterable[Row]) -> float | None:
-    """Mean recall of the true words over the OPEN rows, in percent; None where there is none."""
-    return score(rows, "open_recall")
-
-
-def bleu(rows: Iterable[Row]) -> float | None:
-    """Mean of corpus BLEU-1 to BLEU-4 over the REPORT rows, in percent; None where there is
-    none.
-    """
-    return score(rows, "bleu")
-
-
-def rouge_l(rows: Iterable[Row]) -> float | None:
-    """Mean ROUGE-L F1 over the REPORT rows, in percent; None where there is none."""
-    return score(rows, "rouge_l")
 
 
 def meteor(rows: Iterable[Row], released: bool = False) -> tuple[float | None, str]:
@@ -232,36 +208,12 @@ def score_predictions(rows: Sequence[Row], names: Sequence[str] = SCORES) -> dic
     count = Counter(row["answer_type"] for row in rows)
     table: dict[str, Row] = {}
     for name in names:
-        table[name] = {"score": None, "n": count[ANSWER_TYPES.get(name, "REPORT")]}
+        table[name] = {"score": None, "n": count[TYPE_OF_METRIC.get(name, "REPORT")]}
         if name.endswith("meteor"):
             table[name]["score"], reason = meteor(rows, released=name in RELEASED_SCORES)
             table[name] |= {"reason": reason} if reason else {}
         else:
             table[name]["score"] = score(rows, name)
-    return table
-
-
-def both_rules(predictions: dict[str, Sequence[Row]]) -> list[Row]:
-    """The same predictions by our rules and by the authors' released ones, in percent: a row per
-    model and score.
-    """
-    table = []
-    for model, rows in predictions.items():
-        ours, theirs = score_predictions(rows), score_predictions(rows, RELEASED_SCORES)
-        for name in ("closed_accuracy", "open_recall", "bleu", "rouge_l", "meteor"):
-            values = {
-                "our rule": ours[name]["score"],
-                "released rule": theirs[f"released_{name}"]["score"],
-            }
-            if ours[name]["score"] is not None:
-                table.append(
-                    {
-                        "model": model,
-                        "score": name.replace("_", " "),
-                        "n": ours[name]["n"],
-                        **values,
-                    }
-                )
     return table
 
 

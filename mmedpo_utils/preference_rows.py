@@ -13,8 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from .base.errors import InputError, Unusable, first_line
 from .base.files import json_object, load_json, read_text, write_json
 from .base.images import open_image, resolve_image
@@ -24,13 +22,12 @@ from .base.rows import (
     Row,
     check_pair,
     check_question,
-    has_weight,
     mended_pair,
     mended_question,
     place,
     question_text,
 )
-from .base.words import is_yes_no, opener
+from .base.words import is_yes_no
 
 OPTIONAL_KEYS = ("patient_id", "finding", "question_type")
 PAIR_KEYS = (
@@ -199,73 +196,6 @@ def read_questions(
     return rows
 
 
-def audit_manifest(rows: Sequence[Row]) -> Row:
-    """Count what deserves a look: rows by source and origin, images, scores, repeats, and what
-    leaks the label.
-
-    A pair leaks its label where something other than its content tells the answers apart:
-    ``rejected_longer`` and ``rejected_shorter`` (in words), ``opposite_openers`` (one side begins
-    with yes, the other with no) and ``one_sided_openers`` (only one side begins with yes or no).
-    ``without_weight`` rows have no score. ``duplicate_prompts`` are rows after the first that ask
-    the same question about the same image within a source; ``duplicate_ids`` repeat an id within a
-    source.
-    """
-    scores = [float(row["weighted_score"]) for row in rows if has_weight(row)]
-    lengths = [
-        [len(answer_text(row, rejected).split()) for rejected in (False, True)] for row in rows
-    ]
-    openers = [[opener(answer_text(row, rejected)) for rejected in (False, True)] for row in rows]
-    return {
-        "rows": len(rows),
-        "sources": dict(Counter(row_source(row) for row in rows)),
-        "origins": dict(
-            Counter(row.get("origin", "unknown") for row in rows if row_source(row) == "text")
-        ),
-        "images": len({row["image"] for row in rows}),
-        "zero_weights": sum(score == 0 for score in scores),
-        "identical_pairs": sum(is_identical(row) for row in rows),
-        "duplicate_ids": len(rows) - len({(row_source(row), str(row["id"])) for row in rows}),
-        "duplicate_prompts": len(rows) - len({_prompt(row) for row in rows}),
-        "rejected_longer": sum(chosen < rejected for chosen, rejected in lengths),
-        "rejected_shorter": sum(chosen > rejected for chosen, rejected in lengths),
-        "opposite_openers": sum({*pair} == {"yes", "no"} for pair in openers),
-        "one_sided_openers": sum(pair.count("") == 1 for pair in openers),
-        "without_weight": len(rows) - len(scores),
-        "score_mean": float(np.mean(scores)) if scores else None,
-        "score_range": [min(scores), max(scores)] if scores else None,
-    }
-
-
-def repair_manifest(
-    rows: Sequence[Row], choices: Sequence[str]
-) -> tuple[list[Row], dict[str, int]]:
-    """Drop what the audit found, by choice.
-
-    Args:
-        choices: any of ``drop_zero_weight`` (a weight of 0 teaches nothing under the released
-            code's raw weights), ``drop_identical`` (both sides the same) and ``drop_duplicates``
-            (keeps the first row of each prompt), applied in the order given.
-
-    Returns:
-        the rows that are left, in their order, and how many each choice dropped.
-
-    Raises:
-        InputError: an unknown choice.
-    """
-    left, counts, seen = list(rows), {}, set()
-    wrong = {
-        "drop_zero_weight": lambda row: row.get("weighted_score") == 0,
-        "drop_identical": is_identical,
-        "drop_duplicates": lambda row: _prompt(row) in seen or seen.add(_prompt(row)),
-    }
-    for choice in choices:
-        if choice not in wrong:
-            raise InputError(f"repair {choice!r}: unknown; choose among {', '.join(wrong)}")
-        kept = [row for row in left if not wrong[choice](row)]
-        counts[choice], left = len(left) - len(kept), kept
-    return left, counts
-
-
 def is_identical(
     row: Row,
     image_root: str | os.PathLike | None = None,
@@ -341,13 +271,6 @@ def row_sha(rows: Sequence[Row]) -> str:
     return hashlib.sha256(
         json.dumps(list(rows), sort_keys=True, ensure_ascii=False).encode()
     ).hexdigest()
-
-
-def _prompt(row: Row) -> tuple[str, str, str]:
-    """What makes two rows ask the same: source, image, and the question whatever its case and
-    spacing.
-    """
-    return row_source(row), row["image"], " ".join(question_text(row).casefold().split())
 
 
 def _verify_image(root: str | os.PathLike, name: str, where: str, verified: set[Path]) -> None:

@@ -19,10 +19,7 @@ from huggingface_hub import constants  # noqa: E402
 
 from mmedpo_utils.base.errors import InputError  # noqa: E402
 from mmedpo_utils.pairs import visual_pairs  # noqa: E402
-from mmedpo_utils.scale.resumable_curation import (  # noqa: E402
-    image_batches,
-    noised_copies,
-)
+from mmedpo_utils.scale.resumable_curation import image_batches, noised_copies
 
 from .original_llava import (  # noqa: E402
     CLIP,

@@ -239,7 +239,7 @@ def test_compare_has_intervals_per_model_and_seed():
         for entry in scores.values():
             assert entry["low"] <= entry["mean"] <= entry["high"]
     assert table["mmedpo"]["closed_accuracy"]["mean"] == pytest.approx(
-        np.mean([metrics.closed_accuracy(answers(n)) for n in (8, 9, 8)])
+        np.mean([metrics.score(answers(n), "closed_accuracy") for n in (8, 9, 8)])
     )
 
 

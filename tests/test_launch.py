@@ -28,10 +28,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from mmedpo_utils import launch
+from mmedpo_utils.base.environment import cores_for
 from mmedpo_utils.base.errors import InputError
+from mmedpo_utils.base.processes import free_port
 from mmedpo_utils.curate import manifest_path
 from mmedpo_utils.launch import TrainingError, load_run, train
-from mmedpo_utils.launch_command import cores_for, free_port, launch_command, process_count
+from mmedpo_utils.launch_command import launch_command, process_count
 from mmedpo_utils.lvlm import load_lvlm
 from mmedpo_utils.preference_rows import read_manifest, write_manifest
 from mmedpo_utils.profiles import load_profile

@@ -17,19 +17,16 @@ from PIL import Image
 
 from mmedpo_utils.base.cards import card_folder
 from mmedpo_utils.base.errors import InputError
-from mmedpo_utils.base.images import open_image, resolve_image
+from mmedpo_utils.base.images import open_image, resolve_image, with_images
 from mmedpo_utils.base.rows import question_text
 from mmedpo_utils.curate import training_rows
-from mmedpo_utils.dataset import with_images
 from mmedpo_utils.preference_rows import (
     PAIR_KEYS,
     answer_text,
-    audit_manifest,
     is_identical,
     pair_row,
     read_manifest,
     read_questions,
-    repair_manifest,
     row_sha,
     row_source,
     rows_to_questions,
@@ -37,6 +34,7 @@ from mmedpo_utils.preference_rows import (
 )
 from mmedpo_utils.profiles import load_profile
 from mmedpo_utils.relevance import normalise, training_weights
+from mmedpo_utils.show.audit import audit_manifest, repair_manifest
 from mmedpo_utils.show.plots import weight_histograms
 
 QUESTION = {

@@ -128,12 +128,12 @@ def test_punctuation_parts_words():
 def test_reports_in_any_script(text):
     """A copy scores 100 by ROUGE-L and BLEU and 1 by recall; half of it about half."""
     copy, half = row("REPORT", text, text), row("REPORT", text, text[: len(text) // 2])
-    assert metrics.rouge_l([copy]) == pytest.approx(100) and metrics.bleu([copy]) == pytest.approx(
-        100
-    )
+    assert metrics.score([copy], "rouge_l") == pytest.approx(100) and metrics.score(
+        [copy], "bleu"
+    ) == pytest.approx(100)
     assert metrics.recall(text, text) == 1
-    assert 20 < metrics.rouge_l([half]) < 90
-    assert metrics.rouge_l([row("REPORT", text, "Other words")]) == 0
+    assert 20 < metrics.score([half], "rouge_l") < 90
+    assert metrics.score([row("REPORT", text, "Other words")], "rouge_l") == 0
 
 
 def test_who_the_patient_is():
@@ -160,10 +160,10 @@ def test_accuracy_and_recall_are_means_over_their_own_rows():
         row("OPEN", "left base", "left apex"),
         row("OPEN", "left", "left"),
     ]
-    assert metrics.closed_accuracy(rows) == 50
-    assert metrics.open_recall(rows) == 75
-    assert metrics.rouge_l(rows) is None and metrics.bleu(rows) is None
-    assert metrics.open_recall([row("OPEN", "...", "x")]) is None
+    assert metrics.score(rows, "closed_accuracy") == 50
+    assert metrics.score(rows, "open_recall") == 75
+    assert metrics.score(rows, "rouge_l") is None and metrics.score(rows, "bleu") is None
+    assert metrics.score([row("OPEN", "...", "x")], "open_recall") is None
 
 
 def test_bleu_equals_sacrebleu_on_the_corpus():
@@ -174,14 +174,14 @@ def test_bleu_equals_sacrebleu_on_the_corpus():
         for n in (1, 2, 3, 4)
     ]
     assert own == pytest.approx(library)
-    assert metrics.bleu(report_rows()) == pytest.approx(np.mean(library))
-    assert metrics.bleu([row("REPORT", "a b c d e", "a b c d e")]) == pytest.approx(100)
+    assert metrics.score(report_rows(), "bleu") == pytest.approx(np.mean(library))
+    assert metrics.score([row("REPORT", "a b c d e", "a b c d e")], "bleu") == pytest.approx(100)
 
 
 def test_rouge_equals_the_library():
     scorer = RougeScorer(["rougeL"])
     expected = 100 * np.mean([scorer.score(a, p)["rougeL"].fmeasure for a, p in REPORTS])
-    assert metrics.rouge_l(report_rows()) == pytest.approx(expected)
+    assert metrics.score(report_rows(), "rouge_l") == pytest.approx(expected)
 
 
 def test_meteor_is_the_library_or_says_why_not():
@@ -244,7 +244,7 @@ def test_interval_is_repeatable_fast_and_covers_bleu():
     patients = [metrics.patient_of(r) for r in used]
     first = metrics.bootstrap_interval(statistics, patients, statistic=statistic)
     assert first == metrics.bootstrap_interval(statistics, patients, statistic=statistic)
-    assert first[1] < first[0] < first[2] and first[0] == pytest.approx(metrics.bleu(rows))
+    assert first[1] < first[0] < first[2] and first[0] == pytest.approx(metrics.score(rows, "bleu"))
     start = time.perf_counter()
     metrics.bootstrap_interval(np.zeros(2000), np.arange(2000) % 300, np.arange(2000) % 3)
     assert time.perf_counter() - start < 2
@@ -272,7 +272,9 @@ def test_released_questions_score_their_own_answers_fully(shared):
         row(q["answer_type"], q["gpt4_answer"], q["gpt4_answer"]) for q in map(json.loads, lines)
     ]
     assert Counter(r["answer_type"] for r in rows) == {"CLOSED": 272, "OPEN": 179}
-    assert metrics.closed_accuracy(rows) == 100 and metrics.open_recall(rows) == pytest.approx(100)
+    assert metrics.score(rows, "closed_accuracy") == 100 and metrics.score(
+        rows, "open_recall"
+    ) == pytest.approx(100)
 
 
 @pytest.mark.parametrize("fault", ["torn zip", "empty folder", "a file missing", "half a file"])

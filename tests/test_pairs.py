@@ -12,23 +12,18 @@ from PIL import Image
 from mmedpo_utils.base.errors import InputError
 from mmedpo_utils.base.images import open_image
 from mmedpo_utils.noise import lesion_mask, noise_mask, noised_pixels
-from mmedpo_utils.pairs import (
-    medklip_tool,
-    merge_pairs,
-    pick_questions,
-    text_pairs,
-)
+from mmedpo_utils.pairs import medklip_tool, merge_pairs, pick_questions, text_pairs
 from mmedpo_utils.phantom.panel import FactJudge, fact_panel
 from mmedpo_utils.phantom.texts import write_dataset
 from mmedpo_utils.preference_rows import (
     answer_text,
-    audit_manifest,
     read_manifest,
     read_questions,
     rows_to_questions,
     write_manifest,
 )
 from mmedpo_utils.profiles import Profile, load_profile
+from mmedpo_utils.show.audit import audit_manifest
 from tests.conftest import curated_pairs
 
 NOISE = load_profile("phantom-smoke").noise

@@ -20,19 +20,12 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
+from mmedpo_utils.base.checkpoints import MARKER, checkpoints, newest_checkpoint
 from mmedpo_utils.base.errors import InputError
 from mmedpo_utils.base.files import write_json_lines
 from mmedpo_utils.curate import manifest_path
 from mmedpo_utils.launch import TrainingError, train
-from mmedpo_utils.run_folder import (
-    MARKER,
-    checkpoints,
-    newest_checkpoint,
-    prepare_folder,
-    read_events,
-    run_digest,
-    run_lock,
-)
+from mmedpo_utils.run_folder import prepare_folder, read_events, run_digest, run_lock
 
 from .conftest import REPOSITORY
 from .test_launch import processes_of, tiny_profile, workspace  # noqa: F401

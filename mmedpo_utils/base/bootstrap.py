@@ -28,24 +28,37 @@ def _draws(
     [1 + samples].
     """
     rng = rng or np.random.default_rng(0)
-    labels, weights = [], []
-    for names in (patients, np.zeros(len(patients)) if seeds is None else seeds):
-        _, label = np.unique([str(name) for name in names], return_inverse=True)
-        size = label.max() + 1
-        labels.append(label)
-        weights.append(
-            np.vstack([np.ones((1, size)), rng.multinomial(size, np.full(size, 1 / size), samples)])
-        )
+    if seeds is None:
+        seeds = [0] * len(patients)
+    # Patients, not rows: answers about one patient are not independent.
+    patient_numbers, patient_draws = _resamplings(patients, samples, rng)  # [N], [1 + S, P]
+    seed_numbers, seed_draws = _resamplings(seeds, samples, rng)  # [N], [1 + S, T]
     scores = []
     for table in tables:
         rows = np.asarray(table, float)
-        rows = np.stack([rows, np.ones(len(rows))], axis=1) if rows.ndim == 1 else rows
-        cells = np.zeros((weights[0].shape[1], weights[1].shape[1], rows.shape[1]))
-        np.add.at(cells, tuple(labels), rows)
-        scores.append(
-            statistic(np.einsum("bsk,bs->bk", np.tensordot(weights[0], cells, axes=1), weights[1]))
-        )
+        if rows.ndim == 1:  # a score counts once
+            rows = np.stack([rows, np.ones(len(rows))], axis=1)
+        # Sums of each patient's rows under each seed: a draw only weighs these.
+        cells = np.zeros((patient_draws.shape[1], seed_draws.shape[1], rows.shape[1]))
+        np.add.at(cells, (patient_numbers, seed_numbers), rows)  # [P, T, K]
+        of_patients = np.tensordot(patient_draws, cells, axes=1)  # [1 + S, T, K]
+        sums = np.einsum("dt,dtk->dk", seed_draws, of_patients)
+        scores.append(statistic(sums))
     return scores
+
+
+def _resamplings(
+    names: Sequence, samples: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Each row's number among the different ``names``, and how often each name is drawn.
+
+    Shape: [N]; and [1 + samples, different names], of which row 0 is ones: nothing drawn, the score
+    itself.
+    """
+    _, numbers = np.unique([str(name) for name in names], return_inverse=True)
+    size = int(numbers.max()) + 1
+    draws = rng.multinomial(size, np.full(size, 1 / size), samples)
+    return numbers, np.vstack([np.ones((1, size)), draws])
 
 
 def _interval(scores: np.ndarray) -> tuple[float, float, float]:

@@ -105,3 +105,22 @@ def check_device(device: str) -> str:
             "cpu, or install a CUDA build of torch on a machine with a GPU"
         )
     return ("cuda" if available else "cpu") if device == "auto" else device
+
+
+def cores_for(processes: int) -> int:
+    """Processor cores that ``processes`` on this machine share; OMP_NUM_THREADS, where it is set,
+    is the limit of each.
+    """
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
+    return min(cores, _thread_limit(cores) * processes)
+
+
+def _thread_limit(otherwise: int) -> int:
+    """OMP_NUM_THREADS, of a list of them (one a nesting level) the first; ``otherwise`` where it is
+    no number.
+    """
+    first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return int(first) if first.isdecimal() and int(first) else otherwise

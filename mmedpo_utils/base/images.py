@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path, PurePath
 
 import numpy as np
@@ -11,7 +12,8 @@ from PIL import Image, ImageOps
 from torch.nn.functional import interpolate
 
 from .doors import open_door
-from .errors import InputError, first_line
+from .errors import InputError, Unusable, first_line
+from .rows import Row
 
 # Pillow would try all its formats, whatever a file is called, and hand EPS to Ghostscript.
 IMAGE_FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "PPM", "JPEG2000")
@@ -131,3 +133,36 @@ def resize_bilinear(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """
     grid = torch.from_numpy(np.ascontiguousarray(values))[None, None]
     return interpolate(grid, size=size, mode="bilinear", align_corners=False)[0, 0].numpy()
+
+
+def with_images(
+    rows: Sequence[Row], root: str | os.PathLike, split: str = "asked", decode: bool = False
+) -> list[Row]:
+    """The questions whose image is there; the others are named in one warning.
+
+    Args:
+        split: what the rows are called in the warning.
+        decode: open each image too. A data set's own layout is read without, so that a damaged
+            image shows only where it is used.
+
+    Raises:
+        InputError: no question's image can be used.
+    """
+    kept, left_out = [], Unusable(f"{root}, split {split}")
+    faults: dict[str, InputError | None] = {}
+    for row in rows:
+        name = row["image"]
+        if name not in faults:
+            faults[name] = None
+            try:
+                path = resolve_image(root, name)
+                if decode:
+                    open_image(path)
+            except InputError as error:
+                faults[name] = error
+        if faults[name] is None:
+            kept.append(row)
+        else:
+            left_out.note(InputError(f"{split}, question {row['question_id']!r}: {faults[name]}"))
+    left_out.tell(len(kept))
+    return kept

@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -113,3 +115,23 @@ def cause_of_death(evidence: str) -> str:
         if re.search(pattern, evidence):
             return meaning
     return ""
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on now; another process may take it before it is
+    used.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def shorten(path: Path) -> str:
+    """``path`` relative to the repository where it lies inside."""
+    root = repository_root()
+    return (path.relative_to(root) if path.is_relative_to(root) else path).as_posix()
+
+
+def printed(arguments: list[str]) -> str:
+    """A command as it can be pasted into a terminal."""
+    return shlex.join(["python", *arguments[1:]])

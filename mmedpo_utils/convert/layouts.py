@@ -25,7 +25,7 @@ from PIL import Image
 
 from ..base.errors import InputError, Unusable, first_line
 from ..base.files import atomic_write, load_json, read_text, write_json_lines
-from ..base.images import IMAGE_FORMATS, resolve_image
+from ..base.images import IMAGE_FORMATS, resolve_image, with_images
 from ..base.rows import (
     Row,
     check_fields,
@@ -37,7 +37,6 @@ from ..base.rows import (
 )
 from ..base.settings import SPLITS, nearest
 from ..base.words import is_yes_no
-from ..dataset import with_images
 from ..preference_rows import read_questions
 from ..profiles import IMAGE_FOLDERS
 

@@ -34,7 +34,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 
 from ..base.files import write_json
 from ..lvlm import PHANTOM_WEIGHTS, generate, load_lvlm, prompt
-from ..metrics import ANSWER_TYPES, score_predictions, scores_by
+from ..metrics import TYPE_OF_METRIC, score_predictions, scores_by
 from ..phantom.texts import questions, report
 from ..phantom.world import FINDINGS, IMAGE_SIZE, LEVELS, Film, choose_zones, draw_film, films
 
@@ -424,7 +424,7 @@ def score(folder: Path) -> dict[str, Any]:
     ]
     scores = {name: entry["score"] for name, entry in score_predictions(table).items()}
     by_type = {
-        kind: {name: round(entry[name]["score"], 1) for name in ANSWER_TYPES if entry[name]["n"]}
+        kind: {name: round(entry[name]["score"], 1) for name in TYPE_OF_METRIC if entry[name]["n"]}
         for kind, entry in scores_by(table, "question_type").items()
         if kind != "report"
     }

@@ -10,11 +10,12 @@ import sys
 
 import yaml
 
-from ..base.environment import check_device
+from ..base.environment import check_device, cores_for
 from ..base.errors import exit_status
+from ..base.processes import printed, shorten
 from ..curate import manifest_path, training_rows
 from ..launch import check_variant, folder_of
-from ..launch_command import cores_for, launch_command, printed, process_count, shorten
+from ..launch_command import launch_command, process_count
 from ..preference_rows import row_source
 from ..profiles import Profile, load_profile, profile_names
 from ..scale.estimate import describe

@@ -17,10 +17,11 @@ from ..base.environment import provenance
 from ..base.files import write_json
 from ..base.settings import SPLITS, repository_root
 from ..dataset import FilmDataset, prepare_dataset
-from ..evaluate import compare_pair, lesion_attention_of_test_split, predict_test_split, score_table
+from ..evaluate import lesion_attention_of_test_split, predict_test_split
 from ..launch import train
 from ..medklip import load_medklip, score_medklip
 from ..profiles import Profile, load_profile
+from ..show.comparison import compare_pair, score_table
 from . import run_notebooks
 from .export import add_scores
 

@@ -32,6 +32,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging as transformers_logging
 from trl import DPOConfig
 
+from ..base.checkpoints import CheckpointKeeper, newest_checkpoint
 from ..base.doors import open_door
 from ..base.environment import check_device, versions
 from ..base.errors import InputError
@@ -45,10 +46,8 @@ from ..profiles import Profile, Variant, load_profile
 from ..relevance import training_weights
 from ..run_folder import (
     FAILED,
-    CheckpointKeeper,
     finished_result,
     lock_holder,
-    newest_checkpoint,
     prepare_folder,
     read_events,
     run_digest,

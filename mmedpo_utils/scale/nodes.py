@@ -10,17 +10,11 @@ import re
 import socket
 from pathlib import Path
 
+from ..base.environment import cores_for
 from ..base.errors import InputError
 from ..base.files import read_text
-from ..launch_command import (
-    LAUNCHED,
-    LAUNCHER,
-    cores_for,
-    free_port,
-    process_count,
-    program_arguments,
-    shorten,
-)
+from ..base.processes import free_port, shorten
+from ..launch_command import LAUNCHED, LAUNCHER, process_count, program_arguments
 from ..profiles import Profile
 
 HOST_LINE = re.compile(r"([A-Za-z0-9][\w.:-]*)\s+slots=(\d+)")

@@ -1,0 +1,160 @@
+"""Models side by side: scores with intervals over patients and seeds, differences, and the two sets
+of rules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ..base.bootstrap import bootstrap_interval, paired_difference
+from ..base.errors import InputError
+from ..base.files import write_json
+from ..evaluate import Scores
+from ..metrics import (
+    RELEASED_SCORES,
+    Row,
+    patient_of,
+    row_statistics,
+    score_predictions,
+)
+from ..profiles import Profile
+
+COMPARED = ("closed_accuracy", "open_recall", "bleu", "rouge_l")
+
+
+def _joined(
+    files: Sequence[Sequence[Row]], metric: str
+) -> tuple[np.ndarray, Any, list[dict], list[int]]:
+    """Statistics of all seeds' rows, the function from sums to score, the rows, and each row's
+    seed.
+    """
+    statistics = []
+    used: list[Row] = []
+    seeds: list[int] = []
+    for seed, rows in enumerate(files):
+        of_seed, statistic, scored = row_statistics(rows, metric)
+        statistics.append(of_seed)
+        used += scored
+        seeds += [seed] * len(scored)
+    return np.concatenate(statistics), statistic, used, seeds
+
+
+def compare(
+    models: dict[str, Sequence[Sequence[Row]]],
+    samples: int,
+    metrics: Sequence[str] = COMPARED,
+) -> dict[str, Scores]:
+    """Scores of several models with 95% intervals over patients and seeds.
+
+    Args:
+        models: For each name, one table of rows per training seed (`predict`'s, or
+            `lesion_attention`'s with ``metrics=["attention_in_lesion"]``).
+        samples: Bootstrap draws.
+
+    Returns:
+        ``{name: {metric: {"mean", "low", "high", "seeds"}}}`` in percent; a metric without rows is
+        left out.
+    """
+    table: dict[str, Scores] = {}
+    for name, files in models.items():
+        table[name] = {}
+        for metric in metrics:
+            statistics, statistic, used, seeds = _joined(files, metric)
+            if used:
+                mean, low, high = bootstrap_interval(
+                    statistics,
+                    [patient_of(row) for row in used],
+                    seeds,
+                    samples,
+                    statistic=statistic,
+                )
+                table[name][metric] = {"mean": mean, "low": low, "high": high, "seeds": len(files)}
+    return table
+
+
+def compare_pair(
+    first: Sequence[Sequence[Row]],
+    second: Sequence[Sequence[Row]],
+    samples: int,
+    metrics: Sequence[str] = COMPARED,
+) -> dict[str, dict[str, float]]:
+    """Score of ``first`` minus score of ``second``, question by question, with 95% intervals (see
+    `compare`).
+
+    A model with one table (one that is not trained) meets every seed of the other.
+
+    Raises:
+        InputError: the two do not answer the same questions, or their numbers of seeds differ.
+    """
+    seeds = max(len(first), len(second))
+    sides = [list(side) * seeds if len(side) == 1 else list(side) for side in (first, second)]
+    ids = [[[str(row["question_id"]) for row in rows] for rows in side] for side in sides]
+    if ids[0] != ids[1]:
+        raise InputError(
+            "compare_pair: the two models need the same questions in the same order, and as many "
+            "seeds; predict both on one split"
+        )
+    table = {}
+    for metric in metrics:
+        one, statistic, used, seed = _joined(sides[0], metric)
+        if used:
+            mean, low, high = paired_difference(
+                one,
+                _joined(sides[1], metric)[0],
+                [patient_of(row) for row in used],
+                seed,
+                samples,
+                statistic=statistic,
+            )
+            table[metric] = {"mean": mean, "low": low, "high": high, "seeds": seeds}
+    return table
+
+
+def score_table(
+    predictions: dict[str, list[list[Row]]],
+    attention: dict[str, list[list[Row]]],
+    samples: int,
+) -> dict[str, Scores]:
+    """`compare` over predictions and over attention to the lesion, one row a model, in percent."""
+    table = compare(predictions, samples)
+    for name, scores in compare(attention, samples, ["attention_in_lesion"]).items():
+        table[name] |= scores
+    return table
+
+
+def write_scores(
+    profile: Profile,
+    predictions: dict[str, list[list[Row]]],
+    attention: dict[str, list[list[Row]]],
+) -> dict[str, Scores]:
+    """Score every model (see `score_table`), write ``evaluation/scores.json``, return the table."""
+    table = score_table(predictions, attention, profile.evaluation.bootstrap_samples)
+    write_json(
+        profile.output / "evaluation" / "scores.json", {"profile": profile.name, "models": table}
+    )
+    return table
+
+
+def both_rules(predictions: dict[str, Sequence[Row]]) -> list[Row]:
+    """The same predictions by our rules and by the authors' released ones, in percent: a row per
+    model and score.
+    """
+    table = []
+    for model, rows in predictions.items():
+        ours = score_predictions(rows)
+        released = score_predictions(rows, RELEASED_SCORES)
+        for name in ("closed_accuracy", "open_recall", "bleu", "rouge_l", "meteor"):
+            if ours[name]["score"] is None:
+                continue
+            line = {
+                "model": model,
+                "score": name.replace("_", " "),
+                "n": ours[name]["n"],
+                "our rule": ours[name]["score"],
+                "released rule": released[f"released_{name}"]["score"],
+            }
+            table.append(line)
+    return table
