@@ -336,9 +336,11 @@ def attention_example(
     """
     rows = asked_questions(profile, dataset)
     row = next((row for row in rows if row["answer_type"] == "OPEN"), rows[0])
-    template, maps = profile_decoding(profile).template, []
+    template = profile_decoding(profile).template
+    maps = []
     for place in (None, adapter):
         lvlm = load_profile_lvlm(profile, place, template=template)
-        film, question = dataset.image(row["image"]), question_text(row)
+        film = dataset.image(row["image"])
+        question = question_text(row)
         maps.append(np.asarray(image_attention(lvlm, [film], [question], 1)[0]))
     return row, *maps

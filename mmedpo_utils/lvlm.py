@@ -294,25 +294,15 @@ def generate(
     Raises:
         InputError: unequal numbers of images and questions, or several samples at temperature 0.
     """
-    if len(images) != len(questions):
-        raise InputError(
-            f"generate: {len(images)} images for {len(questions)} questions; expected one image "
-            "each"
-        )
-    if samples > 1 and temperature <= 0:
-        raise InputError(
-            f"generate: {samples} samples at temperature {temperature} would be the same; set it "
-            "above 0"
-        )
+    _check_request(images, questions, temperature, samples)
     if not questions:
         return []
     features, index = _image_features(lvlm, images, batch_size)
     texts = [prompt(lvlm.processor, question) for question in questions]
-    sampling = (
-        {"do_sample": True, "temperature": temperature, "top_k": 0}
-        if temperature > 0
-        else {"do_sample": False}
-    )
+    if temperature > 0:
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0}
+    else:
+        sampling = {"do_sample": False}
     answers: list[list[str]] = []
     with torch.random.fork_rng([lvlm.device] if lvlm.device.type == "cuda" else []):
         torch.manual_seed(seed)
@@ -334,12 +324,25 @@ def generate(
                 num_return_sequences=samples,
                 **sampling,
             )
-            decoded = [
-                text.strip()
-                for text in lvlm.processor.batch_decode(tokens, skip_special_tokens=True)
-            ]
-            answers += [decoded[row * samples : (row + 1) * samples] for row in range(len(rows))]
+            texts_of_batch = lvlm.processor.batch_decode(tokens, skip_special_tokens=True)
+            for first in range(0, len(texts_of_batch), samples):
+                of_question = texts_of_batch[first : first + samples]
+                answers.append([text.strip() for text in of_question])
     return answers
+
+
+def _check_request(images: Sequence, questions: Sequence, temperature: float, samples: int) -> None:
+    """Raises InputError: unequal numbers, or several samples that would be the same."""
+    if len(images) != len(questions):
+        raise InputError(
+            f"generate: {len(images)} images for {len(questions)} questions; expected one image "
+            "each"
+        )
+    if samples > 1 and temperature <= 0:
+        raise InputError(
+            f"generate: {samples} samples at temperature {temperature} would be the same; set it "
+            "above 0"
+        )
 
 
 @torch.inference_mode()
@@ -358,7 +361,8 @@ def image_attention(
     """
     features, index = _image_features(lvlm, images, batch_size)
     texts = [prompt(lvlm.processor, question) for question in questions]
-    language_model, maps = lvlm.llava.model.language_model, []
+    language_model = lvlm.llava.model.language_model
+    maps = []
     usual = language_model.config._attn_implementation
     language_model.set_attn_implementation("eager")
     try:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from scipy.stats import mannwhitneyu
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import ResNetConfig, ResNetModel
@@ -28,8 +29,10 @@ from .base.errors import InputError, first_line
 from .base.tensors import check_state, read_safetensors
 
 PHANTOM_CHECKPOINT = Path(__file__).parent / "phantom" / "weights" / "medklip"
-IMAGE_SIZE, GRID = 224, 14
-CHANNEL_MEAN, CHANNEL_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+IMAGE_SIZE = 224
+GRID = 14
+CHANNEL_MEAN = (0.485, 0.456, 0.406)
+CHANNEL_STD = (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
@@ -92,15 +95,11 @@ class DecoderLayer(nn.Module):
         width = config.width
         self.self_attn = nn.MultiheadAttention(width, config.heads, batch_first=True)
         self.multihead_attn = nn.MultiheadAttention(width, config.heads, batch_first=True)
-        self.linear1, self.linear2 = (
-            nn.Linear(width, config.feed_forward),
-            nn.Linear(config.feed_forward, width),
-        )
-        self.norm1, self.norm2, self.norm3 = (
-            nn.LayerNorm(width),
-            nn.LayerNorm(width),
-            nn.LayerNorm(width),
-        )
+        self.linear1 = nn.Linear(width, config.feed_forward)
+        self.linear2 = nn.Linear(config.feed_forward, width)
+        self.norm1 = nn.LayerNorm(width)
+        self.norm2 = nn.LayerNorm(width)
+        self.norm3 = nn.LayerNorm(width)
 
     def forward(self, states: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
         """New query states [B, Q, width] and the cross-attention [B, heads, Q, 196]."""
@@ -139,7 +138,8 @@ class MedKLIP(nn.Module):
 
     def __init__(self, config: MedKLIPConfig) -> None:
         super().__init__()
-        self.config, self.queries = config, config.queries
+        self.config = config
+        self.queries = config.queries
         self.res_features = ResNetModel(
             ResNetConfig(
                 embedding_size=config.stem_width,
@@ -149,7 +149,8 @@ class MedKLIP(nn.Module):
             )
         )
         channels = config.stage_widths[-1]
-        self.res_l1, self.res_l2 = nn.Linear(channels, channels), nn.Linear(channels, config.width)
+        self.res_l1 = nn.Linear(channels, channels)
+        self.res_l2 = nn.Linear(channels, config.width)
         self.disease_embedding_layer = nn.Linear(config.text_width, config.width)
         self.decoder = Decoder(config)
         self.classifier = nn.Linear(config.width, 2)
@@ -316,49 +317,51 @@ def score_medklip(
         ``pointing_game_own``: hits of the finding's own map on its own mask; ``auc`` (mean),
             ``auc_per_query``. All in [0, 1]. A score that no film can give is absent.
     """
-    hits, alone, own, values = [], {}, {}, []
+    hits: list[bool] = []
+    alone: dict[str, list[bool]] = {}
+    own: dict[str, list[bool]] = {}
+    scores = []
     for start in range(0, len(images), batch_size):
         output = model(model.preprocess(images[start : start + batch_size]))
-        values.append(torch.stack([confidence(output, query) for query in model.queries], 1))
+        scores.append(torch.stack([confidence(output, query) for query in model.queries], 1))
         maps = {query: heat_map(output, query) for query in model.queries}
         for index, present in enumerate(masks[start : start + batch_size]):
             if not present:
                 continue
-            hits.append(
-                pointing_hit(maps["disease"][index], np.any(list(present.values()), axis=0))
-            )
+            lesion = np.any(list(present.values()), axis=0)
+            hit = pointing_hit(maps["disease"][index], lesion)
+            hits.append(hit)
             for finding, mask in present.items():
                 own.setdefault(finding, []).append(pointing_hit(maps[finding][index], mask))
-            if len(present) == 1:
-                alone.setdefault(*present, []).append(hits[-1])
-    scores = {"pointing_game": float(np.mean(hits))} if hits else {}
-    for name, groups in (("pointing_game_alone", alone), ("pointing_game_own", own)):
-        scores[name] = {
-            finding: float(np.mean(groups[finding]))
-            for finding in model.queries
-            if finding in groups
-        }
-    values = torch.cat(values).cpu().numpy()
-    truth = {
-        query: np.array([bool(m) if query == "disease" else query in m for m in masks])
-        for query in model.queries
-    }
-    areas = {
-        query: _auc(column, truth[query])
-        for query, column in zip(model.queries, values.T)
-        if 0 < truth[query].mean() < 1
-    }
-    return (
-        scores | {"auc": float(np.mean(list(areas.values()))), "auc_per_query": areas}
-        if areas
-        else scores
-    )
+                if len(present) == 1:
+                    alone.setdefault(finding, []).append(hit)
+    found: dict[str, Any] = {}
+    if hits:
+        found["pointing_game"] = float(np.mean(hits))
+    found["pointing_game_alone"] = _shares(alone, model.queries)
+    found["pointing_game_own"] = _shares(own, model.queries)
+    areas = {}
+    for query, column in zip(model.queries, torch.cat(scores).cpu().numpy().T, strict=True):
+        truth = np.array([bool(m) if query == "disease" else query in m for m in masks])
+        if 0 < truth.mean() < 1:
+            areas[query] = _auc(column, truth)
+    if areas:
+        found["auc"] = float(np.mean(list(areas.values())))
+        found["auc_per_query"] = areas
+    return found
+
+
+def _shares(groups: dict[str, list[bool]], names: Sequence[str]) -> dict[str, float]:
+    """The share of hits of each group that there is, in the order of ``names``."""
+    return {name: float(np.mean(groups[name])) for name in names if name in groups}
 
 
 def _auc(scores: np.ndarray, truth: np.ndarray) -> float:
     """Area under the ROC curve: how often a positive scores above a negative."""
-    gap = scores[truth][:, None] - scores[~truth][None]
-    return float((gap > 0).mean() + (gap == 0).mean() / 2)
+    positives = scores[truth]
+    negatives = scores[~truth]
+    wins = mannwhitneyu(positives, negatives).statistic
+    return float(wins / (len(positives) * len(negatives)))
 
 
 def _read_config(path: Path) -> MedKLIPConfig:

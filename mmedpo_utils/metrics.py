@@ -86,7 +86,8 @@ def _rouge() -> RougeScorer:
 
 def answer_score(row: Row) -> float:
     """Score of one row in [0, 1]: closed right or wrong, open recall, a report's ROUGE-L F1."""
-    answer, prediction = str(row["answer"]), str(row["prediction"])
+    answer = str(row["answer"])
+    prediction = str(row["prediction"])
     if row["answer_type"] == "CLOSED":
         return float(closed_correct(answer, prediction))
     if row["answer_type"] == "OPEN":
@@ -110,7 +111,9 @@ def bleu_from_statistics(sums: np.ndarray, orders: Sequence[int] = BLEU_ORDERS) 
     """
     means = []
     for row in np.rint(sums).astype(int).reshape(-1, 10).tolist():
-        matching, total, lengths = row[:4], row[4:8], row[8:]
+        matching = row[:4]
+        total = row[4:8]
+        lengths = row[8:]
         scores = []
         for n in orders:
             bleu = BLEU.compute_bleu(

@@ -94,7 +94,8 @@ def localized_noise(
     Raises:
         InputError: shapes do not match, or a value is out of range.
     """
-    image, mask = np.asarray(image, dtype=np.float32), np.asarray(mask, dtype=np.float32)
+    image = np.asarray(image, dtype=np.float32)
+    mask = np.asarray(mask, dtype=np.float32)
     if mask.shape != image.shape[:2]:
         raise InputError(
             f"mask: expected the image's height and width {image.shape[:2]}, found {mask.shape}"
@@ -172,7 +173,8 @@ def _otsu(values: np.ndarray) -> float:
     """The threshold in [0, 1] that separates two classes with the largest variance between them."""
     counts, edges = np.histogram(values, bins=256, range=(0, 1))
     centres = (edges[:-1] + edges[1:]) / 2
-    below, total = np.cumsum(counts), np.sum(counts)
+    below = np.cumsum(counts)
+    total = np.sum(counts)
     sums = np.cumsum(counts * centres)
     with np.errstate(divide="ignore", invalid="ignore"):
         between = (sums[-1] * below / total - sums) ** 2 / (below * (total - below))

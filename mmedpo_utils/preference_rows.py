@@ -81,7 +81,8 @@ def read_manifest(
         )
     verified: set[Path] = set()
     private = any(is_mimic(name) for name in _images(stored))
-    rows, left_out = [], Unusable(path, private)
+    rows = []
+    left_out = Unusable(path, private)
     for number, row in enumerate(stored):
         where = place(path, number, row, "id")
         try:
@@ -100,7 +101,8 @@ def read_manifest(
     _tell_unknown_keys(path, rows)
     same = [row["id"] for row in rows if _teaches_nothing(row, image_root, rejected_root)]
     if same:
-        ids = f" (ids {', '.join(map(repr, same[:5]))}{', ...' if len(same) > 5 else ''})"
+        named = ", ".join(repr(name) for name in same[:5])
+        ids = f" (ids {named}{', ...' if len(same) > 5 else ''})"
         warnings.warn(
             f"{path}: {len(same)} of {len(rows)} rows have identical chosen and rejected sides and "
             f"teach nothing{'' if private else ids}",
@@ -169,7 +171,9 @@ def read_questions(
         InputError: no line can be used; it names the file, the line, the question and the field.
     """
     text = read_text(path)
-    rows, verified, left_out = [], set(), Unusable(path, private=is_mimic(text))
+    rows = []
+    verified = set()
+    left_out = Unusable(path, private=is_mimic(text))
     for number, line in enumerate(text.split("\n")):
         if not line.strip():
             continue

@@ -152,7 +152,8 @@ def training_weights(
     """Normalised relevance s' of every row; each source (text, visual) is normalised over its own
     scores. Shape: [N].
     """
-    sources, weights = np.array([row_source(row) for row in rows]), np.ones(len(rows))
+    sources = np.array([row_source(row) for row in rows])
+    weights = np.ones(len(rows))
     bounds = {key: getattr(profile.relevance, key) for key in ("mean", "variance", "low", "high")}
     if variant.weights == "uniform" or variant.objective == "sft":
         return weights  # no score is read, so that pairs without one can be trained on

@@ -157,7 +157,7 @@ def test_a_torn_line_a_lost_image_and_other_inputs(films: Path, tmp_path: Path) 
     def curate(**changes: object) -> int:
         looked.clear()
         settings = {
-            "look": look,
+            "tool": look,
             "noise": NOISE,
             "seed": 0,
             "batch_size": 8,
@@ -179,7 +179,7 @@ def test_a_torn_line_a_lost_image_and_other_inputs(films: Path, tmp_path: Path) 
     assert 0 < curate() < 40 and contents(tmp_path) == whole
     assert curate(seed=1) == 64 and contents(tmp_path) != whole
     assert curate() == 64 and contents(tmp_path) == whole
-    assert curate(tool="another") == 64
+    assert curate(inputs="another") == 64
 
 
 def test_the_audit_says_what_was_done_and_skipped(
@@ -239,7 +239,7 @@ def test_an_image_that_was_mended_is_taken_up(films: Path, tmp_path: Path) -> No
 def test_progress_is_shown_in_a_long_run(
     films: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
-    monkeypatch.setattr("mmedpo_utils.curate.PROGRESS_SECONDS", 0)
+    monkeypatch.setattr("mmedpo_utils.scale.resumable_curation.PROGRESS_SECONDS", 0)
     curate_folder(ask(names_of(films)), films, tmp_path, still, NOISE, 0, 32, "still")
     lines = capsys.readouterr().out.splitlines()
     assert lines[:3] == [f"visual pairs: {done} of 65 images" for done in (32, 64, 65)]

@@ -15,8 +15,7 @@ import datasets
 import pytest
 from PIL import Image
 
-from mmedpo_utils import preference_rows
-from mmedpo_utils.base import settings
+from mmedpo_utils.base import images, settings
 from mmedpo_utils.base.cards import load_card
 from mmedpo_utils.base.errors import InputError
 from mmedpo_utils.base.images import open_image
@@ -284,6 +283,6 @@ def test_a_picture_of_pillow_that_is_on_no_list_is_refused(tmp_path):
     Image.new("L", (8, 8)).save(tmp_path / "a.png", format="PCX")
     with pytest.raises(InputError, match="PNG, JPEG, TIFF"):
         open_image(tmp_path / "a.png")
-    for kind in preference_rows.IMAGE_FORMATS:
+    for kind in images.IMAGE_FORMATS:
         Image.new("RGB", (8, 8), (9, 9, 9)).save(tmp_path / "b.png", format=kind)
         assert open_image(tmp_path / "b.png").size == (8, 8)

@@ -11,6 +11,8 @@ from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU
 
 from mmedpo_utils import metrics
+from mmedpo_utils.base import bootstrap
+from mmedpo_utils.base import words as words_of
 
 REPORTS = [
     (
@@ -60,7 +62,7 @@ def test_recall_counts_words_with_multiplicity():
     assert metrics.recall("left left base", "the left base") == pytest.approx(2 / 3)
     assert metrics.recall("X-ray, chest", "CHEST xray!") == 1
     assert np.isnan(metrics.recall("...", "something"))
-    assert metrics.words("Air, under\tthe R. dome") == ["air", "under", "the", "r", "dome"]
+    assert words_of.words("Air, under\tthe R. dome") == ["air", "under", "the", "r", "dome"]
 
 
 def test_punctuation_parts_words():
@@ -84,15 +86,15 @@ def test_punctuation_parts_words():
         "|",
     ):
         assert (
-            metrics.words(f"Small{mark}Bowel")
-            == metrics.words(f"small {mark} bowel")
+            words_of.words(f"Small{mark}Bowel")
+            == words_of.words(f"small {mark} bowel")
             == ["small", "bowel"]
         ), mark
         assert (
-            metrics.opener(f"Yes{mark}there is one") == "yes"
-            and metrics.opener(f"\u201cNo{mark}clear") == "no"
+            words_of.opener(f"Yes{mark}there is one") == "yes"
+            and words_of.opener(f"\u201cNo{mark}clear") == "no"
         ), mark
-    assert metrics.words("3.5 cm, 1,200 ml, T1-weighted, don\u2019t") == [
+    assert words_of.words("3.5 cm, 1,200 ml, T1-weighted, don\u2019t") == [
         "3.5",
         "cm",
         "1200",
@@ -102,16 +104,16 @@ def test_punctuation_parts_words():
         "dont",
     ]
     assert (
-        metrics.opener("Normal")
-        == metrics.opener("Nothing")
-        == metrics.opener("...")
-        == metrics.opener("")
+        words_of.opener("Normal")
+        == words_of.opener("Nothing")
+        == words_of.opener("...")
+        == words_of.opener("")
         == ""
     )
     assert (
-        metrics.is_yes_no("YES!")
-        and not metrics.is_yes_no("No acute disease.")
-        and not metrics.is_yes_no("?")
+        words_of.is_yes_no("YES!")
+        and not words_of.is_yes_no("No acute disease.")
+        and not words_of.is_yes_no("?")
     )
 
 
@@ -220,7 +222,7 @@ def test_scores_by_finding():
 
 def test_bootstrap_matches_the_normal_interval_of_independent_patients():
     scores = np.random.default_rng(1).random(2000) < 0.6
-    mean, low, high = metrics.bootstrap_interval(scores, np.arange(2000), samples=2000)
+    mean, low, high = bootstrap.bootstrap_interval(scores, np.arange(2000), samples=2000)
     half = 196 * np.sqrt(scores.mean() * (1 - scores.mean()) / 2000)
     assert mean == pytest.approx(100 * scores.mean())
     assert (mean - low, high - mean) == pytest.approx((half, half), rel=0.08)
@@ -230,11 +232,11 @@ def test_bootstrap_draws_patients_and_seeds_not_rows():
     patient_score = np.random.default_rng(2).random(50)
     rows = np.repeat(patient_score, 40)
     patients = np.repeat(np.arange(50), 40)
-    clustered = metrics.bootstrap_interval(rows, patients)
-    once = metrics.bootstrap_interval(patient_score, np.arange(50))
+    clustered = bootstrap.bootstrap_interval(rows, patients)
+    once = bootstrap.bootstrap_interval(patient_score, np.arange(50))
     assert clustered == pytest.approx(once)
     seeds = np.tile([0, 1], 1000)
-    mean, low, high = metrics.bootstrap_interval(seeds.astype(float), patients, seeds)
+    mean, low, high = bootstrap.bootstrap_interval(seeds.astype(float), patients, seeds)
     assert (mean, low, high) == pytest.approx((50, 0, 100))
 
 
@@ -242,11 +244,11 @@ def test_interval_is_repeatable_fast_and_covers_bleu():
     rows = [row("REPORT", *REPORTS[n % 3], patient_id=f"p{n}") for n in range(60)]
     statistics, statistic, used = metrics.row_statistics(rows, "bleu")
     patients = [metrics.patient_of(r) for r in used]
-    first = metrics.bootstrap_interval(statistics, patients, statistic=statistic)
-    assert first == metrics.bootstrap_interval(statistics, patients, statistic=statistic)
+    first = bootstrap.bootstrap_interval(statistics, patients, statistic=statistic)
+    assert first == bootstrap.bootstrap_interval(statistics, patients, statistic=statistic)
     assert first[1] < first[0] < first[2] and first[0] == pytest.approx(metrics.score(rows, "bleu"))
     start = time.perf_counter()
-    metrics.bootstrap_interval(np.zeros(2000), np.arange(2000) % 300, np.arange(2000) % 3)
+    bootstrap.bootstrap_interval(np.zeros(2000), np.arange(2000) % 300, np.arange(2000) % 3)
     assert time.perf_counter() - start < 2
 
 
@@ -254,8 +256,8 @@ def test_paired_difference_uses_the_same_draws():
     rng = np.random.default_rng(3)
     base = (rng.random(400) < 0.5).astype(float)
     patients = np.arange(400) // 4
-    assert metrics.paired_difference(base, base, patients) == (0, 0, 0)
-    shifted = metrics.paired_difference(base * 0.5 + 0.5, base * 0.5, patients)
+    assert bootstrap.paired_difference(base, base, patients) == (0, 0, 0)
+    shifted = bootstrap.paired_difference(base * 0.5 + 0.5, base * 0.5, patients)
     assert shifted == pytest.approx((50, 50, 50))
 
 

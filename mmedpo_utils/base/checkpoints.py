@@ -64,7 +64,8 @@ class CheckpointKeeper(TrainerCallback):
     """
 
     def __init__(self, folder: Path, digest: str) -> None:
-        self.folder, self.digest = folder, digest
+        self.folder = folder
+        self.digest = digest
 
     def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         """Log at each checkpoint, so that no logged mean spans one. The last step needs none: the

@@ -50,54 +50,40 @@ def check_environment() -> list[tuple[str, str, str]]:
     """One row per part of this machine: the part, what is there, what it allows."""
     found = versions()
     memory = psutil.virtual_memory()
-    gpu = torch.cuda.is_available()
-    device = torch.cuda.get_device_name(0) if gpu else "CPU"
-    return [
+    lines = [
         ("Python", found["python"], f"{platform.system()} {platform.machine()}"),
         ("torch", found["torch"], "every notebook"),
-        (
-            "transformers, trl, peft",
-            ", ".join(found[name] for name in ("transformers", "trl", "peft")),
-            "every notebook",
-        ),
-        (
-            "device",
-            device,
-            "the phantom profile, and 7B models through QLoRA"
-            if gpu
-            else "the phantom profile, in minutes",
-        ),
-        (
-            "memory",
-            f"{memory.total / 2**30:.0f} GiB, {memory.available / 2**30:.0f} GiB free",
-            "enough"
-            if memory.available > 6 * 2**30
-            else "the notebooks need up to 6 GiB: close other programs",
-        ),
-        ("cores", str(os.cpu_count()), "two or more keep both training processes busy"),
-        (
-            "deepspeed",
-            found["deepspeed"] or "not installed",
-            "notebook 04 trains in two processes"
-            if found["deepspeed"]
-            else "notebook 04 trains in one process; everything else is the same",
-        ),
-        (
-            "bitsandbytes",
-            found["bitsandbytes"] or "not installed",
-            "4-bit models"
-            if found["bitsandbytes"]
-            else "no 4-bit models; the phantom profile does not need them",
-        ),
     ]
+    libraries = [str(found[name]) for name in ("transformers", "trl", "peft")]
+    lines.append(("transformers, trl, peft", ", ".join(libraries), "every notebook"))
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name(0)
+        lines.append(("device", device, "the phantom profile, and 7B models through QLoRA"))
+    else:
+        lines.append(("device", "CPU", "the phantom profile, in minutes"))
+    size = f"{memory.total / 2**30:.0f} GiB, {memory.available / 2**30:.0f} GiB free"
+    if memory.available > 6 * 2**30:
+        lines.append(("memory", size, "enough"))
+    else:
+        lines.append(("memory", size, "the notebooks need up to 6 GiB: close other programs"))
+    lines.append(("cores", str(os.cpu_count()), "two or more keep both training processes busy"))
+    if found["deepspeed"]:
+        lines.append(("deepspeed", found["deepspeed"], "notebook 04 trains in two processes"))
+    else:
+        alone = "notebook 04 trains in one process; everything else is the same"
+        lines.append(("deepspeed", "not installed", alone))
+    if found["bitsandbytes"]:
+        lines.append(("bitsandbytes", found["bitsandbytes"], "4-bit models"))
+    else:
+        without = "no 4-bit models; the phantom profile does not need them"
+        lines.append(("bitsandbytes", "not installed", without))
+    return lines
 
 
 def check_device(device: str) -> str:
     """Resolve ``lvlm.device`` to ``cpu`` or ``cuda``. Raises InputError: a GPU is asked for where
     torch sees none.
     """
-    import torch
-
     available = torch.cuda.is_available()
     if device == "cuda" and not available:
         raise InputError(

@@ -29,7 +29,8 @@ class Unusable:
     """
 
     def __init__(self, source: object, private: bool = False) -> None:
-        self.source, self.private = source, private
+        self.source = source
+        self.private = private
         self.count = 0
         self.named: list[str] = []
 

@@ -7,9 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePath
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps
-from torch.nn.functional import interpolate
 
 from .doors import open_door
 from .errors import InputError, Unusable, first_line
@@ -115,7 +113,8 @@ def scale_to_8_bits(values: np.ndarray, counted: np.ndarray | None = None) -> np
     known = values[counted & np.isfinite(values)]
     if not known.size:
         raise InputError("holds no finite grey value; fetch the file again, or remove its row")
-    low, high = known.min(), known.max()
+    low = known.min()
+    high = known.max()
     scaled = (np.clip(values, low, high) - low) / max(high - low, 1e-12)
     scaled[np.isnan(values) | ~counted] = 0
     return np.round(scaled * 255).astype(np.uint8)
@@ -131,8 +130,18 @@ def resize_bilinear(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     Returns:
         float64. Shape: [H, W].
     """
-    grid = torch.from_numpy(np.ascontiguousarray(values))[None, None]
-    return interpolate(grid, size=size, mode="bilinear", align_corners=False)[0, 0].numpy()
+    # Not torch's interpolate: its weights round, so that a constant map does not stay constant, and
+    # a threshold finds a lesion in it.
+    height, width = size
+    down = _interpolation(values.shape[0], height)
+    across = _interpolation(values.shape[1], width)
+    return down @ values @ across.T
+
+
+def _interpolation(old: int, new: int) -> np.ndarray:
+    """Weights that take ``old`` samples to ``new``. Shape: [new, old]."""
+    position = np.clip((np.arange(new) + 0.5) * old / new - 0.5, 0, old - 1)
+    return np.maximum(0, 1 - np.abs(position[:, None] - np.arange(old)))
 
 
 def with_images(
@@ -148,7 +157,8 @@ def with_images(
     Raises:
         InputError: no question's image can be used.
     """
-    kept, left_out = [], Unusable(f"{root}, split {split}")
+    kept = []
+    left_out = Unusable(f"{root}, split {split}")
     faults: dict[str, InputError | None] = {}
     for row in rows:
         name = row["image"]

@@ -31,7 +31,8 @@ def misfits(state: dict[str, Tensor], wanted: dict[str, Tensor]) -> str:
     misshapen = []
     for key in sorted(wanted.keys() & state.keys()):
         if state[key].shape != wanted[key].shape:
-            found, expected = list(state[key].shape), list(wanted[key].shape)
+            found = list(state[key].shape)
+            expected = list(wanted[key].shape)
             misshapen.append(f"{key} {found} instead of {expected}")
     problems = {
         "missing": sorted(wanted.keys() - state.keys()),

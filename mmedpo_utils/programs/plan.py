@@ -33,7 +33,8 @@ def plan(profile: Profile, variant: str, seed: int = 0) -> str:
         InputError: no such variant, or a manifest that cannot be read.
     """
     check_variant(profile, variant)
-    manifest, sources = manifest_path(profile, variant), profile.training.variants[variant].sources
+    manifest = manifest_path(profile, variant)
+    sources = profile.training.variants[variant].sources
     rows = training_rows(profile, variant) if manifest.is_file() else []
     counts = {source: sum(row_source(row) == source for row in rows) for source in sources}
     if not rows:
@@ -52,7 +53,8 @@ def plan(profile: Profile, variant: str, seed: int = 0) -> str:
             profile, variant, rows, counts, processes, cores_for(processes) if on_cpu else None
         ),
     ]
-    folder, several = folder_of(profile, variant, seed), profile.training.nodes > 1
+    folder = folder_of(profile, variant, seed)
+    several = profile.training.nodes > 1
     shipped = profile.name in profile_names() and load_profile(profile.name) == profile
     name = profile.name if shipped else f"{shorten(folder)}/profile.yaml"
     lines += [

@@ -40,7 +40,7 @@ from ..base.files import write_json
 from ..base.precision import train_in_32_bits
 from ..base.tensors import model_digest
 from ..curate import manifest_path, training_rows
-from ..lvlm import load_profile_lvlm
+from ..lvlm import MedLVLM, load_profile_lvlm
 from ..metrics import patient_of
 from ..profiles import Profile, Variant, load_profile
 from ..relevance import training_weights
@@ -57,6 +57,7 @@ from ..scale.estimate import accumulation, total_steps
 from ..scale.fast_trainer import FastTrainer, PackingCollator
 from ..trainer import MMedPOTrainer, PreferenceCollator, adapter_config, preference_dataset
 from .export import write_model_card
+from .launch import add_run_arguments
 
 VALIDATION_SHARE = 0.1
 VALIDATION_PAIRS = 64
@@ -108,7 +109,8 @@ def held_out(rows: Sequence[dict[str, Any]], seed: int) -> np.ndarray:
 
 def deepspeed_config(profile: Profile) -> dict[str, Any]:
     """DeepSpeed's configuration; "auto" values follow the trainer's arguments."""
-    stage, offload = profile.training.zero_stage, profile.training.offload == "cpu"
+    stage = profile.training.zero_stage
+    offload = profile.training.offload == "cpu"
     zero = {"stage": stage, "reduce_bucket_size": 50_000_000}
     if stage == 3:
         zero |= {
@@ -142,8 +144,10 @@ def training_arguments(
         pairs: how many pairs are trained on.
         validate: whether there are validation pairs.
     """
-    values, world = profile.training, int(os.environ.get("WORLD_SIZE", 1))
-    cuda, steps = check_device(profile.lvlm.device) == "cuda", total_steps(values, pairs, world)
+    values = profile.training
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    cuda = check_device(profile.lvlm.device) == "cuda"
+    steps = total_steps(values, pairs, world)
     paged = cuda and values.optimizer == "paged_adamw_8bit"
     return DPOConfig(
         output_dir=str(folder),
@@ -184,7 +188,8 @@ class EventWriter(TrainerCallback):
     """Append one JSON line per logged step to ``events.jsonl``: what the live plot draws."""
 
     def __init__(self, folder: Path, pairs_per_step: int) -> None:
-        self.path, self.pairs_per_step = folder / "events.jsonl", pairs_per_step
+        self.path = folder / "events.jsonl"
+        self.pairs_per_step = pairs_per_step
         self.first_step: float | None = None
         self.earlier = {"seconds": 0.0, "tokens": 0.0}
 
@@ -218,10 +223,8 @@ class EventWriter(TrainerCallback):
                 )
         if "tokens" in logs:
             logs["tokens"] += self.earlier["tokens"]
-        seconds, step = (
-            self.earlier["seconds"] + time.monotonic() - self.first_step,
-            state.global_step,
-        )
+        seconds = self.earlier["seconds"] + time.monotonic() - self.first_step
+        step = state.global_step
         event = {
             "step": step,
             "total_steps": state.max_steps,
@@ -291,22 +294,31 @@ def build_trainer(
         ),
         "callbacks": callbacks,
     }
-    collating = (lvlm.processor.tokenizer.pad_token_id, values.max_length, lvlm.processor)
-    if values.shared_prefix or values.cache_reference:
-        known = profile.output / "reference" / f"{model_digest(lvlm.model)[:16]}.json"
-        trainer = FastTrainer(
-            lvlm.model,
-            data_collator=PackingCollator(*collating, shared_prefix=values.shared_prefix),
-            cache_reference=values.cache_reference,
-            reference_cache=known,
-            **options,
-        )
-    else:
-        trainer = MMedPOTrainer(lvlm.model, data_collator=PreferenceCollator(*collating), **options)
+    trainer = choose_trainer(profile, lvlm, options)
     if not trainer.is_deepspeed_enabled:
         train_in_32_bits(trainer.model)
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def choose_trainer(profile: Profile, lvlm: MedLVLM, options: dict[str, Any]) -> MMedPOTrainer:
+    """The fast trainer where the profile asks for one of its savings, else the plain one.
+
+    Args:
+        options: what both take.
+    """
+    values = profile.training
+    collating = (lvlm.processor.tokenizer.pad_token_id, values.max_length, lvlm.processor)
+    if not values.shared_prefix and not values.cache_reference:
+        return MMedPOTrainer(lvlm.model, data_collator=PreferenceCollator(*collating), **options)
+    reference = profile.output / "reference" / f"{model_digest(lvlm.model)[:16]}.json"
+    return FastTrainer(
+        lvlm.model,
+        data_collator=PackingCollator(*collating, shared_prefix=values.shared_prefix),
+        cache_reference=values.cache_reference,
+        reference_cache=reference,
+        **options,
+    )
 
 
 def save_adapter(trainer: MMedPOTrainer, folder: Path) -> None:
@@ -338,10 +350,8 @@ def begin(folder: Path, digest: str, arguments: DPOConfig) -> tuple[bool, str | 
     """
     start: list[Any] = [None]
     if arguments.process_index == 0:
-        checkpoint, finished = (
-            newest_checkpoint(folder, digest, arguments.world_size),
-            finished_result(folder, digest),
-        )
+        checkpoint = newest_checkpoint(folder, digest, arguments.world_size)
+        finished = finished_result(folder, digest)
         if not finished:
             prepare_folder(folder, checkpoint)
             write_json(folder / "versions.json", {**versions(), "platform": platform.platform()})
@@ -367,13 +377,12 @@ def run(profile: Profile, name: str, seed: int, folder: Path) -> None:
         InputError: the manifest or an image cannot be used, no pair is of the variant's sources, or
             another process trains into the folder.
     """
-    began, variant, manifest = (
-        time.monotonic(),
-        profile.training.variants[name],
-        manifest_path(profile, name),
-    )
+    began = time.monotonic()
+    variant = profile.training.variants[name]
+    manifest = manifest_path(profile, name)
     rows = training_rows(profile, name)
-    validation, digest = held_out(rows, seed), run_digest(profile, name, seed, manifest)
+    validation = held_out(rows, seed)
+    digest = run_digest(profile, name, seed, manifest)
     # Before ZeRO stage 3 is switched on below: it would divide the model that is converted or
     # merged here.
     open_door("Med-LVLM")(profile.lvlm.model, profile.lvlm.vision_tower, profile.lvlm.base_adapter)
@@ -457,18 +466,10 @@ def settle_environment(processes: int) -> None:
             del os.environ[name]
 
 
-def main() -> None:
-    """Parse the command line, share the cores between the processes, train."""
+def parse_options() -> argparse.Namespace:
+    """The options that `launch_command.program_arguments` writes."""
     parser = argparse.ArgumentParser(description="Train one variant of a profile.")
-    parser.add_argument(
-        "--profile", required=True, help="a profile's name, or the path of a (resolved) profile"
-    )
-    parser.add_argument(
-        "--variant", required=True, help="a name under the profile's training.variants"
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="seed of the LoRA weights and of the order of the pairs"
-    )
+    add_run_arguments(parser)
     parser.add_argument(
         "--run-folder",
         type=Path,
@@ -487,35 +488,45 @@ def main() -> None:
         default=1,
         help="how many a launcher starts, over all nodes; 1: alone, whatever the environment says",
     )
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def take_place(options: argparse.Namespace) -> None:
+    """Give this process its share of the machine: threads, and one GPU where it trains alone."""
     settle_environment(options.processes)
-    world, here = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_SIZE", 1))
+    here = int(os.environ.get("LOCAL_SIZE", 1))
     torch.set_num_threads(max(1, options.cores // here))
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        # With more GPUs in sight, the trainer would ask for data parallelism.
+        first, _, _ = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")
+        os.environ["CUDA_VISIBLE_DEVICES"] = first
+
+
+def join_processes(device: str) -> None:
+    """Join the processes of a CPU training; on GPUs the trainer's arguments do."""
+    os.environ["DS_ACCELERATOR"] = device
+    if device == "cpu" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        import deepspeed
+
+        # gloo does the work. With the list filled, a C++ extension would be built first.
+        deepspeed.ops.__compatible_ops__ = {}
+        # Now, since stage 3 divides the model while it loads, before the trainer is there.
+        deepspeed.init_distributed("gloo")
+
+
+def main() -> None:
+    """Parse the command line, share the cores between the processes, train."""
+    options = parse_options()
+    take_place(options)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(options.run_folder / "tensorboard")
     transformers_logging.disable_progress_bar()
-    if (
-        world == 1
-    ):  # a plain process takes one GPU; with more, the trainer would ask for data parallelism
-        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[
-            0
-        ]
     try:
         profile = load_profile(options.profile)
-        device = check_device(profile.lvlm.device)
-        os.environ["DS_ACCELERATOR"] = device
-        if device == "cpu" and world > 1:
-            import deepspeed
-
-            # gloo does the work; with it filled, a C++ extension is built first
-            deepspeed.ops.__compatible_ops__ = {}
-            deepspeed.init_distributed(
-                "gloo"
-            )  # stage 3 divides the model while it loads, before the trainer is there
+        join_processes(check_device(profile.lvlm.device))
         run(profile, options.variant, options.seed, options.run_folder)
     except Exception:
-        sys.stderr.write(
-            f"{FAILED}\n{traceback.format_exc()}"
-        )  # in one piece, so that two processes do not mix their lines
+        # In one piece, so that two processes do not mix their lines.
+        sys.stderr.write(f"{FAILED}\n{traceback.format_exc()}")
         sys.exit(1)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -32,7 +32,8 @@ class Journal:
         Raises:
             InputError: the file cannot be read or written.
         """
-        self.path, self.entries = Path(path), []
+        self.path = Path(path)
+        self.entries = []
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             length = self._read({"inputs": digest}, keep)

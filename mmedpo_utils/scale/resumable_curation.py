@@ -93,12 +93,16 @@ def curate_folder(
     write_manifest(folder / "visual.json", visual_pairs(questions, records))
     audit = audit_visual(questions, records)
     write_json(folder / "audit.json", audit)
+    _say(audit)
+    return audit
+
+
+def _say(audit: Row) -> None:
     print(
         f"visual pairs: {audit['rows']:,} rows of {audit['images']:,} images, "
         f"{audit['rows_skipped']:,} rows skipped; mask over {audit['coverage']['mean']:.1%} of an "
         f"image; mean confidence {audit['confidence']['mean']:.2f}"
     )
-    return audit
 
 
 def audit_visual(questions: Sequence[Row], records: Sequence[Row]) -> Row:
@@ -111,19 +115,22 @@ def audit_visual(questions: Sequence[Row], records: Sequence[Row]) -> Row:
         ``skipped``: per image why, and how many rows.
     """
     asked = Counter(question["image"] for question in questions)
-    made = [record for record in records if "skipped" not in record]
-    skipped = [
-        {"image": record["image"], "why": record["skipped"], "rows": asked[record["image"]]}
-        for record in records
-        if "skipped" in record
-    ]
+    made = []
+    skipped = []
+    for record in records:
+        if "skipped" not in record:
+            made.append(record)
+        else:
+            name = record["image"]
+            skipped.append({"image": name, "why": record["skipped"], "rows": asked[name]})
     lost = sum(entry["rows"] for entry in skipped)
     return {
         "images": len(made),
         "unchanged": sum(not record["changed"] for record in made),
         "rows": len(questions) - lost,
         "rows_skipped": lost,
-        **{key: _spread([record[key] for record in made]) for key in ("coverage", "confidence")},
+        "coverage": _spread([record["coverage"] for record in made]),
+        "confidence": _spread([record["confidence"] for record in made]),
         "skipped": skipped,
     }
 

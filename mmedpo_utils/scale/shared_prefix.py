@@ -113,7 +113,8 @@ def attention_mask(branches: torch.Tensor, start: int = 0) -> torch.Tensor:
         True where a token sees another. Shape: [R, 1, T - start, T].
     """
     place = torch.arange(branches.shape[1], device=branches.device)
-    seen, own = branches[:, None, :], branches[:, start:, None]
+    seen = branches[:, None, :]
+    own = branches[:, start:, None]
     return (((seen == 0) | (seen == own)) & (place <= place[start:, None]))[:, None]
 
 
