@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 import yaml
 
-from ..base.environment import check_device
 from ..base.errors import exit_status
-from ..commands import commands, free_cores, printed, process_count, shorten
+from ..commands import commands, printed, process_count, shorten
 from ..curate import manifest_path, training_rows
 from ..launch import check_variant, folder_of
 from ..preference_rows import row_source
@@ -22,7 +22,7 @@ from .launch import add_run_arguments
 
 
 def plan(profile: Profile, variant: str, seed: int = 0) -> str:
-    """What `train` would run and what it takes: pairs, memory, hours, commands. It starts and
+    """What `train` would run and what it takes: pairs, memory, steps, commands. It starts and
     writes nothing.
 
     It needs neither GPU nor weights nor pairs.
@@ -31,46 +31,42 @@ def plan(profile: Profile, variant: str, seed: int = 0) -> str:
         InputError: no such variant, or a manifest that cannot be read.
     """
     check_variant(profile, variant)
-    manifest, sources = manifest_path(profile, variant), profile.training.variants[variant].sources
+    manifest = manifest_path(profile, variant)
     rows = training_rows(profile, variant) if manifest.is_file() else []
-    counts = {source: sum(row_source(row) == source for row in rows) for source in sources}
+    counts = {}
+    for source in profile.training.variants[variant].sources:
+        made = sum(row_source(row) == source for row in rows)
+        counts[source] = made if rows else profile.curation.text_pairs
+    pairs = ", ".join(f"{count} {source}" for source, count in counts.items())
     if not rows:
-        counts = dict.fromkeys(sources, profile.curation.text_pairs)
+        pairs += "; they are not made yet (notebook 03), estimated with curation.text_pairs"
     processes = process_count(profile, dry_run=True)
-    on_cpu = profile.lvlm.device != "cuda" and check_device(profile.lvlm.device) == "cpu"
     lines = [
-        f"Pairs of {shorten(manifest)}: "
-        + ", ".join(f"{count} {source}" for source, count in counts.items())
-        + (
-            ""
-            if rows
-            else "; they are not made yet (notebook 03), reckoned with curation.text_pairs"
-        ),
-        describe(
-            profile, variant, rows, counts, processes, free_cores(processes) if on_cpu else None
-        ),
+        f"Pairs of {shorten(manifest)}: {pairs}",
+        describe(profile, variant, rows, sum(counts.values()), processes),
     ]
-    folder, several = folder_of(profile, variant, seed), profile.training.nodes > 1
+    folder = folder_of(profile, variant, seed)
     shipped = profile.name in profile_names() and load_profile(profile.name) == profile
     name = profile.name if shipped else f"{shorten(folder)}/profile.yaml"
-    lines += [
-        "The cell, or this command in the repository's folder, writes the run folder",
-        f"$ python -m mmedpo_utils.launch --profile {name} --variant {variant} --seed {seed}",
-    ]
-    for ssh in (True, False) if profile.training.hostfile else (False,):
-        where = (
-            ""
-            if not several
-            else " over ssh"
-            if ssh
-            else " on each node, one command each, without ssh"
-        )
-        lines.append(f"and starts{where}")
-        lines += [
-            "$ " + printed(line)
-            for line in commands(profile, variant, seed, folder, ssh, dry_run=True)
-        ]
+    lines.append("The cell, or this command in the repository's folder, writes the run folder")
+    lines.append(f"$ mmedpo launch --profile {name} --variant {variant} --seed {seed}")
+    lines += _starting_commands(profile, variant, seed, folder)
     return "\n".join(lines)
+
+
+def _starting_commands(profile: Profile, variant: str, seed: int, folder: Path) -> list[str]:
+    """What starts the training processes; with a hostfile in both forms, over ssh and without."""
+    ways = [("and starts", False)]
+    if profile.training.nodes > 1:
+        ways = [("and starts on each node, one command each, without ssh", False)]
+    if profile.training.hostfile:
+        ways.insert(0, ("and starts over ssh", True))
+    lines = []
+    for words, ssh in ways:
+        lines.append(words)
+        for command in commands(profile, variant, seed, folder, ssh, dry_run=True):
+            lines.append(f"$ {printed(command)}")
+    return lines
 
 
 def dry_run(profile: Profile, variant: str, seed: int = 0) -> None:
