@@ -1,72 +1,127 @@
-"""Floating-point operations that preference training needs at least, in closed form: pure functions
-of shapes and lengths.
+"""Floating-point operations that preference training needs at least.
 
-A multiplication and an addition count as two. Nothing is counted twice that could be computed once:
-no padding, no second pass over an image or a prompt that two answers share, no logits but those of
-answer tokens, no recomputation of activations.
+torch counts them, on the meta device: shapes without values. A multiplication and an addition count
+as two. What could be left out is not counted: padding, a second pass over an image or a prompt that
+two answers share, attention to what the mask hides, logits but those of answer tokens, the tower's
+last layer, which nothing reads, and the recomputation of activations.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
-from common import PATCH, Shape
+import torch
+from common import Shape, lvlm_config
+from peft import get_peft_model
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlavaForConditionalGeneration
+
+from mmedpo_utils.trainer import adapter_config
 
 
-def layer_weights(shape: Shape) -> int:
-    """Weights of one language-model layer's matrices."""
-    narrow = shape.hidden_size // shape.heads * shape.key_value_heads
-    return (
-        2 * shape.hidden_size * (shape.hidden_size + narrow)
-        + 3 * shape.hidden_size * shape.intermediate_size
-    )
+@functools.cache
+def meta_llava(shape: Shape, rank: int | None) -> LlavaForConditionalGeneration:
+    """A LLaVA without values, with one language layer: they are all alike, and the tower without
+    its last one.
 
-
-def lora_weights(shape: Shape, rank: int) -> int:
-    """Weights of the adapters of one layer: q, o, k, v and the three matrices of the feed-forward
-    part.
+    Args:
+        rank: of the adapters beside which the projector is trained; None: no adapters.
     """
-    narrow, wide = shape.hidden_size // shape.heads * shape.key_value_heads, shape.intermediate_size
-    return rank * (
-        2 * 2 * shape.hidden_size
-        + 2 * (shape.hidden_size + narrow)
-        + 3 * (shape.hidden_size + wide)
-    )
+    # Eager attention is two matrix products, which are counted apart as `bmm`.
+    counted = replace(shape, layers=1, tower_layers=shape.tower_layers - 1)
+    with torch.device("meta"):
+        model = LlavaForConditionalGeneration._from_config(
+            lvlm_config(counted), attn_implementation="eager"
+        )
+        if rank is not None:
+            get_peft_model(model, adapter_config(rank, 2 * rank, dropout=0.0))
+    return model
 
 
-def row_flops(shape: Shape, prompt: int, answers: Sequence[int], rank: int) -> dict[str, int]:
-    """One forward pass of the language model over a prompt and the answers that share it.
+def count(
+    forward: Callable[[torch.Tensor], torch.Tensor],
+    size: tuple[int, ...],
+    backward: bool = False,
+    needs_gradient: bool = False,
+) -> dict[str, int]:
+    """Operations of a function of one tensor.
+
+    Args:
+        size: of its input.
+        backward: the backward pass counts as well.
+        needs_gradient: the backward pass goes on to the input.
+
+    Returns:
+        ``attention`` (products of batches of matrices) and ``matrices`` (all others).
+    """
+    inputs = torch.zeros(size, device="meta", requires_grad=backward and needs_gradient)
+    with torch.set_grad_enabled(backward), FlopCounterMode(display=False) as counter:
+        output = forward(inputs)
+        if backward:
+            output.sum().backward()
+    attention = counter.get_flop_counts()["Global"].get(torch.ops.aten.bmm, 0)
+    return {"matrices": counter.get_total_flops() - attention, "attention": attention}
+
+
+def seen_tokens(prompt: int, answers: Sequence[int]) -> int:
+    """How many tokens all tokens of a row see together: the prompt, and each answer the prompt and
+    itself, nothing later.
+    """
+    seen = prompt * (prompt + 1) // 2
+    for answer in answers:
+        seen += prompt * answer + answer * (answer + 1) // 2
+    return seen
+
+
+def layers_flops(
+    shape: Shape, prompt: int, answers: Sequence[int], rank: int | None
+) -> dict[str, int]:
+    """The language model's layers on a prompt and the answers that share it.
 
     Args:
         prompt: tokens of the prompt, image tokens included.
         answers: tokens of each answer.
-        rank: of the adapters; 0 without.
+        rank: of the adapters, for a forward and a backward pass; None: a forward pass without them.
 
     Returns:
-        ``linear`` (the frozen matrices), ``lora``, ``attention`` (each token to those it sees),
-        ``head`` (logits of answers).
+        ``matrices`` and ``attention``.
     """
+    model = meta_llava(shape, rank).model.language_model
     tokens = prompt + sum(answers)
-    seen = prompt * (prompt + 1) // 2 + sum(
-        prompt * answer + answer * (answer + 1) // 2 for answer in answers
+    layer = count(
+        lambda inputs: model(inputs_embeds=inputs).last_hidden_state,
+        (1, tokens, shape.hidden_size),
+        backward=rank is not None,
+        needs_gradient=True,
     )
-    return {
-        "linear": 2 * tokens * shape.layers * layer_weights(shape),
-        "lora": 2 * tokens * shape.layers * lora_weights(shape, rank),
-        "attention": 4 * seen * shape.layers * shape.hidden_size,
-        "head": 2 * sum(answers) * shape.hidden_size * shape.vocabulary,
-    }
+    # Each token is counted with every other; the kernels leave out what the mask hides.
+    attention = layer["attention"] * seen_tokens(prompt, answers) // tokens**2
+    return {"matrices": shape.layers * layer["matrices"], "attention": shape.layers * attention}
+
+
+def head_flops(shape: Shape, tokens: int, rank: int | None) -> int:
+    """Logits of so many tokens; ``rank`` as in `layers_flops`."""
+    size = (1, tokens, shape.hidden_size)
+    head = meta_llava(shape, rank).lm_head
+    return count(head, size, backward=rank is not None, needs_gradient=True)["matrices"]
 
 
 def tower_flops(shape: Shape) -> int:
     """One image through the vision tower, up to the layer whose features are used: the last but
     one.
     """
-    width, tokens, layers = shape.tower_hidden_size, shape.image_tokens + 1, shape.tower_layers - 1
-    matrices = 4 * width**2 + 2 * width * shape.tower_intermediate_size
-    return 2 * shape.image_tokens * width * 3 * PATCH**2 + layers * (
-        2 * tokens * matrices + 4 * tokens**2 * width
-    )
+    tower = meta_llava(shape, None).model.vision_tower
+    size = (1, 3, shape.image_size, shape.image_size)
+    return sum(count(lambda images: tower(images).last_hidden_state, size).values())
+
+
+def projector_flops(shape: Shape, rank: int | None) -> int:
+    """One image's features through the projector; ``rank`` as in `layers_flops`."""
+    projector = meta_llava(shape, rank).model.multi_modal_projector
+    size = (1, shape.image_tokens, shape.tower_hidden_size)
+    return count(projector, size, backward=rank is not None)["matrices"]
 
 
 def pair_flops(
@@ -74,9 +129,6 @@ def pair_flops(
 ) -> float:
     """One preference pair: tower, projector and language model forward, their backward pass, and
     the reference.
-
-    Frozen matrices pass gradients on (as much as forward); adapters and projector also collect
-    their own.
 
     Args:
         prompt: tokens of the prompt, image tokens included.
@@ -87,17 +139,10 @@ def pair_flops(
             it is kept.
     """
     rows = [answers[:1], answers[1:]] if visual else [answers]
-    first, second = (
-        2 * shape.image_tokens * width * shape.hidden_size
-        for width in (shape.tower_hidden_size, shape.hidden_size)
-    )
-    projector = (1 + references) * (first + second) + first + 2 * second
-    total = len(rows) * (tower_flops(shape) + projector)
-    for row in rows:
-        parts = row_flops(shape, prompt, row, rank)
-        total += (
-            (2 + references) * (parts["linear"] + parts["head"])
-            + 3 * parts["lora"]
-            + (3 + references) * parts["attention"]
-        )
+    total = len(rows) * tower_flops(shape)  # frozen: the reference sees the same features
+    for passes, adapters in ((1, rank), (references, None)):
+        for row in rows:
+            total += passes * projector_flops(shape, adapters)
+            total += passes * sum(layers_flops(shape, prompt, row, adapters).values())
+            total += passes * head_flops(shape, sum(row), adapters)
     return total

@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 from common import ROOT, SHAPES, Job, Shape, Worker, draw_pairs, origin, save_lvlm
-from flops import row_flops, tower_flops
+from flops import head_flops, layers_flops, tower_flops
 
 from mmedpo_utils.base.files import write_json
 
@@ -141,10 +141,12 @@ def shares(shape: Shape) -> dict[str, float]:
     of a forward pass.
     """
     tokens = shape.image_tokens + 30
-    layers = row_flops(shape, tokens, (), 0)
-    head = 2 * tokens * shape.hidden_size * shape.vocabulary
-    total = layers["linear"] + layers["attention"]
-    return {"vision_tower": round(tower_flops(shape) / total, 4), "lm_head": round(head / total, 4)}
+    layers = sum(layers_flops(shape, tokens, (), None).values())
+    head = head_flops(shape, tokens, None)
+    return {
+        "vision_tower": round(tower_flops(shape) / layers, 4),
+        "lm_head": round(head / layers, 4),
+    }
 
 
 def summary(taken: dict[str, dict[str, list[dict[str, Any]]]], size: Size) -> dict[str, Any]:

@@ -161,7 +161,7 @@ def test_a_torn_line_a_lost_image_and_other_inputs(films: Path, tmp_path: Path) 
             "noise": NOISE,
             "seed": 0,
             "batch_size": 8,
-            "tool": "still",
+            "inputs": "still",
         } | changes
         curate_folder(questions, films, tmp_path, **settings)
         return sum(looked)

@@ -20,7 +20,7 @@ from mmedpo_utils.judges.language_models import (
     LanguageModelMember,
     build_judges,
     build_messages,
-    estimate,
+    judge_cost,
     read_answer,
     read_score,
     usage_table,
@@ -397,7 +397,7 @@ def test_text_pairs_through_a_server_and_again_without_one_request(server, tmp_p
     assert len(server.seen) == made and again[:2] == (rows, debates)
     assert all(row["requests"] == 0 and row["cost"] == 0 and row["cached"] > 0 for row in again[2])
     least, most = (
-        sum(row[key] for row in estimate(profile, QUESTIONS))
+        sum(row[key] for row in judge_cost(profile, QUESTIONS))
         for key in ("requests_least", "requests_most")
     )
     assert made <= most and least <= sum(row["requests"] + row["cached"] for row in usage) + 5, (
@@ -409,9 +409,9 @@ def test_text_pairs_through_a_server_and_again_without_one_request(server, tmp_p
     ]
 
 
-def test_estimate_counts_by_hand(tmp_path):
+def test_the_judges_cost_counts_by_hand(tmp_path):
     profile = profile_for("http://127.0.0.1:1/v1", tmp_path)
-    rows = {row["model"]: row for row in estimate(profile, QUESTIONS)}
+    rows = {row["model"]: row for row in judge_cost(profile, QUESTIONS)}
     assert profile.curation.candidates == 2 and profile.curation.rounds == 5
     assert (rows["judge-model"]["requests_least"], rows["judge-model"]["requests_most"]) == (
         3 * 2,
@@ -433,12 +433,12 @@ def test_estimate_counts_by_hand(tmp_path):
             }
         },
     )
-    assert [row["requests_most"] for row in estimate(shared, QUESTIONS)] == [12 + 15], (
+    assert [row["requests_most"] for row in judge_cost(shared, QUESTIONS)] == [12 + 15], (
         "one row for a model that does both"
     )
-    assert estimate(load_profile("phantom-smoke"), QUESTIONS) == []
+    assert judge_cost(load_profile("phantom-smoke"), QUESTIONS) == []
     with pytest.raises(InputError, match="one question"):
-        estimate(profile, [])
+        judge_cost(profile, [])
 
 
 def test_a_run_stops_at_the_limit_and_goes_on_where_it_stopped(server, tmp_path):

@@ -341,7 +341,7 @@ def usage_table(judge: Judge, panel: Sequence[Member]) -> list[dict[str, Any]]:
     return [{"model": chat.name, **asdict(chat.counters)} for chat in chats]
 
 
-def estimate(profile: Profile, questions: Sequence[Row]) -> list[dict[str, Any]]:
+def judge_cost(profile: Profile, questions: Sequence[Row]) -> list[dict[str, Any]]:
     """What text pairs of ``questions`` ask of each language model, before anything is asked or
     loaded.
 
@@ -359,7 +359,7 @@ def estimate(profile: Profile, questions: Sequence[Row]) -> list[dict[str, Any]]
         InputError: no questions.
     """
     if not questions:
-        raise InputError("estimate: expected one question or more")
+        raise InputError("judge_cost: expected one question or more")
     values, curation = profile.judge, profile.curation
     if values.backend == "phantom":
         return []

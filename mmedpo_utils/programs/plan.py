@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 import yaml
 
-from ..base.environment import check_device, cores_for
 from ..base.errors import exit_status
 from ..base.processes import printed, shorten
 from ..curate import manifest_path, training_rows
@@ -24,7 +24,7 @@ from .launch import add_run_arguments
 
 
 def plan(profile: Profile, variant: str, seed: int = 0) -> str:
-    """What `train` would run and what it takes: pairs, memory, hours, commands. It starts and
+    """What `train` would run and what it takes: pairs, memory, steps, commands. It starts and
     writes nothing.
 
     It needs neither GPU nor weights nor pairs.
@@ -34,45 +34,42 @@ def plan(profile: Profile, variant: str, seed: int = 0) -> str:
     """
     check_variant(profile, variant)
     manifest = manifest_path(profile, variant)
-    sources = profile.training.variants[variant].sources
     rows = training_rows(profile, variant) if manifest.is_file() else []
-    counts = {source: sum(row_source(row) == source for row in rows) for source in sources}
+    counts = {}
+    for source in profile.training.variants[variant].sources:
+        made = sum(row_source(row) == source for row in rows)
+        counts[source] = made if rows else profile.curation.text_pairs
+    pairs = ", ".join(f"{count} {source}" for source, count in counts.items())
     if not rows:
-        counts = dict.fromkeys(sources, profile.curation.text_pairs)
+        pairs += "; they are not made yet (notebook 03), estimated with curation.text_pairs"
     processes = process_count(profile, dry_run=True)
-    on_cpu = profile.lvlm.device != "cuda" and check_device(profile.lvlm.device) == "cpu"
     lines = [
-        f"Pairs of {shorten(manifest)}: "
-        + ", ".join(f"{count} {source}" for source, count in counts.items())
-        + (
-            ""
-            if rows
-            else "; they are not made yet (notebook 03), reckoned with curation.text_pairs"
-        ),
-        describe(
-            profile, variant, rows, counts, processes, cores_for(processes) if on_cpu else None
-        ),
+        f"Pairs of {shorten(manifest)}: {pairs}",
+        describe(profile, variant, rows, sum(counts.values()), processes),
     ]
     folder = folder_of(profile, variant, seed)
-    several = profile.training.nodes > 1
     shipped = profile.name in profile_names() and load_profile(profile.name) == profile
     name = profile.name if shipped else f"{shorten(folder)}/profile.yaml"
-    lines += [
-        "The cell, or this command in the repository's folder, writes the run folder",
-        f"$ python -m mmedpo_utils.launch --profile {name} --variant {variant} --seed {seed}",
-    ]
-    if not several:
-        starts = [("and starts", [launch_command(profile, variant, seed, folder, dry_run=True)])]
-    else:
-        by_hand = node_commands(profile, variant, seed, folder, ssh=False, dry_run=True)
-        starts = [("and starts on each node, one command each, without ssh", by_hand)]
-        if profile.training.hostfile:
-            over_ssh = node_commands(profile, variant, seed, folder, ssh=True, dry_run=True)
-            starts.insert(0, ("and starts over ssh", over_ssh))
-    for where, commands in starts:
-        lines.append(where)
-        lines += ["$ " + printed(command) for command in commands]
+    lines.append("The cell, or this command in the repository's folder, writes the run folder")
+    lines.append(f"$ mmedpo launch --profile {name} --variant {variant} --seed {seed}")
+    lines += _starting_commands(profile, variant, seed, folder)
     return "\n".join(lines)
+
+
+def _starting_commands(profile: Profile, variant: str, seed: int, folder: Path) -> list[str]:
+    """What starts the training processes; with a hostfile in both forms, over ssh and without."""
+    if profile.training.nodes == 1:
+        here = launch_command(profile, variant, seed, folder, dry_run=True)
+        return ["and starts", f"$ {printed(here)}"]
+    ways = [("and starts on each node, one command each, without ssh", False)]
+    if profile.training.hostfile:
+        ways.insert(0, ("and starts over ssh", True))
+    lines = []
+    for words, ssh in ways:
+        lines.append(words)
+        for command in node_commands(profile, variant, seed, folder, ssh, dry_run=True):
+            lines.append(f"$ {printed(command)}")
+    return lines
 
 
 def dry_run(profile: Profile, variant: str, seed: int = 0) -> None:

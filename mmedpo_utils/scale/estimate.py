@@ -1,42 +1,65 @@
-"""What a training takes, reckoned before it starts: parameters, memory per GPU, floating-point
-operations, hours.
+"""What a training takes, estimated before it starts: parameters, steps, memory of each GPU.
 
-It needs neither GPU nor weights. Everything here is a closed form of the model's configuration and
-the profile; the hours rest on
-stated guesses: how much of its peak a GPU reaches, and how fast weights travel between GPUs and
-between nodes.
+It needs neither GPU nor weights. Parameters are counted on a model that has shapes and no values;
+memory is a table of bytes per parameter and a closed form of the activations.
 """
 
 from __future__ import annotations
 
+import functools
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import AutoConfig, CLIPVisionConfig, LlavaConfig, MistralConfig
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import (
+    AutoConfig,
+    CLIPVisionConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    MistralConfig,
+)
 
+from ..base.errors import InputError, first_line
 from ..base.rows import question_text
 from ..lvlm import PHANTOM_WEIGHTS
 from ..preference_rows import answer_text
 from ..profiles import Profile, Training
 
 GIB = 2**30
-NF4_BYTES = (
-    4 + 8 / 64 + 32 / (64 * 256)
-) / 8  # 4 bits, an 8-bit scale per 64 weights, a 32-bit one per 256 scales
-WORKING_SPACE = 2 * GIB  # CUDA's context or, on a CPU, the libraries; their workspaces, fragments
-UTILISATION = 0.4  # share of the peak that matrix products of this size reach
-LINK = 16e9  # bytes per second between two GPUs, or GPU and CPU, over PCIe 4.0
-NETWORK = 12.5e9  # bytes per second between two nodes, shared by a node's GPUs: 100 Gbit/s
-WORD_TOKENS, TEMPLATE_TOKENS = 1.4, 20  # tokens per word of English; of a chat template
+BYTES = {"fp32": 4, "bf16": 2}
+# NF4: 4 bits, an 8-bit scale per 64 weights, a 32-bit one per 256 scales.
+NF4_BYTES = (4 + 8 / 64 + 32 / (64 * 256)) / 8
+# CUDA's context or, on a CPU, the libraries; their workspaces, fragments.
+WORKING_SPACE = 2 * GIB
+
+# Bytes of each trained parameter, by precision and how it is kept. With ZeRO: as DeepSpeed's own
+# estimators (`estimate_zero2_model_states_mem_needs` and its sister for stage 3) count 16 bits,
+# 2 for the weights, 2 + 4 for gradients in 16 and 32 bits, 4 for a 32-bit copy and 8 for AdamW's
+# two moments. In 32 bits gradients are not copied; the weights are, once ZeRO divides them. One
+# process trains in 32 bits whatever the precision (`trainer.train_in_32_bits`), and bitsandbytes'
+# paged AdamW keeps each moment in 8 bits.
+BYTES_PER_TRAINED_PARAMETER = {
+    ("fp32", "one process"): {"weights": 4, "gradients": 4, "optimiser": 8},
+    ("bf16", "one process"): {"weights": 4, "gradients": 4, "optimiser": 8},
+    ("fp32", "one process, 8-bit moments"): {"weights": 4, "gradients": 4, "optimiser": 2},
+    ("bf16", "one process, 8-bit moments"): {"weights": 4, "gradients": 4, "optimiser": 2},
+    ("fp32", "replicated"): {"weights": 4, "gradients": 4, "optimiser": 8},
+    ("bf16", "replicated"): {"weights": 2, "gradients": 6, "optimiser": 12},
+    ("fp32", "sharded"): {"weights": 4, "gradients": 4, "optimiser": 12},
+    ("bf16", "sharded"): {"weights": 2, "gradients": 6, "optimiser": 12},
+}
+# The first ZeRO stage that divides a part among the processes (arXiv 1910.02054, Figure 1), and the
+# first at which `training.offload` moves it to the CPU's memory.
+SHARDED_FROM_STAGE = {"optimiser": 1, "gradients": 2, "weights": 3}
+OFFLOADED_FROM_STAGE = {"optimiser": 1, "gradients": 1, "weights": 3}
+
+WORD_TOKENS = 1.4  # tokens per word of English
+TEMPLATE_TOKENS = 20  # of a chat template
 UNKNOWN_WORDS = {"prompt": 15, "answer": 40}  # words where there is no manifest yet
-CORE = 110e9  # peak of one CPU core in 32 bits, from the phantom run
-GPUS = {
-    "RTX A6000": (154.8e12, 48),
-    "A100": (312e12, 80),
-    "H100": (989e12, 80),
-}  # peak (bf16, dense), GiB
 
 
 def model_config(model: str) -> tuple[LlavaConfig, bool]:
@@ -51,7 +74,7 @@ def model_config(model: str) -> tuple[LlavaConfig, bool]:
         )
         if isinstance(config, LlavaConfig):
             return config, True
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, StrictDataclassError):
         pass
     text = MistralConfig(
         hidden_size=4096,
@@ -75,53 +98,69 @@ def model_config(model: str) -> tuple[LlavaConfig, bool]:
     ), False
 
 
-def linear_shapes(config: LlavaConfig) -> list[tuple[int, int]]:
-    """Inputs and outputs of the seven matrices of one language layer; LoRA sits on each."""
-    text = config.text_config
-    width, inner = text.hidden_size, text.intermediate_size
-    head = getattr(text, "head_dim", None) or width // text.num_attention_heads
-    queries, keys = text.num_attention_heads * head, text.num_key_value_heads * head
-    return [
-        (width, queries),
-        (width, keys),
-        (width, keys),
-        (queries, width),
-        (width, inner),
-        (width, inner),
-        (inner, width),
-    ]
+def meta_model(config: LlavaConfig) -> LlavaForConditionalGeneration:
+    """The model of a configuration on the meta device: modules and shapes, and no values.
+
+    Raises:
+        InputError: the configuration is of no model that can be built.
+    """
+    try:
+        return _meta_model(config.to_json_string())
+    except Exception as error:  # a value that no layer accepts ends in whatever that layer raises
+        raise InputError(
+            "lvlm.model: its configuration is of no model that can be built "
+            f"({first_line(error)}); correct its config.json"
+        ) from error
+
+
+# A configuration cannot be a key of the cache, its JSON can. A model of 7 billion parameters takes
+# a fifth of a second, and a check asks for it once per variant.
+@functools.lru_cache(maxsize=4)
+def _meta_model(config: str) -> LlavaForConditionalGeneration:
+    with torch.device("meta"):
+        return LlavaForConditionalGeneration(LlavaConfig.from_dict(json.loads(config)))
+
+
+def language_matrices(model: LlavaForConditionalGeneration) -> list[torch.nn.Linear]:
+    """The linear layers of the language model; LoRA is put on each (`trainer.adapter_config`)."""
+    modules = model.model.language_model.modules()
+    return [module for module in modules if isinstance(module, torch.nn.Linear)]
+
+
+def count_parameters(module: torch.nn.Module) -> int:
+    """How many parameters a module has."""
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def parameter_counts(config: LlavaConfig, lora_rank: int) -> dict[str, int]:
-    """How many parameters each part has.
+    """How many parameters each part has, counted on the meta device.
 
     Returns:
         ``matrices`` and ``norms`` of the language layers, ``embeddings``, ``head`` (0 where it is
         the embeddings' own), ``tower``, ``projector``, ``lora``.
     """
-    text, vision, shapes = config.text_config, config.vision_config, linear_shapes(config)
-    layers, width, deep = text.num_hidden_layers, text.hidden_size, vision.hidden_size
-    patches, tied = (vision.image_size // vision.patch_size) ** 2, config.tie_word_embeddings
-    block = (
-        4 * (deep * deep + deep)
-        + 2 * deep * vision.intermediate_size
-        + vision.intermediate_size
-        + deep
-        + 4 * deep
-    )
-    bias = 2 * width if config.multimodal_projector_bias else 0
+    model = meta_model(config)
+    matrices = 0
+    lora = 0
+    for layer in language_matrices(model):
+        matrices += layer.weight.numel()
+        lora += lora_rank * (layer.in_features + layer.out_features)
+    embeddings = count_parameters(model.get_input_embeddings())
+    tied = model.lm_head.weight is model.get_input_embeddings().weight
     return {
-        "matrices": layers * sum(inputs * outputs for inputs, outputs in shapes),
-        "norms": (2 * layers + 1) * width,
-        "embeddings": text.vocab_size * width,
-        "head": 0 if tied else text.vocab_size * width,
-        "tower": vision.num_hidden_layers * block
-        + 3 * vision.patch_size**2 * deep
-        + (patches + 2) * deep
-        + 4 * deep,
-        "projector": deep * width + width * width + bias,
-        "lora": layers * lora_rank * sum(inputs + outputs for inputs, outputs in shapes),
+        "matrices": matrices,
+        "norms": count_parameters(model.model.language_model) - matrices - embeddings,
+        "embeddings": embeddings,
+        "head": 0 if tied else count_parameters(model.lm_head),
+        "tower": count_parameters(model.model.vision_tower),
+        "projector": count_parameters(model.model.multi_modal_projector),
+        "lora": lora,
     }
+
+
+def trained_parameters(counts: dict[str, int], trains: Sequence[str]) -> int:
+    """How many of the counted parameters are trained, where ``trains`` names the parts."""
+    return sum(counts[part] for part in ("lora", "projector") if part in trains)
 
 
 @dataclass(frozen=True)
@@ -131,9 +170,18 @@ class PairSize:
     prompt: float
     answer: float
 
-    def tokens(self, shared: bool) -> float:
-        """Tokens that the model reads of one pair: two rows, or the prompt once."""
-        return (1 if shared else 2) * self.prompt + 2 * self.answer
+
+def accumulation(training: Training, processes: int) -> int:
+    """Forward passes per step that keep the global batch the profile's, however many processes
+    really run.
+    """
+    return max(1, training.gradient_accumulation_steps * training.processes // processes)
+
+
+def global_batch(training: Training) -> int:
+    """Pairs of one optimiser step, over all processes."""
+    per_process = training.per_device_batch_size * training.gradient_accumulation_steps
+    return per_process * training.processes
 
 
 def total_steps(training: Training, pairs: int, processes: int) -> int:
@@ -144,30 +192,52 @@ def total_steps(training: Training, pairs: int, processes: int) -> int:
     return math.ceil(training.epochs * math.ceil(batches / accumulation(training, processes)))
 
 
-def accumulation(training: Training, processes: int) -> int:
-    """Forward passes per step that keep the global batch the profile's, however many processes
-    really run.
-    """
-    return max(1, training.gradient_accumulation_steps * training.processes // processes)
-
-
 def pair_size(config: LlavaConfig, rows: Sequence[dict[str, Any]], max_length: int) -> PairSize:
     """Tokens of a mean pair of a manifest, or of a usual one where there are no rows."""
-    prompt, answer = UNKNOWN_WORDS["prompt"], UNKNOWN_WORDS["answer"]
+    prompt_words = UNKNOWN_WORDS["prompt"]
+    answer_words = UNKNOWN_WORDS["answer"]
     if rows:
-        prompt = sum(len(question_text(row).split()) for row in rows) / len(rows)
-        answer = (
-            sum(
-                len(answer_text(row, rejected).split())
-                for row in rows
-                for rejected in (False, True)
-            )
-            / len(rows)
-            / 2
-        )
+        questions = 0
+        answers = 0
+        for row in rows:
+            questions += len(question_text(row).split())
+            answers += len(answer_text(row).split()) + len(answer_text(row, True).split())
+        prompt_words = questions / len(rows)
+        answer_words = answers / (2 * len(rows))
     image = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
-    size = image + TEMPLATE_TOKENS + WORD_TOKENS * prompt
-    return PairSize(size, min(WORD_TOKENS * answer + 1, max(1, max_length - size)))
+    prompt = image + TEMPLATE_TOKENS + WORD_TOKENS * prompt_words
+    # An answer ends with a token of its own, and is cut where a row has no room left.
+    answer = min(WORD_TOKENS * answer_words + 1, max(1, max_length - prompt))
+    return PairSize(prompt, answer)
+
+
+def how_it_is_kept(training: Training, processes: int) -> str:
+    """The key of `BYTES_PER_TRAINED_PARAMETER` beside the precision."""
+    if processes > 1:
+        return "sharded" if training.zero_stage else "replicated"
+    if training.optimizer == "paged_adamw_8bit":
+        return "one process, 8-bit moments"
+    return "one process"
+
+
+def shard(parts: dict[str, float], stage: int, processes: int) -> dict[str, float]:
+    """Bytes of each part on one of ``processes``, where ZeRO ``stage`` divides them."""
+    shares = dict(parts)
+    for part, first in SHARDED_FROM_STAGE.items():
+        if stage >= first:
+            shares[part] /= processes
+    return shares
+
+
+def move_to_cpu(parts: dict[str, float], stage: int) -> tuple[dict[str, float], float]:
+    """Bytes of each part that stay on a GPU when ZeRO ``stage`` offloads, and those that go."""
+    kept = dict(parts)
+    moved = 0.0
+    for part, first in OFFLOADED_FROM_STAGE.items():
+        if stage >= first:
+            moved += kept[part]
+            kept[part] = 0.0
+    return kept, moved
 
 
 def memory_per_gpu(
@@ -178,137 +248,73 @@ def memory_per_gpu(
     size: PairSize,
     processes: int,
 ) -> dict[str, float]:
-    """Bytes on each GPU while it trains, by part, and ``cpu``: bytes that all processes together
-    keep in the CPU's memory.
+    """Bytes on each GPU while it trains.
 
-    As DeepSpeed's own estimators reckon: 16-bit weights and gradients, gradients also in 32 bits, a
-    32-bit copy of what is trained, and two 32-bit moments. Only what is trained has gradients and
-    moments.
+    Only what is trained has gradients and moments. The frozen model lies beside it whole; the
+    projector as it was is part of that.
+
+    Args:
+        quantization: none | nf4, of the language model's matrices.
+        trains: ``lora``, ``projector`` or both.
+        size: tokens of a mean pair.
+        processes: over all nodes; one per GPU.
+
+    Returns:
+        ``weights``, ``gradients``, ``optimiser``, ``activations``, ``working space``, and ``cpu``:
+        bytes that all processes together keep in the CPU's memory.
     """
     counts = parameter_counts(config, training.lora_rank)
-    trained = sum(counts[part] for part in ("lora", "projector") if part in trains)
-    wide = 2 if training.precision == "bf16" else 4
-    frozen = sum(counts.values()) - counts["lora"] - counts["matrices"]
-    base = frozen * wide + counts["matrices"] * (NF4_BYTES if quantization == "nf4" else wide)
-    stage = training.zero_stage if processes > 1 else None
-    if stage is None:
-        parts = {
-            "weights": base + 4 * trained,
-            "gradients": 4 * trained,
-            "optimiser": (2 if training.optimizer == "paged_adamw_8bit" else 8) * trained,
-        }
-    else:
-        parts = {
-            "weights": base + wide * trained,
-            "gradients": (6 if wide == 2 else 4) * trained,
-            "optimiser": (8 if wide == 4 and stage == 0 else 12) * trained,
-        }
-    for part, first in (("weights", 3), ("gradients", 2), ("optimiser", 1)):
-        parts[part] /= processes if stage is not None and stage >= first else 1
-    cpu = 0.0
-    for part in (
-        ("optimiser", "gradients", "weights") if training.offload == "cpu" and stage else ()
-    ):
-        if part != "weights" or stage == 3:
-            cpu, parts[part] = cpu + processes * parts[part], 0.0
-    if stage == 3:  # the layer at work and the next one, whole
-        parts["weights"] += (
-            2
-            * wide
-            * max(counts["matrices"] / config.text_config.num_hidden_layers, counts["embeddings"])
-        )
+    width = BYTES[training.precision]
+    matrix_width = NF4_BYTES if quantization == "nf4" else width
+    others = sum(counts.values()) - counts["lora"] - counts["matrices"]
+
+    each = BYTES_PER_TRAINED_PARAMETER[training.precision, how_it_is_kept(training, processes)]
+    trained = trained_parameters(counts, trains)
+    parts = {part: float(bytes_each * trained) for part, bytes_each in each.items()}
+    parts["weights"] += others * width + counts["matrices"] * matrix_width
+
+    stage = training.zero_stage if processes > 1 else 0
+    parts = shard(parts, stage, processes)
+    moved = 0.0
+    if training.offload == "cpu":
+        parts, moved = move_to_cpu(parts, stage)
+    if stage == 3:
+        # The layer at work and the next one are gathered whole.
+        layer = counts["matrices"] / config.text_config.num_hidden_layers
+        parts["weights"] += 2 * width * max(layer, counts["embeddings"])
     parts["activations"] = activation_bytes(config, training, size)
-    return {**parts, "working space": float(WORKING_SPACE), "cpu": cpu}
+    parts["working space"] = float(WORKING_SPACE)
+    parts["cpu"] = processes * moved
+    return parts
 
 
 def activation_bytes(config: LlavaConfig, training: Training, size: PairSize) -> float:
     """Bytes that one forward pass keeps for the backward pass, in two rows per pair.
 
-    Of each layer: both norms (input and 32-bit copy), queries, keys, values, attention's output,
-    four tensors of the inner width, and where LoRA drops out, a copy and a mask of each matrix's
-    input. With checkpointing: each layer's input, and one layer whole. Of the answers: two 32-bit
-    tensors over the vocabulary.
+    With checkpointing: each layer's input, and one layer whole. Of the answers: two 32-bit tensors
+    over the vocabulary.
     """
-    text, shapes = config.text_config, linear_shapes(config)
-    wide = 2 if training.precision == "bf16" else 4
-    tokens = training.per_device_batch_size * size.tokens(shared=False)
-    kept = 2 * text.hidden_size * (wide + 4) + wide * (
-        shapes[0][1] + 2 * shapes[1][1] + shapes[3][0] + 4 * shapes[4][1]
-    )
-    kept += (wide + 1) * sum(inputs for inputs, _ in shapes) if training.lora_dropout else 0
-    whole, inputs = tokens * kept, tokens * text.hidden_size * wide
+    text = config.text_config
+    width = BYTES[training.precision]
+    head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    queries = text.num_attention_heads * head_size
+    keys = text.num_key_value_heads * head_size
+
+    # What one layer keeps of one token.
+    kept = 2 * text.hidden_size * (width + 4)  # both norms: the input and its 32-bit copy
+    kept += width * (2 * queries + 2 * keys)  # queries, attention's output; keys, values
+    kept += width * 4 * text.intermediate_size  # gate, its activation, up, their product
+    if training.lora_dropout:
+        # A copy and a mask of each matrix's input.
+        inputs = sum(layer.in_features for layer in language_matrices(meta_model(config)))
+        kept += (width + 1) * inputs / text.num_hidden_layers
+
+    tokens = training.per_device_batch_size * 2 * (size.prompt + size.answer)
     layers = text.num_hidden_layers
     logits = 2 * training.per_device_batch_size * size.answer * text.vocab_size * 8
-    return (layers * inputs + whole if training.gradient_checkpointing else layers * whole) + logits
-
-
-def flops_per_pair(
-    config: LlavaConfig, training: Training, size: PairSize, visual: bool, epochs: float
-) -> float:
-    """Floating-point operations of one pair in one epoch, its share of the reference included.
-
-    A pass costs 2 per weight and token. The backward pass goes through the frozen weights once,
-    through LoRA's twice; checkpointing repeats the forward pass. The reference is one more forward
-    pass: per step, or per run where it is cached.
-
-    Args:
-        visual: the pair has two images, so that nothing is shared.
-    """
-    counts, text, vision = (
-        parameter_counts(config, training.lora_rank),
-        config.text_config,
-        config.vision_config,
-    )
-    shared = training.shared_prefix and not visual
-    tokens = size.tokens(shared)
-    attention = (
-        2 * text.num_hidden_layers * linear_shapes(config)[0][1] * tokens**2 / (1 if shared else 2)
-    )
-    forward = 2 * (counts["matrices"] + counts["lora"]) * tokens + attention
-    forward += 2 * text.vocab_size * text.hidden_size * 2 * size.answer
-    patches = (vision.image_size // vision.patch_size) ** 2 + 1
-    image = (
-        2 * counts["tower"] * patches
-        + 4 * vision.num_hidden_layers * vision.hidden_size * patches**2
-    )
-    image += 2 * counts["projector"] * patches
-    once = 1 / epochs if training.cache_reference else 1.0
-    images = (2 if visual else 1) * image
-    passes = (3 if training.gradient_checkpointing else 2) + once
-    return passes * forward + 2 * counts["lora"] * tokens + (1 + once) * images
-
-
-def seconds_per_step(
-    config: LlavaConfig,
-    training: Training,
-    flops: float,
-    processes: int,
-    peak: float,
-    epochs: float,
-) -> float:
-    """Seconds of one optimiser step of the global batch.
-
-    Args:
-        flops: of one pair.
-        peak: floating-point operations per second that one GPU is sold with.
-    """
-    pairs = (
-        training.per_device_batch_size
-        * training.gradient_accumulation_steps
-        * training.processes
-        / processes
-    )
-    work = pairs * flops / (peak * UTILISATION)
-    if training.zero_stage < 3 or processes == 1:
-        return work
-    counts = parameter_counts(config, training.lora_rank)
-    weights = (2 if training.precision == "bf16" else 4) * sum(counts.values())
-    passes = (3 if training.gradient_checkpointing else 2) + (
-        1 / epochs if training.cache_reference else 1
-    )
-    share = 1.0 if training.offload == "cpu" else (processes - 1) / processes
-    link = min(LINK, NETWORK * training.nodes / processes) if training.nodes > 1 else LINK
-    return work + pairs / training.per_device_batch_size * passes * weights * share / link
+    if training.gradient_checkpointing:
+        return tokens * (layers * text.hidden_size * width + kept) + logits
+    return tokens * layers * kept + logits
 
 
 def profile_memory(
@@ -324,7 +330,8 @@ def profile_memory(
         rows: the variant's pairs, for the length of a mean one.
         processes: None: as many as the profile says.
     """
-    training, (config, _) = profile.training, model_config(profile.lvlm.model)
+    training = profile.training
+    config, _ = model_config(profile.lvlm.model)
     parts = memory_per_gpu(
         config,
         training,
@@ -333,145 +340,47 @@ def profile_memory(
         pair_size(config, rows, training.max_length),
         processes or training.processes,
     )
-    return {part: value / GIB for part, value in parts.items() if part != "cpu"}, parts["cpu"] / GIB
+    cpu = parts.pop("cpu")
+    return {part: value / GIB for part, value in parts.items()}, cpu / GIB
 
 
 def describe(
-    profile: Profile,
-    variant: str,
-    rows: Sequence[dict[str, Any]],
-    counts: dict[str, int],
-    processes: int,
-    cores: int | None = None,
+    profile: Profile, variant: str, rows: Sequence[dict[str, Any]], pairs: int, processes: int
 ) -> str:
-    """The estimate as text: parameters, memory of each process, time on three GPUs or on this CPU.
+    """The estimate as text: parameters, memory of each process, steps.
 
     Args:
         rows: the variant's pairs; none where they are not made yet.
-        counts: pairs per source.
+        pairs: how many there are, or will be.
         processes: over all nodes.
-        cores: of the CPU that trains; None where GPUs do.
     """
-    training, trains = profile.training, profile.training.variants[variant].trains
+    training = profile.training
     config, read = model_config(profile.lvlm.model)
-    parts = parameter_counts(config, training.lora_rank)
-    trained, base = (
-        sum(parts[part] for part in ("lora", "projector") if part in trains),
-        sum(parts.values()) - parts["lora"],
-    )
-    size = pair_size(config, rows, training.max_length)
-    memory, cpu = profile_memory(profile, variant, rows, processes)
+    counts = parameter_counts(config, training.lora_rank)
+    base = sum(counts.values()) - counts["lora"]
+    trained = trained_parameters(counts, training.variants[variant].trains)
     lines = [
         f"Model: {profile.lvlm.model}, {base / 1e6:,.1f} M parameters, {trained / 1e6:,.1f} M "
         "trained"
     ]
     if not read:
         lines.append(
-            "  its configuration is not here: reckoned with LLaVA-Med 1.5's shape (Mistral-7B, "
+            "  its configuration is not here: estimated with LLaVA-Med 1.5's shape (Mistral-7B, "
             "CLIP ViT-L/14-336)"
         )
-    lines.append(
-        f"Memory of each process ({processes} in all), estimated: {sum(memory.values()):.1f} GiB"
-    )
+    memory, cpu = profile_memory(profile, variant, rows, processes)
+    total = sum(memory.values())
+    lines.append(f"Memory of each process ({processes} in all), estimated: {total:.1f} GiB")
     lines += [f"  {part:<14}{value:8.2f} GiB" for part, value in memory.items()]
-    lines += [f"  and {cpu:.1f} GiB of the CPU's memory for all processes together"] if cpu else []
-    return "\n".join(
-        [
-            *lines,
-            *_describe_time(profile, config, size, counts, processes, sum(memory.values()), cores),
-        ]
-    )
+    if cpu:
+        lines.append(f"  and {cpu:.1f} GiB of the CPU's memory for all processes together")
 
-
-def summary(profile: Profile, variant: str, gpu: str = "RTX A6000") -> dict[str, Any]:
-    """The estimate of a variant as numbers, for as many pairs as curation aims at.
-
-    Returns:
-        ``gib``: of each process; ``parts``: the same by part; ``hours``: on GPUs of the kind
-        ``gpu`` (a key of `GPUS`), None where the profile trains on the CPU.
-    """
-    training, config = profile.training, model_config(profile.lvlm.model)[0]
-    parts, _ = profile_memory(profile, variant)
-    counts = dict.fromkeys(training.variants[variant].sources, profile.curation.text_pairs)
-    seconds = run_seconds(
-        config,
-        training,
-        pair_size(config, [], training.max_length),
-        counts,
-        training.processes,
-        GPUS[gpu][0],
-    )
-    return {
-        "gib": sum(parts.values()),
-        "parts": parts,
-        "hours": seconds / 3600 if profile.lvlm.device == "cuda" else None,
-    }
-
-
-def run_seconds(
-    config: LlavaConfig,
-    training: Training,
-    size: PairSize,
-    counts: dict[str, int],
-    processes: int,
-    peak: float,
-) -> float:
-    """Seconds of a whole run on ``counts`` pairs per source; ``peak`` is that of one GPU or
-    process.
-    """
-    steps, epochs, flops = _amount(config, training, size, counts, processes)
-    return steps * seconds_per_step(config, training, flops, processes, peak, epochs)
-
-
-def _amount(
-    config: LlavaConfig, training: Training, size: PairSize, counts: dict[str, int], processes: int
-) -> tuple[int, float, float]:
-    """Steps, epochs, and floating-point operations of a mean pair."""
-    pairs = max(1, sum(counts.values()))
+    size = pair_size(config, rows, training.max_length)
     steps = total_steps(training, pairs, processes)
-    per_step = (
-        training.per_device_batch_size * training.gradient_accumulation_steps * training.processes
+    batch = global_batch(training)
+    epochs = steps * batch / max(1, pairs)
+    lines.append(
+        f"Length: {steps} steps of {batch} pairs, {epochs:.1f} epochs; a pair has about "
+        f"{size.prompt:.0f} tokens of image and question, and {size.answer:.0f} of each answer"
     )
-    epochs = max(1.0, steps * per_step / pairs)
-    flops = sum(
-        count * flops_per_pair(config, training, size, source == "visual", epochs)
-        for source, count in counts.items()
-    )
-    return steps, epochs, flops / pairs
-
-
-def _describe_time(
-    profile: Profile,
-    config: LlavaConfig,
-    size: PairSize,
-    counts: dict[str, int],
-    processes: int,
-    memory: float,
-    cores: int | None,
-) -> list[str]:
-    training = profile.training
-    steps, epochs, flops = _amount(config, training, size, counts, processes)
-    per_step = (
-        training.per_device_batch_size * training.gradient_accumulation_steps * training.processes
-    )
-    lines = [
-        f"Time, estimated: {steps} steps of {per_step} pairs, {epochs:.1f} epochs; a pair of "
-        f"{size.prompt:.0f} + {size.answer:.0f} tokens takes {flops / 1e9:,.1f} GFLOP"
-    ]
-    machines = (
-        {f"CPU, {cores} of its cores": (CORE * cores / processes, math.inf)} if cores else GPUS
-    )
-    for name, (peak, room) in machines.items():
-        seconds = run_seconds(config, training, size, counts, processes, peak)
-        fits = (
-            f" ({room} GiB{'' if memory < room else '; does not fit'})" if room < math.inf else ""
-        )
-        spent = f"{seconds / 3600:.1f} hours" if seconds > 3600 else f"{seconds / 60:.1f} minutes"
-        lines.append(
-            f"  {spent} on {'a' if cores else processes} {name}{fits}, at {UTILISATION:.0%} of "
-            f"{peak / 1e12:.3g} TFLOP/s each"
-        )
-    if training.zero_stage == 3 and processes > 1:
-        nodes = f", {NETWORK / 1e9:.3g} GB/s between nodes" if training.nodes > 1 else ""
-        lines.append(f"  with weights moving between them at {LINK / 1e9:.0f} GB/s{nodes}")
-    return lines
+    return "\n".join(lines)
