@@ -158,8 +158,11 @@ def training_rows(profile: Profile, name: str) -> list[dict[str, Any]]:
     manifest = manifest_path(profile, name)
     sources = profile.training.variants[name].sources
     own = manifest.stem == "train" or manifest.with_suffix(".sha256").is_file()
-    roots = () if own else (profile.image_root, profile.output / "pairs" / "noised")
-    stored = read_manifest(manifest, *roots, strict=own)
+    if own:
+        stored = read_manifest(manifest, strict=True)
+    else:
+        noised = profile.output / "pairs" / "noised"
+        stored = read_manifest(manifest, profile.image_root, noised)
     rows = [row for row in stored if row_source(row) in sources]
     if not rows:
         raise InputError(

@@ -88,8 +88,15 @@ def prepare_dataset(profile: Profile) -> FilmDataset:
     return dataset
 
 
+def _root(profile: Profile) -> Path:
+    """The folder of real data, which a profile of such data names."""
+    if profile.data.root is None:
+        raise InputError("data.root: expected the data set's folder, for every source but phantom")
+    return profile.data.root
+
+
 def _layout(profile: Profile) -> FilmDataset:
-    root = Path(profile.data.root)
+    root = _root(profile)
     released = root / "train_preferences.json"
     questions = open_door("data set")(profile.data.source, root)
     return FilmDataset(
@@ -98,7 +105,7 @@ def _layout(profile: Profile) -> FilmDataset:
 
 
 def _folder(profile: Profile) -> FilmDataset:
-    root = Path(profile.data.root)
+    root = _root(profile)
     if not (root / "test_questions.jsonl").is_file():
         raise InputError(
             f"{root}: no test_questions.jsonl; set data.root in the profile, or the environment "

@@ -29,7 +29,6 @@ from .preference_rows import row_sha
 from .profiles import Profile
 
 T = TypeVar("T")
-Scores = dict[str, dict[str, float]]  # by metric: mean, low, high, seeds
 ROW_KEYS = ("question_id", "image", "patient_id", "finding", "question_type", "answer_type")
 
 
@@ -255,9 +254,11 @@ def lesion_attention(
         Rows with the question's keys, ``share`` (0 to 1) and ``chance``, the mask's share of the
         image's area.
     """
+    if mask_root is None:
+        return []
     asked: list[Row] = []
     masks: list[np.ndarray] = []
-    for row in questions if mask_root is not None else []:
+    for row in questions:
         path = Path(mask_root) / f"{Path(row['image']).stem}.png"
         if row.get("finding") and path.is_file():
             mask = read_masks(path).get(row["finding"])
@@ -337,10 +338,10 @@ def attention_example(
     rows = asked_questions(profile, dataset)
     row = next((row for row in rows if row["answer_type"] == "OPEN"), rows[0])
     template = profile_decoding(profile).template
-    maps = []
-    for place in (None, adapter):
+    film = dataset.image(row["image"])
+
+    def attention(place: str | Path | None) -> np.ndarray:
         lvlm = load_profile_lvlm(profile, place, template=template)
-        film = dataset.image(row["image"])
-        question = question_text(row)
-        maps.append(np.asarray(image_attention(lvlm, [film], [question], 1)[0]))
-    return row, *maps
+        return image_attention(lvlm, [film], [question_text(row)], 1)[0].numpy()
+
+    return row, attention(None), attention(adapter)

@@ -369,9 +369,10 @@ def _read_config(path: Path) -> MedKLIPConfig:
         values = json.loads(path.read_text(encoding="utf-8"))
         if any(isinstance(value, float) for value in values.values()):
             raise ValueError("a size is no whole number")
-        return MedKLIPConfig(
-            **{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        )
+        sizes: dict[str, Any] = {}
+        for key, value in values.items():
+            sizes[key] = tuple(value) if isinstance(value, list) else value
+        return MedKLIPConfig(**sizes)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise InputError(
             f"{path}: not a MedKLIP configuration ({first_line(error)}); expected a folder with "

@@ -113,11 +113,16 @@ def bleu_from_statistics(sums: np.ndarray, orders: Sequence[int] = BLEU_ORDERS) 
     for row in np.rint(sums).astype(int).reshape(-1, 10).tolist():
         matching = row[:4]
         total = row[4:8]
-        lengths = row[8:]
+        said_length, true_length = row[8:]
         scores = []
         for n in orders:
             bleu = BLEU.compute_bleu(
-                matching[:n], total[:n], *lengths, smooth_method="exp", max_ngram_order=n
+                matching[:n],
+                total[:n],
+                said_length,
+                true_length,
+                smooth_method="exp",
+                max_ngram_order=n,
             )
             scores.append(bleu.score)
         means.append(np.mean(scores))

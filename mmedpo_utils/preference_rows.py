@@ -172,7 +172,7 @@ def read_questions(
     """
     text = read_text(path)
     rows = []
-    verified = set()
+    verified: set[Path] = set()
     left_out = Unusable(path, private=is_mimic(text))
     for number, line in enumerate(text.split("\n")):
         if not line.strip():

@@ -87,12 +87,14 @@ def debate(
     history: list[Turn] = []
     for turn in range(rounds * len(members)):
         member = members[turn % len(members)]
-        name = getattr(member, "name", None) or getattr(member, "__name__", type(member).__name__)
+        name = str(getattr(member, "name", getattr(member, "__name__", type(member).__name__)))
         previous = history[-1].score if history else None
         opinion = Opinion(*member(question, answer, rejected, previous))
-        if opinion.agrees and previous is None:
-            raise InputError(f"debate: {name} speaks first and has nothing to agree with")
-        score = previous if opinion.agrees else float(opinion.score)
+        score = float(opinion.score)
+        if opinion.agrees:
+            if previous is None:
+                raise InputError(f"debate: {name} speaks first and has nothing to agree with")
+            score = previous
         if not 0 <= score <= 1:
             raise InputError(f"debate: {name} gave {score!r}; expected a score from 0 to 1")
         history.append(Turn(turn // len(members) + 1, name, score, opinion.agrees, opinion.reason))

@@ -262,6 +262,7 @@ class MMedPOTrainer(DPOTrainer):
         self.projector_learning_rate = projector_learning_rate
         self.reference = reference
         self.train_tokens = 0
+        self.optimizer: torch.optim.Optimizer | None = None
         super().__init__(model, **arguments)
         self.language_model = self.model.get_base_model().model.language_model
         attention = self.language_model.config._attn_implementation
@@ -416,8 +417,8 @@ class MMedPOTrainer(DPOTrainer):
         at its own rate.
         """
         if self.optimizer is None:
-            lora = []
-            projector = []
+            lora: list[torch.nn.Parameter] = []
+            projector: list[torch.nn.Parameter] = []
             for name, parameter in self.model.named_parameters():
                 if parameter.requires_grad:
                     (projector if PROJECTOR in name else lora).append(parameter)

@@ -51,8 +51,8 @@ def check_environment() -> list[tuple[str, str, str]]:
     found = versions()
     memory = psutil.virtual_memory()
     lines = [
-        ("Python", found["python"], f"{platform.system()} {platform.machine()}"),
-        ("torch", found["torch"], "every notebook"),
+        ("Python", platform.python_version(), f"{platform.system()} {platform.machine()}"),
+        ("torch", torch.__version__, "every notebook"),
     ]
     libraries = [str(found[name]) for name in ("transformers", "trl", "peft")]
     lines.append(("transformers, trl, peft", ", ".join(libraries), "every notebook"))

@@ -48,8 +48,15 @@ class Card(Protocol):
     for it.
     """
 
-    name: str
-    credentialed: bool
+    @property
+    def name(self) -> str:
+        """The data set's name."""
+        ...
+
+    @property
+    def credentialed(self) -> bool:
+        """Whether its terms forbid passing it on."""
+        ...
 
 
 def agreement_sentence(card: Card) -> str:
@@ -127,7 +134,8 @@ def check_outputs(card: Card, output: Path, figures: Path, in_place: bool) -> No
 
     Args:
         output, figures: the profile's folders.
-        in_place: whether the executed notebooks shall be written over the committed ones.
+        in_place: whether the executed notebooks and their figures shall be written over the
+            committed ones.
 
     Raises:
         InputError: the card does not say that the data is free to share, and notebooks or figures

@@ -140,9 +140,13 @@ def has_weight(row: Row) -> bool:
 
 def question_text(item: Row | str) -> str:
     """The question of a preference row, a question or a text, without the image mark."""
-    if isinstance(item, dict):
-        item = item["conversations"][0]["value"] if "conversations" in item else item["text"]
-    return item.replace(IMAGE_MARK, "").strip()
+    if isinstance(item, str):
+        text = item
+    elif "conversations" in item:
+        text = item["conversations"][0]["value"]
+    else:
+        text = item["text"]
+    return text.replace(IMAGE_MARK, "").strip()
 
 
 def check_pair(row: Any, where: str) -> None:

@@ -92,8 +92,8 @@ def run(profile: Profile, profile_name: str, in_place: bool = False) -> dict[str
 
     Args:
         profile_name: a profile's name or the path of its file; it becomes the notebooks' parameter.
-        in_place: write the executed notebooks over the ones in ``notebooks``, as they are
-            committed.
+        in_place: write the executed notebooks over the ones in ``notebooks``, and their figures
+            over those in ``figures``, as they are committed.
 
     Returns:
         seconds per notebook, "total" seconds, and "peak_gib", the largest process.
@@ -116,6 +116,9 @@ def run(profile: Profile, profile_name: str, in_place: bool = False) -> dict[str
             shutil.copyfile(executed, path)
         seconds[path.stem] = round(time.perf_counter() - started, 1)
         print(f"{seconds[path.stem]:.0f} s", flush=True)
+    if in_place:
+        for figure in profile.figures.glob("*.png"):
+            shutil.copyfile(figure, ROOT / "figures" / figure.name)
     seconds["total"] = round(sum(seconds.values()), 1)
     seconds["peak_gib"] = round(memory.stop(), 2)
     return seconds

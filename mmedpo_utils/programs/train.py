@@ -111,16 +111,16 @@ def deepspeed_config(profile: Profile) -> dict[str, Any]:
     """DeepSpeed's configuration; "auto" values follow the trainer's arguments."""
     stage = profile.training.zero_stage
     offload = profile.training.offload == "cpu"
-    zero = {"stage": stage, "reduce_bucket_size": 50_000_000}
+    zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": 50_000_000}
     if stage == 3:
         zero |= {
             "stage3_max_live_parameters": 300_000_000,
             "stage3_gather_16bit_weights_on_model_save": True,
         }
     if offload:
-        zero |= {"offload_optimizer": {"device": "cpu"}} | (
-            {"offload_param": {"device": "cpu"}} if stage == 3 else {}
-        )
+        zero["offload_optimizer"] = {"device": "cpu"}
+        if stage == 3:
+            zero["offload_param"] = {"device": "cpu"}
     return {
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
@@ -190,14 +190,14 @@ class EventWriter(TrainerCallback):
     def __init__(self, folder: Path, pairs_per_step: int) -> None:
         self.path = folder / "events.jsonl"
         self.pairs_per_step = pairs_per_step
-        self.first_step: float | None = None
+        self.first_step = 0.0  # when it began; 0: not yet
         self.earlier = {"seconds": 0.0, "tokens": 0.0}
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         """Start the clock at the first step, with the time that the earlier part of a resumed run
         took.
         """
-        if self.first_step is None:
+        if not self.first_step:
             self.first_step = time.monotonic()
             for event in read_events(self.path.parent):
                 self.earlier |= {key: event[key] for key in self.earlier if key in event}
@@ -392,7 +392,8 @@ def run(profile: Profile, name: str, seed: int, folder: Path) -> None:
     with run_lock(folder, "train") if arguments.process_index == 0 else nullcontext():
         finished, checkpoint = begin(folder, digest, arguments)
         if finished:
-            return print(f"{folder} is finished already, with the same inputs.")
+            print(f"{folder} is finished already, with the same inputs.")
+            return
         writer = EventWriter(
             folder,
             arguments.train_batch_size

@@ -188,14 +188,16 @@ def total_steps(training: Training, pairs: int, processes: int) -> int:
     """Optimiser steps of a run on ``pairs`` training pairs."""
     if training.max_steps is not None:
         return training.max_steps
+    if training.epochs is None:
+        raise ValueError("a profile has either training.max_steps or training.epochs")
     batches = math.ceil(math.ceil(pairs / training.per_device_batch_size) / processes)
     return math.ceil(training.epochs * math.ceil(batches / accumulation(training, processes)))
 
 
 def pair_size(config: LlavaConfig, rows: Sequence[dict[str, Any]], max_length: int) -> PairSize:
     """Tokens of a mean pair of a manifest, or of a usual one where there are no rows."""
-    prompt_words = UNKNOWN_WORDS["prompt"]
-    answer_words = UNKNOWN_WORDS["answer"]
+    prompt_words = float(UNKNOWN_WORDS["prompt"])
+    answer_words = float(UNKNOWN_WORDS["answer"])
     if rows:
         questions = 0
         answers = 0

@@ -27,7 +27,14 @@ from transformers.utils import ModelOutput
 from ..base.errors import InputError
 from ..base.files import write_json
 from ..trainer import MMedPOTrainer, PreferenceCollator
-from . import shared_prefix
+from .shared_prefix import (
+    PREFIX_ATTENTION,
+    PackedRow,
+    attention_mask,
+    block_mask,
+    first_branching,
+    pack,
+)
 
 
 @cache
@@ -90,7 +97,7 @@ class PackingCollator(PreferenceCollator):
 
     def rows(
         self, pair: dict[str, Any], chosen: int = 0, rejected: int = 1
-    ) -> list[tuple[shared_prefix.PackedRow, str]]:
+    ) -> list[tuple[PackedRow, str]]:
         """The rows of a pair, each with its image's path; ``chosen`` and ``rejected`` name the
         answers' owners.
         """
@@ -99,11 +106,11 @@ class PackingCollator(PreferenceCollator):
         chosen_answer = (chosen, pair["chosen_ids"][:room])
         rejected_answer = (rejected, pair["rejected_ids"][:room])
         if self.shared_prefix and pair["image"] == pair["rejected_image"]:
-            both = shared_prefix.PackedRow(prompt, [chosen_answer, rejected_answer])
+            both = PackedRow(prompt, [chosen_answer, rejected_answer])
             return [(both, pair["image"])]
         return [
-            (shared_prefix.PackedRow(prompt, [chosen_answer]), pair["image"]),
-            (shared_prefix.PackedRow(prompt, [rejected_answer]), pair["rejected_image"]),
+            (PackedRow(prompt, [chosen_answer]), pair["image"]),
+            (PackedRow(prompt, [rejected_answer]), pair["rejected_image"]),
         ]
 
     def __call__(self, pairs: Sequence[dict[str, Any]]) -> PackedBatch:
@@ -122,7 +129,7 @@ class PackingCollator(PreferenceCollator):
             _, chosen = of_pair[0][0].answers[0]
             chosen_lengths.append(len(chosen))
         return PackedBatch(
-            **shared_prefix.pack(rows, self.pad_token_id),
+            **pack(rows, self.pad_token_id),
             pixel_values=torch.stack([self.pixels(image) for image in places]),
             image_rows=torch.tensor(row_images),
             weights=torch.tensor([pair["weight"] for pair in pairs]),
@@ -216,7 +223,7 @@ class FastTrainer(MMedPOTrainer):
                 "to false"
             )
         if config._attn_implementation == "sdpa":
-            self.language_model.set_attn_implementation(shared_prefix.PREFIX_ATTENTION)
+            self.language_model.set_attn_implementation(PREFIX_ATTENTION)
         return config._attn_implementation
 
     def row_lengths(self, data: Dataset) -> list[int]:
@@ -255,16 +262,16 @@ class FastTrainer(MMedPOTrainer):
         causal attention is enough.
         """
         branches = batch["branches"]
-        start = shared_prefix.first_branching(branches)
+        start = first_branching(branches)
         if start == branches.shape[1]:
             return {}
         if self.attention == "flex_attention":
-            mask = shared_prefix.block_mask(branches)
-        elif self.attention == shared_prefix.PREFIX_ATTENTION:
-            mask = shared_prefix.attention_mask(branches, start)
+            mask = block_mask(branches)
+        elif self.attention == PREFIX_ATTENTION:
+            mask = attention_mask(branches, start)
         else:
             lowest = torch.finfo(self.model.dtype).min
-            seen = shared_prefix.attention_mask(branches)
+            seen = attention_mask(branches)
             mask = torch.where(seen, 0.0, lowest).to(self.model.dtype)
         return {"attention_mask": mask, "position_ids": batch["position_ids"]}
 
@@ -292,7 +299,7 @@ class FastTrainer(MMedPOTrainer):
         known = self._read_reference(pairs)
         missing = [key for key in pairs if key not in known]
         size = self.args.per_device_eval_batch_size
-        found = {}
+        found: dict[str, list[float]] = {}
         for start in range(0, len(missing), self.args.world_size * size):
             first = start + self.args.process_index * size
             # A process whose share is empty computes the first pair again, to keep step.

@@ -33,7 +33,7 @@ class Journal:
             InputError: the file cannot be read or written.
         """
         self.path = Path(path)
-        self.entries = []
+        self.entries: list[Any] = []
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             length = self._read({"inputs": digest}, keep)

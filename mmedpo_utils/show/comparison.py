@@ -4,7 +4,7 @@ of rules.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,6 @@ import numpy as np
 from ..base.bootstrap import bootstrap_interval, paired_difference
 from ..base.errors import InputError
 from ..base.files import write_json
-from ..evaluate import Scores
 from ..metrics import (
     RELEASED_SCORES,
     Row,
@@ -22,6 +21,8 @@ from ..metrics import (
 )
 from ..profiles import Profile
 
+Scores = dict[str, dict[str, float]]  # by metric: mean, low, high, seeds
+Models = Mapping[str, Sequence[Sequence[Row]]]  # by name, one table of rows per training seed
 COMPARED = ("closed_accuracy", "open_recall", "bleu", "rouge_l")
 
 
@@ -43,7 +44,7 @@ def _joined(
 
 
 def compare(
-    models: dict[str, Sequence[Sequence[Row]]],
+    models: Models,
     samples: int,
     metrics: Sequence[str] = COMPARED,
 ) -> dict[str, Scores]:
@@ -114,8 +115,8 @@ def compare_pair(
 
 
 def score_table(
-    predictions: dict[str, list[list[Row]]],
-    attention: dict[str, list[list[Row]]],
+    predictions: Models,
+    attention: Models,
     samples: int,
 ) -> dict[str, Scores]:
     """`compare` over predictions and over attention to the lesion, one row a model, in percent."""
@@ -127,8 +128,8 @@ def score_table(
 
 def write_scores(
     profile: Profile,
-    predictions: dict[str, list[list[Row]]],
-    attention: dict[str, list[list[Row]]],
+    predictions: Models,
+    attention: Models,
 ) -> dict[str, Scores]:
     """Score every model (see `score_table`), write ``evaluation/scores.json``, return the table."""
     table = score_table(predictions, attention, profile.evaluation.bootstrap_samples)
@@ -138,7 +139,7 @@ def write_scores(
     return table
 
 
-def both_rules(predictions: dict[str, Sequence[Row]]) -> list[Row]:
+def both_rules(predictions: Mapping[str, Sequence[Row]]) -> list[Row]:
     """The same predictions by our rules and by the authors' released ones, in percent: a row per
     model and score.
     """

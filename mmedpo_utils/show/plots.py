@@ -245,12 +245,15 @@ def _paragraphs(
     ``limit`` letters.
     """
     axes.set_axis_off()
-    height, place = 11.4 / (axes.get_figure().get_size_inches()[1] * 72), 1.0
+    figure = axes.figure
+    assert isinstance(figure, Figure)
+    height = 11.4 / (figure.get_size_inches()[1] * 72)
+    place = 1.0
     for heading, text, colour in parts:
         lines = textwrap.wrap(textwrap.shorten(str(text), limit, placeholder=" ..."), width) or [
             "(empty)"
         ]
-        settings = {
+        settings: dict[str, Any] = {
             "fontsize": 9,
             "va": "top",
             "transform": axes.transAxes,
