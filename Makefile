@@ -1,5 +1,5 @@
-# make run    every notebook, in order, on the synthetic phantom world; fills figures/
-# make test   the tests, all notebooks at smoke size among them
+# make run    every notebook, in order, on the synthetic phantom world; writes into runs/phantom
+# make test   format, types, and the tests, all notebooks at smoke size among them
 # make test-all   these and the slow ones: ZeRO stages against each other, processes killed at random points, two launchers
 # On Linux without a GPU, add TORCH_INDEX=https://download.pytorch.org/whl/cpu to get torch's small CPU build.
 
@@ -9,13 +9,18 @@ TORCH_INDEX ?=
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: run test test-all lab results base-models bench
+.PHONY: run check test test-all lab results base-models bench
 
 run: .venv/installed
 	$(BIN)/mmedpo notebooks --profile $(PROFILE)
 
-test: .venv/installed
+test: .venv/installed check
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+check: .venv/installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
 
 test-all: .venv/installed
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m ''

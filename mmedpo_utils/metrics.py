@@ -16,7 +16,6 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import cache, lru_cache
-from typing import Any
 
 import numpy as np
 from rouge_score.rouge_scorer import RougeScorer
@@ -24,10 +23,10 @@ from sacrebleu.metrics import BLEU
 
 from .base.bootstrap import Statistic, mean_percent
 from .base.errors import first_line
+from .base.rows import Row
 from .base.words import IDEOGRAPH, AnyScript, opener, words
 from .released import evaluation
 
-Row = dict[str, Any]
 METHODS = {
     "closed_accuracy": "share of yes/no answers whose first word is the true one (lower case; "
     "punctuation parts words); where the truth is another word or phrase, the prediction has to "
