@@ -100,7 +100,7 @@ def _row(
 def _presence_questions(
     population: list[Film], finding: str, rng: np.random.Generator
 ) -> list[dict[str, Any]]:
-    """Whether a finding is there: as many films with it as without, so that a guess is half right."""
+    """Whether a finding is there: asked about as many films with it as without."""
     ill = [film for film in population if finding in film.zones]
     well = [film for film in population if finding not in film.zones]
     each = min(len(ill), len(well))
