@@ -69,7 +69,7 @@ def test_a_run_leaves_manifests_adapters_predictions_and_figures(smoke):
     scores = json.loads((profile.output / "evaluation" / "scores.json").read_text())["models"]
     assert {"base", "mmedpo", "mmedpo_shuffled", *profile.training.variants} <= scores.keys()
     assert len(list(profile.figures.glob("*.png"))) >= 15
-    table = run_notebooks.results_table(scores)
+    table = run_notebooks.scores_as_text(scores)
     assert len(table.splitlines()) == len(scores) + 1 and "closed accuracy" in table
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from mmedpo_utils.profiles import load_profile
 from mmedpo_utils.programs import reference_results
-from mmedpo_utils.programs.run_notebooks import results_table
+from mmedpo_utils.programs.run_notebooks import scores_as_text
 from tests.conftest import REPOSITORY
 
 RESULTS = json.loads((REPOSITORY / "figures" / "reference" / "phantom_results.json").read_text())
@@ -98,8 +98,8 @@ def test_weights_are_small_and_safe():
     ]
 
 
-def test_results_table_has_a_row_a_model():
-    lines = results_table(RESULTS["models"]).splitlines()
+def test_scores_as_text_has_a_row_a_model():
+    lines = scores_as_text(RESULTS["models"]).splitlines()
     assert len(lines) == len(RESULTS["models"]) + 1
     assert (
         f"{RESULTS['models']['mmedpo']['closed_accuracy']['mean']:.1f}"

@@ -14,9 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from .texts import with_article
-from .world import FINDINGS, LEVELS, SIDES
+from .world import FINDINGS, LEVELS, PLACES, SIDES
 
-PLACES = (*LEVELS, "apex", "base", "diaphragm")
 NEGATIONS = {"no", "not", "without", "normal", "absent"}
 SEVERITY = {
     "polarity": 0.9,
@@ -67,48 +66,64 @@ def claims(text: str, asked: str = "") -> dict[str, Claim]:
         names = [finding for finding in FINDINGS if finding in words]
         if "heart" in words and ("enlarged" in words or "normal" in words):
             names.append("cardiomegaly")
-        side, level = (
-            next((word for word in words if word in known), None) for known in (SIDES, PLACES)
-        )
+        side = next((word for word in words if word in SIDES), None)
+        level = next((word for word in words if word in PLACES), None)
         if asked and not names and (side or level):
             names = [asked]
-        found |= {name: Claim(not NEGATIONS & set(words), side, level) for name in names}
+        present = not NEGATIONS & set(words)
+        for name in names:
+            found[name] = Claim(present, side, level)
     return found
 
 
 def errors(question: str, answer: str, response: str) -> list[Error]:
     """Every departure of ``response`` from the facts in ``answer``; empty where they agree."""
     asked = next(iter(claims(question)), "")
-    answer, response = answer.strip().lower(), response.strip().lower()
-    truth, told = claims(answer, asked), claims(response, asked)
+    answer = answer.strip().lower()
+    response = response.strip().lower()
     if answer in ("yes", "no"):
         said = _polarity(response)
-        return [] if said == answer else [Error("polarity" if said else "evasive", asked)]
+        if said == answer:
+            return []
+        return [Error("polarity" if said else "evasive", asked)]
+    truth = claims(answer, asked)
+    told = claims(response, asked)
     if not truth or not told:
         return [] if answer == response else [Error("evasive", asked)]
-    wrong = [Error("invented", name) for name in told if name not in truth and told[name].present]
+    wrong = []
+    for name, claim in told.items():
+        if name not in truth and claim.present:
+            wrong.append(Error("invented", name))
     for name, fact in truth.items():
         kind = _compare(fact, told.get(name))
-        wrong += [Error(kind, name)] if kind else []
+        if kind:
+            wrong.append(Error(kind, name))
     return wrong
 
 
 def _compare(fact: Claim, claim: Claim | None) -> str:
+    """The kind of the departure of a claim from the fact about the same finding; "" for none."""
     if claim is None:
         return "omitted" if fact.present else ""
     if fact.present != claim.present:
         return "polarity"
-    for kind, true, said in (("side", fact.side, claim.side), ("level", fact.level, claim.level)):
-        if fact.present and true and true != said:
-            return kind if said else "vague"
+    if not fact.present:
+        return ""  # an absent finding has no place
+    if fact.side and fact.side != claim.side:
+        return "side" if claim.side else "vague"
+    if fact.level and fact.level != claim.level:
+        return "level" if claim.level else "vague"
     return ""
 
 
 def _polarity(text: str) -> str | None:
+    """What a text answers to a yes/no question; None where it says neither."""
     words = re.findall(r"[a-z]+", text.lower())
     if words and words[0] in ("yes", "no"):
         return words[0]
-    return "no" if NEGATIONS & set(words) else "yes" if claims(text) else None
+    if NEGATIONS & set(words):
+        return "no"
+    return "yes" if claims(text) else None
 
 
 class FactJudge:
@@ -118,20 +133,39 @@ class FactJudge:
 
     def conflict(self, question: str, answer: str, response: str) -> float:
         """0 for agreement, nearer to 1 the more and the graver the departures."""
-        return float(
-            1 - np.prod([1 - SEVERITY[error.kind] for error in errors(question, answer, response)])
-        )
+        departures = errors(question, answer, response)
+        return float(1 - np.prod([1 - SEVERITY[error.kind] for error in departures]))
 
     def write(self, question: str, answer: str, rng: np.random.Generator) -> str:
         """The answer with one fact turned: yes for no, another finding, the other side, another
         level.
         """
         edits = [edit for edit in _edits(answer) if self.conflict(question, answer, edit) > 0]
-        return edits[rng.integers(len(edits))] if edits else f"not {answer.strip()}"
+        if not edits:
+            return f"not {answer.strip()}"
+        return edits[rng.integers(len(edits))]
+
+
+LUNG_FINDINGS = [finding for finding in FINDINGS if finding != "cardiomegaly"]
 
 
 def _edits(answer: str) -> list[str]:
     """Every text that differs from ``answer`` in one fact."""
+    is_sentence = "." in answer
+    edits = []
+    for old, replacements in _turns(answer).items():
+        # In a sentence these words alone say nothing: "is no nodule" is turned as a whole.
+        if is_sentence and old in ("yes", "no", *LUNG_FINDINGS):
+            continue
+        if not re.search(rf"\b{old}\b", answer):
+            continue
+        for new in replacements:
+            edits.append(re.sub(rf"\b{old}\b", new, answer, count=1))
+    return edits
+
+
+def _turns(answer: str) -> dict[str, list[str]]:
+    """What each word, or group of words, may become so that one fact of ``answer`` is another."""
     turns = {
         "yes": ["no"],
         "no": ["yes"],
@@ -141,25 +175,16 @@ def _edits(answer: str) -> list[str]:
         "right": ["left"],
         "left": ["right"],
     }
-    turns |= {level: [other for other in LEVELS if other != level] for level in LEVELS}
-    lungs = [finding for finding in FINDINGS if finding != "cardiomegaly"]
-    for name in lungs:
-        others = [other for other in lungs if not re.search(rf"\b{other}\b", answer)]
+    for level in LEVELS:
+        turns[level] = [other for other in LEVELS if other != level]
+    # A finding that the text names already is no other one.
+    others = [name for name in LUNG_FINDINGS if not re.search(rf"\b{name}\b", answer)]
+    for name in LUNG_FINDINGS:
         turns[name] = others
         turns[f"is {with_article(name)}"] = [f"is {with_article(other)}" for other in others]
         turns[f"shows {with_article(name)}"] = [f"shows {with_article(other)}" for other in others]
         turns[f"is no {name}"] = [f"is {with_article(name)}"]
-    plain = "." not in answer
-    edits = []
-    for old, news in turns.items():
-        if not plain and old in ("yes", "no", *lungs):
-            continue
-        edits += [
-            re.sub(rf"\b{old}\b", new, answer, count=1)
-            for new in news
-            if re.search(rf"\b{old}\b", answer)
-        ]
-    return edits
+    return turns
 
 
 @dataclass(frozen=True)
@@ -184,22 +209,30 @@ class FactMember:
         """Score the clinical relevance of ``response`` in steps of 0.1; 0 for a text without any
         clinical content.
         """
-        wrong = errors(question, answer, response)
-        own, reason = 0.2, "says nothing wrong, so little is learnt from rejecting it"
-        if not claims(response, "film") and not _polarity(response):
-            own, reason = 0.0, "no clinical content"
-        elif wrong:
-            scored = [
-                (self.grades.get(error.kind, 0.1) * URGENCY.get(error.finding, 0.8), error)
-                for error in wrong
-            ]
-            own, gravest = max(scored, key=lambda item: item[0])
-            own, reason = round(own, 1), f"{gravest.kind}: {gravest.finding or 'the question'}"
-        if previous is not None and abs(previous - own) <= self.tolerance + 1e-9:
+        own, reason = self._own_score(question, answer, response)
+        if previous is None:
+            return own, False, reason
+        # Scores are steps of 0.1, which floating point holds only nearly.
+        if abs(previous - own) <= self.tolerance + 1e-9:
             return previous, True, f"agrees ({reason})"
-        if previous is not None and self.yields:
+        if self.yields:
             own = round((own + previous) / 2, 1)
         return own, False, reason
+
+    def _own_score(self, question: str, answer: str, response: str) -> tuple[float, str]:
+        """The score that this member would give alone, and why."""
+        if not claims(response, "film") and not _polarity(response):
+            return 0.0, "no clinical content"
+        wrong = errors(question, answer, response)
+        if not wrong:
+            return 0.2, "says nothing wrong, so little is learnt from rejecting it"
+        gravest = max(wrong, key=self._grade)
+        return round(
+            self._grade(gravest), 1
+        ), f"{gravest.kind}: {gravest.finding or 'the question'}"
+
+    def _grade(self, error: Error) -> float:
+        return self.grades.get(error.kind, 0.1) * URGENCY.get(error.finding, 0.8)
 
 
 def fact_panel() -> list[FactMember]:

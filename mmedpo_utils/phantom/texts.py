@@ -16,7 +16,7 @@ from PIL import Image
 from ..base.files import atomic_write, write_json, write_json_lines
 from ..base.images import open_image
 from ..base.settings import SPLITS
-from .world import FINDINGS, LEVELS, SIDES, Film, films
+from .world import FINDINGS, IMAGE_SIZE, LEVELS, SIDES, Film, films
 
 REPORT_PROMPT = "Write the report."
 _PRESENCE = ("Is there {a}?", "Does the film show {a}?", "Is {a} present?")
@@ -31,7 +31,8 @@ def with_article(finding: str) -> str:
     """The finding as a sentence uses it: "a nodule", "an effusion", but "cardiomegaly" alone."""
     if finding in ("cardiomegaly", "atelectasis", "pneumoperitoneum"):
         return finding
-    return f"{'an' if finding[0] in 'aeiou' else 'a'} {finding}"
+    article = "an" if finding[0] in "aeiou" else "a"
+    return f"{article} {finding}"
 
 
 def report(film: Film, rng: np.random.Generator) -> str:
@@ -39,14 +40,19 @@ def report(film: Film, rng: np.random.Generator) -> str:
     is absent.
     """
     zones = film.zones
-    enlarged = ("The heart is enlarged.", "There is cardiomegaly.")
-    normal = ("The heart is normal in size.", "The heart size is normal.")
-    sentences = [str(rng.choice(enlarged if "cardiomegaly" in zones else normal))]
+    if "cardiomegaly" in zones:
+        heart = ("The heart is enlarged.", "There is cardiomegaly.")
+    else:
+        heart = ("The heart is normal in size.", "The heart size is normal.")
+    sentences = [str(rng.choice(heart))]
     for finding in FINDINGS:
         if finding in zones and finding != "cardiomegaly":
-            opening = rng.choice(("There is {}", "The film shows {}")).format(with_article(finding))
-            sentences.append(f"{opening} in the {zones[finding]} zone.")
-    absent = [f for f in ("effusion", "pneumothorax", "opacity") if f not in zones]
+            opening = rng.choice(("There is {}", "The film shows {}"))
+            sentences.append(
+                f"{opening.format(with_article(finding))} in the {zones[finding]} zone."
+            )
+    mentioned = ("effusion", "pneumothorax", "opacity")
+    absent = [finding for finding in mentioned if finding not in zones]
     if absent:
         sentences.append(f"There is no {' or '.join(absent)}.")
     return " ".join(sentences)
@@ -61,68 +67,77 @@ def questions(population: list[Film], rng: np.random.Generator) -> list[dict[str
         ``question_type``.
     """
     rows: list[dict[str, Any]] = []
-
-    def ask(
-        film: Film, text: str, answer: str, answer_type: str, finding: str, question_type: str
-    ) -> None:
-        rows.append(
-            {
-                "question_id": f"{film.film_id}-{question_type}-{finding}",
-                "image": f"{film.film_id}.png",
-                "text": f"{text}\n<image>",
-                "gpt4_answer": answer,
-                "answer_type": answer_type,
-                "patient_id": film.patient_id,
-                "finding": finding,
-                "question_type": question_type,
-            }
-        )
-
     for finding in FINDINGS:
-        ill = [film for film in population if finding in film.zones]
-        well = [film for film in population if finding not in film.zones]
-        pairs = min(len(ill), len(well))
-        for group, answer in ((ill, "yes"), (well, "no")):
-            for index in rng.permutation(len(group))[:pairs]:
-                text = rng.choice(_PRESENCE).format(a=with_article(finding))
-                ask(group[index], text, answer, "CLOSED", finding, "presence")
-        if finding == "cardiomegaly":
-            continue
-        for turn, index in enumerate(rng.permutation(len(ill))):
-            film, zone = ill[index], ill[index].zones[finding]
-            if zone.split()[1] in LEVELS:
-                ask(
-                    film,
-                    rng.choice(_WHERE).format(finding=finding),
-                    zone,
-                    "OPEN",
-                    finding,
-                    "location",
-                )
-                ask(film, rng.choice(_WHAT).format(zone=zone), finding, "OPEN", finding, "identity")
-            else:
-                ask(
-                    film,
-                    rng.choice(_WHICH_SIDE).format(finding=finding),
-                    zone.split()[0],
-                    "OPEN",
-                    finding,
-                    "location",
-                )
-            if turn < len(ill) - len(ill) % 2:
-                side = zone.split()[0] if turn % 2 else SIDES[1 - SIDES.index(zone.split()[0])]
-                ask(
-                    film,
-                    rng.choice(_SIDE).format(finding=finding, side=side),
-                    "yes" if turn % 2 else "no",
-                    "CLOSED",
-                    finding,
-                    "side",
-                )
+        rows += _presence_questions(population, finding, rng)
+        # The heart has one place, so that nothing is to be asked about it.
+        if finding != "cardiomegaly":
+            rows += _place_questions(population, finding, rng)
     for film in population:
         if len(film.zones) == 1:
-            ask(film, rng.choice(_ONLY), *film.zones, "OPEN", *film.zones, "abnormality")
-        ask(film, REPORT_PROMPT, report(film, rng), "REPORT", "all", "report")
+            (finding,) = film.zones
+            text = rng.choice(_ONLY)
+            rows.append(_row(film, text, finding, "OPEN", finding, "abnormality"))
+        rows.append(_row(film, REPORT_PROMPT, report(film, rng), "REPORT", "all", "report"))
+    return rows
+
+
+def _row(
+    film: Film, text: str, answer: str, answer_type: str, finding: str, question_type: str
+) -> dict[str, Any]:
+    """One question about a film in LLaVA-Med's format."""
+    return {
+        "question_id": f"{film.film_id}-{question_type}-{finding}",
+        "image": f"{film.film_id}.png",
+        "text": f"{text}\n<image>",
+        "gpt4_answer": answer,
+        "answer_type": answer_type,
+        "patient_id": film.patient_id,
+        "finding": finding,
+        "question_type": question_type,
+    }
+
+
+def _presence_questions(
+    population: list[Film], finding: str, rng: np.random.Generator
+) -> list[dict[str, Any]]:
+    """Whether a finding is there: asked about as many films with it as without."""
+    ill = [film for film in population if finding in film.zones]
+    well = [film for film in population if finding not in film.zones]
+    each = min(len(ill), len(well))
+    rows = []
+    for group, answer in ((ill, "yes"), (well, "no")):
+        for index in rng.permutation(len(group))[:each]:
+            text = rng.choice(_PRESENCE).format(a=with_article(finding))
+            rows.append(_row(group[index], text, answer, "CLOSED", finding, "presence"))
+    return rows
+
+
+def _place_questions(
+    population: list[Film], finding: str, rng: np.random.Generator
+) -> list[dict[str, Any]]:
+    """Where a finding is, what is seen there, and, yes and no by turns, whether it is on a side."""
+    ill = [film for film in population if finding in film.zones]
+    even = len(ill) - len(ill) % 2  # an odd film is asked about no side: yes and no stay balanced
+    rows = []
+    for turn, index in enumerate(rng.permutation(len(ill))):
+        film = ill[index]
+        zone = film.zones[finding]
+        side, place = zone.split()
+        if place in LEVELS:
+            text = rng.choice(_WHERE).format(finding=finding)
+            rows.append(_row(film, text, zone, "OPEN", finding, "location"))
+            text = rng.choice(_WHAT).format(zone=zone)
+            rows.append(_row(film, text, finding, "OPEN", finding, "identity"))
+        else:
+            # Base, apex and diaphragm follow from the finding: only the side is a question.
+            text = rng.choice(_WHICH_SIDE).format(finding=finding)
+            rows.append(_row(film, text, side, "OPEN", finding, "location"))
+        if turn < even:
+            is_true = turn % 2 == 1
+            asked = side if is_true else SIDES[1 - SIDES.index(side)]
+            text = rng.choice(_SIDE).format(finding=finding, side=asked)
+            answer = "yes" if is_true else "no"
+            rows.append(_row(film, text, answer, "CLOSED", finding, "side"))
     return rows
 
 
@@ -137,7 +152,10 @@ def write_dataset(folder: str | Path, sizes: dict[str, int], seed: int) -> dict[
     Returns:
         the number of questions per split.
     """
-    folder, start, facts, counts = Path(folder), 0, {}, {}
+    folder = Path(folder)
+    start = 0
+    facts: dict[str, dict[str, Any]] = {}
+    counts: dict[str, int] = {}
     for split in SPLITS:
         population = films(sizes[split], seed, start)
         start += sizes[split]
@@ -158,7 +176,7 @@ def write_dataset(folder: str | Path, sizes: dict[str, int], seed: int) -> dict[
 
 def pack_masks(masks: dict[str, np.ndarray]) -> np.ndarray:
     """Pack one bool mask per finding into the bits of an 8-bit image. Shape: [H, W]."""
-    packed = np.zeros((224, 224), np.uint8)
+    packed = np.zeros((IMAGE_SIZE, IMAGE_SIZE), np.uint8)
     for finding, mask in masks.items():
         packed |= mask.astype(np.uint8) << FINDINGS.index(finding)
     return packed

@@ -5,8 +5,8 @@ program that compares them.
 
 The tables name DPO, POVID, STLLaVA-Med, Self-Rewarding, SIMA and FiSAO, and the ablations of
 MMedPO. An ablation is a setting of the same trainer. A method that ends in "-style" here is only
-its idea, on this kit's questions, judge and trainer; what the original does beyond that stands in
-the docstring of the function that makes its pairs.
+its idea, on this kit's questions, judge and trainer; what the original does beyond that is in the
+docstring of the function that makes its pairs.
 
 FiSAO (fine-grained self-alignment) is left out. It scores each token of a response by its
 similarity to the image in the model's own vision encoder, sets margins from the scores of correct
@@ -22,6 +22,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ from ..preference_rows import answer_text, pair_row, write_manifest
 from ..profiles import Profile, load_profile
 from ..relevance import CHUNK, Judge, Member, debate, sample_candidates
 from .reference_results import evaluate_seeds
-from .run_notebooks import results_table
+from .run_notebooks import scores_as_text
 
 WHOLE_IMAGE = "whole_image"
 TEXT = ("seed", "data", "lvlm", "curation", "judge")
@@ -59,7 +60,8 @@ class Ingredients:
     """What manifests are made of; each is loaded or made when a manifest first asks for it."""
 
     def __init__(self, profile: Profile, dataset: FilmDataset) -> None:
-        self.profile, self.dataset = profile, dataset
+        self.profile = profile
+        self.dataset = dataset
         self.questions = training_questions(profile, dataset)
 
     @cached_property
@@ -93,13 +95,14 @@ class Ingredients:
         of D_v.
         """
         folder = self.profile.output / "pairs" / "noised" / WHOLE_IMAGE
-        profile = replace(
-            self.profile, output=folder, noise=replace(self.profile.noise, kind="global")
-        )
-        return [
-            row | {"rejected_image": f"{WHOLE_IMAGE}/pairs/noised/{row['rejected_image']}"}
-            for row in curate_visual(profile, self.dataset, self.medklip)
-        ]
+        noise = replace(self.profile.noise, kind="global")
+        profile = replace(self.profile, output=folder, noise=noise)
+        rows = []
+        for row in curate_visual(profile, self.dataset, self.medklip):
+            # The trainer looks for rejected images from pairs/noised of the run on.
+            copy = f"{WHOLE_IMAGE}/pairs/noised/{row['rejected_image']}"
+            rows.append(row | {"rejected_image": copy})
+        return rows
 
     def samples(self, count: int, temperature: float) -> list[list[str]]:
         """``count`` responses of the Med-LVLM to each question."""
@@ -118,25 +121,23 @@ class Ingredients:
         as ``responses``.
         """
         scores: list[list[float]] = []
+        # In chunks: so many images are open at a time.
         for start in range(0, len(self.questions), CHUNK):
-            part = list(
-                zip(
-                    self.questions[start : start + CHUNK],
-                    responses[start : start + CHUNK],
-                    strict=True,
-                )
-            )
-            opened = [
-                open_image(resolve_image(self.dataset.image_root, question["image"]))
-                for question, _ in part
-            ]
-            flat = [
-                (image, question_text(question), text)
-                for image, (question, texts) in zip(opened, part)
-                for text in texts
-            ]
-            values = iter(score(self.lvlm, *zip(*flat), self.profile.lvlm.batch_size).tolist())
-            scores += [[next(values) for _ in texts] for _, texts in part]
+            part = slice(start, start + CHUNK)
+            images: list[Image.Image] = []
+            asked: list[str] = []
+            said: list[str] = []
+            for question, texts in zip(self.questions[part], responses[part], strict=True):
+                image = open_image(resolve_image(self.dataset.image_root, question["image"]))
+                for text in texts:
+                    images.append(image)
+                    asked.append(question_text(question))
+                    said.append(text)
+            values = score(self.lvlm, images, asked, said, self.profile.lvlm.batch_size).tolist()
+            taken = 0
+            for texts in responses[part]:
+                scores.append(values[taken : taken + len(texts)])
+                taken += len(texts)
         return scores
 
 
@@ -151,48 +152,57 @@ def likelihood(
     """Mean log-probability per token of each response, its end mark included, given image and
     question. Shape: [N].
     """
-    tokenizer, means = lvlm.processor.tokenizer, []
+    means: list[float] = []
     for start in range(0, len(questions), batch_size):
         part = slice(start, start + batch_size)
-        turns = [
-            apply_chat_template(
-                {
-                    "prompt": [
-                        {
-                            "role": "user",
-                            "content": [{"type": "image"}, {"type": "text", "text": question}],
-                        }
-                    ],
-                    "completion": [
-                        {"role": "assistant", "content": [{"type": "text", "text": response}]}
-                    ],
-                },
-                lvlm.processor,
-            )
-            for question, response in zip(questions[part], responses[part], strict=True)
-        ]
-        pictures = [image.convert("RGB") for image in images[part]]
-        inputs = lvlm.processor(
-            images=pictures, text=[turn["prompt"] for turn in turns], add_special_tokens=False
-        )
-        answers = tokenizer([turn["completion"] for turn in turns], add_special_tokens=False)[
-            "input_ids"
-        ]
-        whole = [
-            list(prompt) + answer
-            for prompt, answer in zip(inputs["input_ids"], answers, strict=True)
-        ]
-        batch = tokenizer.pad({"input_ids": whole}, padding_side="left", return_tensors="pt").to(
-            lvlm.device
-        )
-        pixels = torch.as_tensor(np.stack(inputs["pixel_values"])).to(lvlm.device, lvlm.llava.dtype)
-        longest = max(map(len, answers))
-        logits = lvlm.model(**batch, pixel_values=pixels, logits_to_keep=longest + 1).logits.float()
-        logps = torch.log_softmax(logits[:, :-1], -1).gather(
-            -1, batch["input_ids"][:, -longest:, None]
-        )[..., 0]
-        means += [float(row[-len(answer) :].mean()) for row, answer in zip(logps, answers)]
+        batch, lengths = _encode(lvlm, images[part], questions[part], responses[part])
+        longest = max(lengths)
+        # The logits that predict a token lie one place to its left: one more than the answers need.
+        logits = lvlm.model(**batch, logits_to_keep=longest + 1).logits.float()
+        all_logps = torch.log_softmax(logits[:, :-1], -1)
+        answer_ids = batch["input_ids"][:, -longest:, None]
+        logps = all_logps.gather(-1, answer_ids)[..., 0]
+        # Padding is on the left, so that each answer is the end of its row.
+        for row, length in zip(logps, lengths, strict=True):
+            means.append(float(row[-length:].mean()))
     return np.array(means)
+
+
+def _encode(
+    lvlm: MedLVLM,
+    images: Sequence[Image.Image],
+    questions: Sequence[str],
+    responses: Sequence[str],
+) -> tuple[dict[str, torch.Tensor], list[int]]:
+    """The model's inputs for questions with their responses, and how many tokens each response has.
+
+    Returns:
+        ``input_ids`` and ``attention_mask`` [B, T], padded on the left, and ``pixel_values``
+        [B, 3, H, W]; B lengths, the end mark counted.
+    """
+    prompts: list[str] = []
+    completions: list[str] = []
+    for question, response in zip(questions, responses, strict=True):
+        asked = [{"type": "image"}, {"type": "text", "text": question}]
+        said = [{"type": "text", "text": response}]
+        conversation: dict[str, list[dict[str, Any]]] = {
+            "prompt": [{"role": "user", "content": asked}],
+            "completion": [{"role": "assistant", "content": said}],
+        }
+        turns = apply_chat_template(conversation, lvlm.processor)
+        prompts.append(turns["prompt"])
+        completions.append(turns["completion"])
+    tokenizer = lvlm.processor.tokenizer
+    pictures = [image.convert("RGB") for image in images]
+    # The template has written the special tokens already.
+    inputs = lvlm.processor(images=pictures, text=prompts, add_special_tokens=False)
+    answers = tokenizer(completions, add_special_tokens=False)["input_ids"]
+    whole = [list(ids) + answer for ids, answer in zip(inputs["input_ids"], answers, strict=True)]
+    padded = tokenizer.pad({"input_ids": whole}, padding_side="left", return_tensors="pt")
+    batch = dict(padded.to(lvlm.device))
+    pixels = torch.as_tensor(np.stack(inputs["pixel_values"]))
+    batch["pixel_values"] = pixels.to(lvlm.device, lvlm.llava.dtype)
+    return batch, [len(answer) for answer in answers]
 
 
 def visual_evidence(
@@ -205,10 +215,10 @@ def visual_evidence(
     """How much an image raises the `likelihood` of each response over a black one of its size.
     Shape: [N].
     """
-    blank = [Image.new("L", image.size) for image in images]
-    return likelihood(lvlm, images, questions, responses, batch_size) - likelihood(
-        lvlm, blank, questions, responses, batch_size
-    )
+    black = [Image.new("L", image.size) for image in images]
+    seen = likelihood(lvlm, images, questions, responses, batch_size)
+    unseen = likelihood(lvlm, black, questions, responses, batch_size)
+    return seen - unseen
 
 
 def ranked_pairs(
@@ -222,36 +232,43 @@ def ranked_pairs(
     """
     rows = []
     for question, texts, values in zip(questions, responses, scores, strict=True):
-        told = [
-            (value, text.strip()) for text, value in zip(texts, values, strict=True) if text.strip()
-        ]
-        if told:
-            best, worst = (choose(told, key=lambda item: item[0]) for choose in (max, min))
-            if best[0] > worst[0] and best[1].lower() != worst[1].lower():
-                rows.append(
-                    pair_row(
-                        question | {"gpt4_answer": best[1]},
-                        worst[1],
-                        1.0,
-                        source="text",
-                        origin="sampled",
-                    )
-                )
+        scored = []
+        for text, value in zip(texts, values, strict=True):
+            if text.strip():
+                scored.append((value, text.strip()))
+        if not scored:
+            continue
+        # By the score alone: of responses with one score the first is taken.
+        best_score, best = max(scored, key=itemgetter(0))
+        worst_score, worst = min(scored, key=itemgetter(0))
+        if best_score > worst_score and best.lower() != worst.lower():
+            preferred = question | {"gpt4_answer": best}
+            rows.append(pair_row(preferred, worst, 1.0, source="text", origin="sampled"))
     return rows
+
+
+def train_pairs(ingredients: Ingredients) -> list[Row]:
+    """The paper's own pairs: D_t and D_v."""
+    return merge_pairs(ingredients.text_rows, ingredients.visual_rows)
+
+
+def global_noise(ingredients: Ingredients) -> list[Row]:
+    """The paper's pairs with noise over the whole image in place of the lesion: Table 4."""
+    return merge_pairs(ingredients.text_rows, ingredients.whole_image_rows)
 
 
 def truth(ingredients: Ingredients) -> list[Row]:
     """Questions and true answers for supervised fine-tuning, where the lower half of Table 1
     starts. Needs no judge.
 
-    The format asks for a rejected answer and there is none: the true one stands there again, marked
-        by the ``origin`` none. The
-    SFT objective does not read it, and DPO would learn nothing from it.
+    The format asks for a rejected answer and there is none: the true one is there again, marked by
+    the ``origin`` none. The SFT objective does not read it, and DPO would learn nothing from it.
     """
-    return [
-        pair_row(question, question["gpt4_answer"], 1.0, source="text", origin="none")
-        for question in ingredients.questions
-    ]
+    rows = []
+    for question in ingredients.questions:
+        answer = question["gpt4_answer"]
+        rows.append(pair_row(question, answer, 1.0, source="text", origin="none"))
+    return rows
 
 
 def rescored(ingredients: Ingredients, members: int | None) -> list[Row]:
@@ -260,13 +277,24 @@ def rescored(ingredients: Ingredients, members: int | None) -> list[Row]:
 
     Where the kit made the text pairs itself, the whole panel gives them the scores that they have.
     """
-    panel, rounds = ingredients.judges[1][:members], ingredients.profile.curation.rounds
-    rows = merge_pairs(ingredients.text_rows, [])
-    debates = [
-        debate(question_text(row), answer_text(row), answer_text(row, rejected=True), panel, rounds)
-        for row in rows
-    ]
-    return [row | {"weighted_score": result.score} for row, result in zip(rows, debates)]
+    _, panel = ingredients.judges
+    rounds = ingredients.profile.curation.rounds
+    rows = []
+    for row in merge_pairs(ingredients.text_rows, []):
+        rejected = answer_text(row, rejected=True)
+        result = debate(question_text(row), answer_text(row), rejected, panel[:members], rounds)
+        rows.append(row | {"weighted_score": result.score})
+    return rows
+
+
+def single_llm(ingredients: Ingredients) -> list[Row]:
+    """D_t with the relevance that the panel's first member gives alone."""
+    return rescored(ingredients, members=1)
+
+
+def several_llm(ingredients: Ingredients) -> list[Row]:
+    """D_t with the relevance of the whole panel."""
+    return rescored(ingredients, members=None)
 
 
 def povid_style(ingredients: Ingredients) -> list[Row]:
@@ -276,7 +304,8 @@ def povid_style(ingredients: Ingredients) -> list[Row]:
     draws the noise's effect token by token during training, in the same loss as the written answer;
     here it is a pair of its own.
     """
-    judge, written = ingredients.judges[0], []
+    judge, _ = ingredients.judges
+    written = []
     for question in ingredients.questions:
         rng = generator(ingredients.profile.seed, str(question["question_id"]))
         text = judge.write(question_text(question), question["gpt4_answer"], rng)
@@ -292,12 +321,15 @@ def stllava_med_style(ingredients: Ingredients) -> list[Row]:
     its own about unlabelled images; its judge, GPT-4o, has no true answer to compare with. Here the
     questions and their answers are the data set's.
     """
-    judge, values = ingredients.judges[0], ingredients.profile.curation
+    judge, _ = ingredients.judges
+    values = ingredients.profile.curation
     responses = ingredients.samples(values.candidates, values.temperature)
-    scores = [
-        [-judge.conflict(question_text(question), question["gpt4_answer"], text) for text in texts]
-        for question, texts in zip(ingredients.questions, responses)
-    ]
+    scores = []
+    for question, texts in zip(ingredients.questions, responses):
+        asked = question_text(question)
+        truth = question["gpt4_answer"]
+        # The higher the better, as `ranked_pairs` takes scores.
+        scores.append([-judge.conflict(asked, truth, text) for text in texts])
     return ranked_pairs(ingredients.questions, responses, scores)
 
 
@@ -306,16 +338,15 @@ def self_rewarding_style(ingredients: Ingredients) -> list[Row]:
     judgement.
 
     Self-Rewarding language models judge through a prompt with five points and repeat sampling and
-    training several times, on prompts of their own. Here it is one round. A likelihood stands in
-    for the prompt because a small model with a vocabulary of words cannot follow one; any model can
+    training several times, on prompts of their own. Here it is one round. A likelihood takes the
+    prompt's place because a small model with a vocabulary of words cannot follow one; any model can
     say how likely it finds a response. It is a poor judge where the model is misaligned: it prefers
     its own habits, and orders fewer than half of the phantom's short answers rightly.
     """
     values = ingredients.profile.curation
     responses = ingredients.samples(values.candidates, values.temperature)
-    return ranked_pairs(
-        ingredients.questions, responses, ingredients.own_scores(responses, likelihood)
-    )
+    scores = ingredients.own_scores(responses, likelihood)
+    return ranked_pairs(ingredients.questions, responses, scores)
 
 
 def sima_style(ingredients: Ingredients) -> list[Row]:
@@ -327,14 +358,11 @@ def sima_style(ingredients: Ingredients) -> list[Row]:
     prompt. So the question is put in numbers: does the image speak for the response? The true
     answer is not used.
     """
-    greedy, sampled = (
-        ingredients.samples(1, 0.0),
-        ingredients.samples(1, ingredients.profile.curation.temperature),
-    )
+    greedy = ingredients.samples(1, 0.0)
+    sampled = ingredients.samples(1, ingredients.profile.curation.temperature)
     responses = [first + second for first, second in zip(greedy, sampled, strict=True)]
-    return ranked_pairs(
-        ingredients.questions, responses, ingredients.own_scores(responses, visual_evidence)
-    )
+    scores = ingredients.own_scores(responses, visual_evidence)
+    return ranked_pairs(ingredients.questions, responses, scores)
 
 
 @dataclass(frozen=True)
@@ -348,13 +376,11 @@ class Manifest:
 
 
 MANIFESTS = {
-    "train": Manifest(lambda found: merge_pairs(found.text_rows, found.visual_rows), TEXT + VISUAL),
+    "train": Manifest(train_pairs, TEXT + VISUAL),
     "truth": Manifest(truth, ("seed", "data", "curation")),
-    "single_llm": Manifest(partial(rescored, members=1), TEXT),
-    "several_llm": Manifest(partial(rescored, members=None), TEXT),
-    "global_noise": Manifest(
-        lambda found: merge_pairs(found.text_rows, found.whole_image_rows), TEXT + VISUAL
-    ),
+    "single_llm": Manifest(single_llm, TEXT),
+    "several_llm": Manifest(several_llm, TEXT),
+    "global_noise": Manifest(global_noise, TEXT + VISUAL),
     "povid_style": Manifest(povid_style, ("curation", "judge", *VISUAL)),
     "stllava_med_style": Manifest(stllava_med_style, TEXT),
     "self_rewarding_style": Manifest(self_rewarding_style, TEXT),
@@ -372,7 +398,9 @@ def build_manifests(profile: Profile, dataset: FilmDataset) -> None:
         InputError: no such manifest, nothing to make one of, or what curation raises.
     """
     ingredients = Ingredients(profile, dataset)
-    for name in dict.fromkeys(variant.pairs for variant in profile.training.variants.values()):
+    # Several variants may train on one manifest; a dictionary keeps the order of the first.
+    names = dict.fromkeys(variant.pairs for variant in profile.training.variants.values())
+    for name in names:
         path = profile.output / "pairs" / f"{name}.json"
         if name in MANIFESTS:
             build = partial(_build, ingredients, name, path)
@@ -385,12 +413,14 @@ def build_manifests(profile: Profile, dataset: FilmDataset) -> None:
 
 
 def _digest(ingredients: Ingredients, name: str) -> str:
+    """What a manifest is made of: a digest of settings and questions, and one of each model."""
     sections = MANIFESTS[name].sections
-    digests = [model_digest(ingredients.lvlm.model)] if "lvlm" in sections else []
-    digests += [model_digest(ingredients.medklip)] if "visual_tool" in sections else []
-    return " ".join(
-        [inputs_digest(ingredients.profile, ingredients.questions, *sections), *digests]
-    )
+    digests = [inputs_digest(ingredients.profile, ingredients.questions, *sections)]
+    if "lvlm" in sections:
+        digests.append(model_digest(ingredients.lvlm.model))
+    if "visual_tool" in sections:
+        digests.append(model_digest(ingredients.medklip))
+    return " ".join(digests)
 
 
 def _build(ingredients: Ingredients, name: str, path: Path) -> None:
@@ -398,8 +428,7 @@ def _build(ingredients: Ingredients, name: str, path: Path) -> None:
     if not rows:
         raise InputError(
             f"{path}: no question makes a pair, since its responses are all the same or of one "
-            "score; sample "
-            "more of them (`curation.candidates`, `curation.temperature`)"
+            "score; sample more of them (`curation.candidates`, `curation.temperature`)"
         )
     write_manifest(path, rows)
 
@@ -416,7 +445,8 @@ def compare_baselines(profile: Profile, seeds: Sequence[int]) -> dict[str, Any]:
     torch.cuda.empty_cache()  # the training processes need the room
     names = list(profile.training.variants)
     pairs = [(name, "base") for name in names]
-    pairs += [("mmedpo", name) for name in names if name != "mmedpo" and "mmedpo" in names]
+    if "mmedpo" in names:
+        pairs += [("mmedpo", name) for name in names if name != "mmedpo"]
     result = {
         **evaluate_seeds(profile, dataset, seeds, pairs),
         "profile": profile.name,
@@ -424,7 +454,7 @@ def compare_baselines(profile: Profile, seeds: Sequence[int]) -> dict[str, Any]:
     }
     target = profile.figures / "reference" / f"{profile.name.replace('-', '_')}.json"
     write_json(target, result)
-    print(f"{results_table(result['models'])}\nwritten: {target}")
+    print(f"{scores_as_text(result['models'])}\nwritten: {target}")
     return result
 
 

@@ -49,70 +49,60 @@ def evaluate_seeds(
 
     Returns:
         ``models``: scores per model; ``differences``: paired differences, in percent, with 95%
-            intervals over patients and
-        seeds; ``training``: per variant the pairs and, per seed, the seconds of the steps.
+        intervals over patients and seeds; ``training``: per variant the pairs and, per seed, the
+        seconds of the steps.
     """
-    shuffled = {
-        name.removesuffix("_shuffled")
-        for pair in pairs
-        for name in pair
-        if name.endswith("_shuffled")
-    }
-    runs = {
-        name: [train(profile, name, seed, live=False) for seed in seeds]
-        for name in profile.training.variants
-    }
+    runs: dict[str, list[Any]] = {}
+    for name in profile.training.variants:
+        runs[name] = [train(profile, name, seed, live=False) for seed in seeds]
+    # Each model's runs with the label of their answers. The base model has no seed: asked once.
+    asked: dict[str, list[tuple[str, Any]]] = {"base": [("base", None)]}
+    for name, found in runs.items():
+        labels = [_label(profile, name, seed) for seed in seeds]
+        asked[name] = [(label, run.adapter) for label, run in zip(labels, found, strict=True)]
+    compared = [name for pair in pairs for name in pair]
     predictions: dict[str, Any] = {}
     attention: dict[str, Any] = {}
-    for name, adapters in {
-        "base": [None],
-        **{name: [run.adapter for run in found] for name, found in runs.items()},
-    }.items():
-        for seed, adapter in zip(seeds, adapters):
-            label = (
-                name
-                if adapter is None or seed == profile.evaluation.seeds[0]
-                else f"{name}-seed{seed}"
-            )
+    for name, models in asked.items():
+        shuffled = f"{name}_shuffled"
+        for label, adapter in models:
             predictions.setdefault(name, []).append(
                 predict_test_split(profile, dataset, label, adapter)
             )
             attention.setdefault(name, []).append(
                 lesion_attention_of_test_split(profile, dataset, adapter)
             )
-            if name in shuffled:
+            if shuffled in compared:
                 rows = predict_test_split(
                     profile, dataset, f"{label}_shuffled", adapter, shuffle=True
                 )
-                predictions.setdefault(f"{name}_shuffled", []).append(rows)
+                predictions.setdefault(shuffled, []).append(rows)
     samples = profile.evaluation.bootstrap_samples
     table = score_table(predictions, attention, samples)
+    differences = {}
+    for one, other in pairs:
+        difference = compare_pair(predictions[one], predictions[other], samples)
+        differences[f"{one} - {other}"] = difference
+    training = {}
     for name, found in runs.items():
         for run in found:
             add_scores(run.adapter, table[name])
-    return {
-        "models": table,
-        "differences": {
-            f"{a} - {b}": compare_pair(predictions[a], predictions[b], samples) for a, b in pairs
-        },
-        "training": {
-            name: {
-                "pairs": found[0].result["pairs"],
-                "seconds": [run.result["seconds"]["steps"] for run in found],
-            }
-            for name, found in runs.items()
-        },
-    }
+        seconds = [run.result["seconds"]["steps"] for run in found]
+        training[name] = {"pairs": found[0].result["pairs"], "seconds": seconds}
+    return {"models": table, "differences": differences, "training": training}
+
+
+def _label(profile: Profile, name: str, seed: int) -> str:
+    """What the answers of one run are called: the profile's first seed bears the variant's name."""
+    return name if seed == profile.evaluation.seeds[0] else f"{name}-seed{seed}"
 
 
 def medklip_scores(profile: Profile, dataset: FilmDataset) -> dict[str, float]:
     """Pointing game and presence of the shipped MedKLIP on the films of all splits, in percent."""
     names = [name for split in SPLITS for name in dataset.image_names(split)]
-    scores = score_medklip(
-        load_medklip(profile.visual_tool.checkpoint),
-        [dataset.image(name) for name in names],
-        [dataset.masks(name) for name in names],
-    )
+    images = [dataset.image(name) for name in names]
+    masks = [dataset.masks(name) for name in names]
+    scores = score_medklip(load_medklip(profile.visual_tool.checkpoint), images, masks)
     return {
         "pointing_game": round(100 * scores["pointing_game"], 1),
         "pointing_game_nodule": round(100 * scores["pointing_game_alone"]["nodule"], 1),
@@ -123,20 +113,18 @@ def medklip_scores(profile: Profile, dataset: FilmDataset) -> dict[str, float]:
 
 def main() -> int:
     """Run the tutorial twice, evaluate three seeds, write the file."""
-    root, profile = repository_root(), load_profile("phantom")
+    root = repository_root()
+    profile = load_profile("phantom")
     shutil.rmtree(profile.output, ignore_errors=True)
     first = run_notebooks.run(profile, "phantom")
     again = run_notebooks.run(profile, "phantom")
     dataset = prepare_dataset(profile)
-    card = json.loads(
-        (root / "mmedpo_utils" / "phantom" / "weights" / "lvlm" / "scores.json").read_text()
-    )
+    stored = root / "mmedpo_utils" / "phantom" / "weights" / "lvlm" / "scores.json"
+    ceiling = json.loads(stored.read_text())["ceiling"]
     result = {
         **evaluate_seeds(profile, dataset, SEEDS, PAIRS),
         "medklip": medklip_scores(profile, dataset),
-        "ceiling": {
-            metric: card["ceiling"][metric] for metric in ("closed_accuracy", "open_recall")
-        },
+        "ceiling": {metric: ceiling[metric] for metric in ("closed_accuracy", "open_recall")},
         "run": {
             "seconds": first["total"],
             "cached_seconds": again["total"],
@@ -147,7 +135,7 @@ def main() -> int:
     }
     target = root / "figures" / "reference" / "phantom_results.json"
     write_json(target, result)
-    print(run_notebooks.results_table(result["models"]))
+    print(run_notebooks.scores_as_text(result["models"]))
     print(f"written: {target.relative_to(root)}")
     return 0
 

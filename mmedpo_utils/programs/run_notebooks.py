@@ -32,7 +32,8 @@ class PeakMemory(threading.Thread):
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
-        self.gib, self._stop_event = 0.0, threading.Event()
+        self.gib = 0.0
+        self._stop_event = threading.Event()
 
     def run(self) -> None:
         """Sample four times a second until ``stop``."""
@@ -54,14 +55,14 @@ class PeakMemory(threading.Thread):
 def clean(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     """Drop what only the executor needs: its timings and the cell with the injected parameters."""
     notebook.metadata.pop("papermill", None)
-    notebook.cells = [
-        cell
-        for cell in notebook.cells
-        if "injected-parameters" not in cell.metadata.get("tags", [])
-    ]
+    kept = []
     for cell in notebook.cells:
+        if "injected-parameters" in cell.metadata.get("tags", []):
+            continue
         for key in ("papermill", "execution"):
             cell.metadata.pop(key, None)
+        kept.append(cell)
+    notebook.cells = kept
     return notebook
 
 
@@ -72,11 +73,12 @@ def run_notebook(path: Path, target: Path, profile_name: str) -> None:
         papermill.PapermillExecutionError: a cell failed; the message holds the cell and its error.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    default = {"profile_name": profile_name} if profile_name != "phantom" else {}
+    # The notebooks name phantom themselves: without a parameter no cell is injected.
+    parameters = {} if profile_name == "phantom" else {"profile_name": profile_name}
     papermill.execute_notebook(
         str(path),
         str(target),
-        parameters=default,
+        parameters=parameters,
         cwd=str(path.parent),
         kernel_name="python3",
         progress_bar=False,
@@ -124,22 +126,25 @@ def run(profile: Profile, profile_name: str, in_place: bool = False) -> dict[str
     return seconds
 
 
-def results_table(scores: dict[str, dict]) -> str:
+SHOWN = ("closed_accuracy", "open_recall", "bleu", "rouge_l", "attention_in_lesion")
+
+
+def scores_as_text(scores: dict[str, dict]) -> str:
     """The scores of each model as a plain text table, in percent."""
-    metrics = ("closed_accuracy", "open_recall", "bleu", "rouge_l", "attention_in_lesion")
     width = max(18, *(len(model) + 1 for model in scores))
-    lines = [
-        f"{'model':{width}}" + "".join(f"{metric.replace('_', ' '):>22}" for metric in metrics)
-    ]
+    head = [metric.replace("_", " ") for metric in SHOWN]
+    lines = [f"{'model':{width}}" + "".join(f"{title:>22}" for title in head)]
     for model, row in scores.items():
-        cells = [
-            f"{row[m]['mean']:.1f} [{row[m]['low']:.1f}, {row[m]['high']:.1f}]"
-            if row.get(m)
-            else "-"
-            for m in metrics
-        ]
+        cells = [_interval(row.get(metric)) for metric in SHOWN]
         lines.append(f"{model:{width}}" + "".join(f"{cell:>22}" for cell in cells))
     return "\n".join(lines)
+
+
+def _interval(score: dict[str, float] | None) -> str:
+    """A score with its interval; a dash where there is none."""
+    if not score:
+        return "-"
+    return f"{score['mean']:.1f} [{score['low']:.1f}, {score['high']:.1f}]"
 
 
 def main() -> int:
@@ -168,12 +173,12 @@ def main() -> int:
         )
         return 1
     scores = profile.output / "evaluation" / "scores.json"
+    executed = NOTEBOOKS if options.in_place else profile.output / "notebooks"
     print(f"\n{seconds['total']:.0f} s, largest process {seconds['peak_gib']:.1f} GiB\n")
-    print(results_table(json.loads(scores.read_text())["models"]))
+    print(scores_as_text(json.loads(scores.read_text())["models"]))
     print(
         f"\nIn percent, with 95% intervals. Figures: {profile.figures}. Executed notebooks: "
-        f"{NOTEBOOKS if options.in_place else profile.output / 'notebooks'}. Next: make lab, "
-        "and open 01_medklip_attention."
+        f"{executed}. Next: make lab, and open 01_medklip_attention."
     )
     return 0
 
