@@ -47,11 +47,23 @@ def overlay():
     return plots.attention_overlay(FILMS[0], np.arange(196.0).reshape(14, 14), MASK)
 
 
+def shown(figure, alt, save_as=None):
+    """What `explorers.show` puts into a notebook."""
+    InteractiveShell.instance()
+    with capture_output() as captured:
+        explorers.show(figure, alt, save_as)
+    InteractiveShell.clear_instance()
+    (output,) = captured.outputs
+    return output
+
+
 def test_saved_figures_are_small_stable_pngs(tmp_path):
     figure = overlay()
-    path = explorers.save_figure(figure, tmp_path / "new", "overlay")
-    assert explorers.figure_png(figure) == path.read_bytes()
-    assert path.name == "overlay.png" and path.read_bytes() == explorers.figure_png(overlay())
+    path = tmp_path / "new" / "overlay.png"
+    output = shown(figure, "an overlay", save_as=path)
+    assert [file.name for file in path.parent.iterdir()] == ["overlay.png"]
+    assert explorers.figure_png(figure) == path.read_bytes() == explorers.figure_png(overlay())
+    assert base64.b64decode(output.data["image/png"]) == path.read_bytes()
     with Image.open(path) as image:
         assert (
             image.format == "PNG"
@@ -61,14 +73,19 @@ def test_saved_figures_are_small_stable_pngs(tmp_path):
     assert path.stat().st_size < 100_000
 
 
-def test_show_keeps_escaped_alternative_text():
-    InteractiveShell.instance()
-    with capture_output() as captured:
-        explorers.show(overlay(), f'a "quote" {EVIL}')
-    InteractiveShell.clear_instance()
-    shown = captured.outputs[0].data["text/html"]
-    assert EVIL not in shown and 'alt="a &quot;quote&quot; &lt;script&gt;' in shown
-    data = re.search(r'base64,([^"]+)"', shown)[1]
+def test_show_gives_a_png_with_its_alternative_text(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    output = shown(overlay(), f'a "quote" {EVIL}')
+    assert Image.open(io.BytesIO(base64.b64decode(output.data["image/png"]))).format == "PNG"
+    assert "text/html" not in output.data, "nothing in the output is read as HTML"
+    assert output.metadata["image/png"]["alt"] == f'a "quote" {EVIL}'
+    assert not list(tmp_path.iterdir()), "without save_as no file is written"
+
+
+def test_a_views_picture_has_escaped_alternative_text():
+    picture = explorers.figure_html(overlay(), f'a "quote" {EVIL}')
+    assert EVIL not in picture and 'alt="a &quot;quote&quot; &lt;script&gt;' in picture
+    data = re.search(r'base64,([^"]+)"', picture)[1]
     assert Image.open(io.BytesIO(base64.b64decode(data))).format == "PNG"
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import ipywidgets as widgets
 import numpy as np
+from IPython.display import Image as DisplayedImage
 from IPython.display import display
 from matplotlib.figure import Figure
 from PIL import Image
@@ -47,14 +48,6 @@ def figure_png(figure: Figure) -> bytes:
     return small.getvalue()
 
 
-def save_figure(figure: Figure, folder: str | Path, name: str) -> Path:
-    """Write ``<folder>/<name>.png`` (see `figure_png`), atomically; returns its path."""
-    path = Path(folder) / f"{name}.png"
-    with atomic_write(path) as temporary:
-        temporary.write_bytes(figure_png(figure))
-    return path
-
-
 def figure_html(figure: Figure, alt: str) -> str:
     """An HTML image that holds the figure itself and its alternative text, escaped."""
     data = base64.b64encode(figure_png(figure)).decode()
@@ -63,9 +56,21 @@ def figure_html(figure: Figure, alt: str) -> str:
     )
 
 
-def show(figure: Figure, alt: str) -> None:
-    """Show a figure in a notebook with its alternative text, which stays in the saved notebook."""
-    display({"text/html": figure_html(figure, alt), "text/plain": alt}, raw=True)
+def show(figure: Figure, alt: str, save_as: str | Path | None = None) -> None:
+    """Show a figure in a notebook, and write it to a file if ``save_as`` names one.
+
+    The notebook's output is a PNG (`figure_png`). Its metadata holds the alternative text.
+
+    Args:
+        alt: What the figure shows, for readers who cannot see it.
+        save_as: The PNG file to write, with its ending. It is written atomically and holds the
+            bytes that are shown. Missing folders are made.
+    """
+    png = figure_png(figure)
+    if save_as is not None:
+        with atomic_write(Path(save_as)) as temporary:
+            temporary.write_bytes(png)
+    display(DisplayedImage(data=png, format="png", alt=alt))
 
 
 def show_table(rows: Sequence[Mapping[str, Any]], caption: str, decimals: int = 1) -> None:
