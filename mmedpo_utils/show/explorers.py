@@ -27,17 +27,21 @@ from ..base.images import open_image, resolve_image
 from ..base.rows import question_text
 from ..metrics import answer_score
 from ..preference_rows import answer_text, row_source
+from ..released.noise import released_noise
 from . import plots
 
 ANY = "any"
-AVERAGE, ALL = "mean of all", -1  # a Dropdown shows the value None as nothing chosen
+# a Dropdown shows the value None as nothing chosen
+AVERAGE = "mean of all"
+ALL = -1
 
 
 def figure_png(figure: Figure) -> bytes:
     """A figure as a small PNG (110 dots an inch, 256 colours, no dates): the same figure gives the
     same bytes.
     """
-    raw, small = io.BytesIO(), io.BytesIO()
+    raw = io.BytesIO()
+    small = io.BytesIO()
     figure.savefig(raw, format="png", dpi=110, facecolor="white")
     figure.set_layout_engine("none")  # a second save keeps the layout of the first
     with Image.open(raw, formats=["PNG"]) as image:
@@ -135,13 +139,12 @@ def attention_explorer(
     names = titles or [f"film {n + 1}" for n in range(len(films))]
     layers, heads = np.shape(of_film(0))[:2]
     film = _choice("film", list(zip(names, range(len(films)))))
-    finding, layer, head = (
-        _choice("finding", list(queries)),
-        _numbered("layer", layers),
-        _numbered("head", heads),
-    )
+    finding = _choice("finding", list(queries))
+    layer = _numbered("layer", layers)
+    head = _numbered("head", heads)
     finding.value = "disease" if "disease" in queries else queries[0]
-    threshold, opacity = _slider("threshold", 0.0), _slider("opacity", 0.5)
+    threshold = _slider("threshold", 0.0)
+    opacity = _slider("opacity", 0.5)
 
     def draw() -> tuple[Figure, str]:
         chosen = np.asarray(of_film(film.value))[:, :, list(queries).index(finding.value)]
@@ -170,21 +173,16 @@ def noise_explorer(image: np.ndarray, heat_map: np.ndarray, seed: int = 0) -> wi
         heat_map: The visual tool's map. Shape: [g, g].
     """
     kind = _choice("kind", ["localized", "released", "global"])
-    signal, quantile = _slider("signal kept", 0.5), _slider("quantile", 0.85, 0.5, 0.95)
+    signal = _slider("signal kept", 0.5)
+    quantile = _slider("quantile", 0.85, 0.5, 0.95)
     size = np.shape(image)[:2]
 
     def draw() -> tuple[Figure, str]:
         rng = np.random.default_rng(seed)
+        mask = noise.noise_mask(heat_map, size, kind.value, "quantile", quantile.value)
         if kind.value == "released":
-            mask = noise.released_mask(np.kron(heat_map, np.ones((16, 16))), size)
-            noised = noise.released_noise(np.rint(255 * image).astype(np.uint8), mask, rng)
-        elif kind.value == "global":
-            mask, noised = (
-                np.ones(size, np.float32),
-                noise.global_noise(image, signal.value**2, rng),
-            )
+            noised = released_noise(np.rint(255 * image).astype(np.uint8), mask, rng)
         else:
-            mask = noise.lesion_mask(heat_map, size, "quantile", quantile.value)
             noised = noise.localized_noise(image, mask, signal.value**2, rng)
         figure = plots.noise_comparison(
             image, mask, {f"{kind.value}, signal {signal.value:.2f}": noised}
@@ -208,14 +206,13 @@ def _browser(
     """Filters, a number that walks through what they keep, and the picture of the item that stands
     there.
     """
-    place, found = (
-        widgets.BoundedIntText(1, min=1, max=max(1, len(kept())), description="number"),
-        widgets.HTML(),
-    )
+    place = widgets.BoundedIntText(1, min=1, max=max(1, len(kept())), description="number")
+    found = widgets.HTML()
 
     def narrow(_: Any = None) -> None:
         count = len(kept())
-        place.max, place.value = max(1, count), 1
+        place.max = max(1, count)
+        place.value = 1
         found.value = f"of {count}"
 
     def current() -> Any:
@@ -256,24 +253,22 @@ def pairs_explorer(
         ]
 
     def draw(row: dict[str, Any]) -> tuple[Figure, str]:
-        rejected = (
-            open_pixels(noised_root, row["rejected_image"])
-            if row.get("rejected_image") and noised_root
-            else None
-        )
-        parts = (
+        rejected_image = None
+        if row.get("rejected_image") and noised_root:
+            rejected_image = open_pixels(noised_root, row["rejected_image"])
+        score = row.get("weighted_score")
+        figure = plots.pair_card(
+            open_pixels(image_root, row["image"]),
+            rejected_image,
             question_text(row),
             answer_text(row),
             answer_text(row, rejected=True),
-            row.get("weighted_score"),
+            score,
         )
-        relevance = (
-            "without a relevance score"
-            if parts[3] is None
-            else f"clinical relevance {parts[3]:.2f}"
-        )
-        alt = f"Preference pair about {row['image']}, {relevance}; its text stands below"
-        return plots.pair_card(open_pixels(image_root, row["image"]), rejected, *parts), alt
+        relevance = "without a relevance score"
+        if score is not None:
+            relevance = f"clinical relevance {score:.2f}"
+        return figure, f"Preference pair about {row['image']}, {relevance}; its text is below"
 
     def text(row: dict[str, Any]) -> str:
         return plots.results_table(
@@ -295,24 +290,25 @@ def cases_explorer(
             model has answered the same questions. "Changed" means that the last model's answer
             scores otherwise than the first one's.
     """
-    tables = [{str(row["question_id"]): row for row in rows} for rows in predictions.values()]
-    shared = [key for key in tables[0] if all(key in table for table in tables)]
-    cases = [[table[key] for table in tables] for key in shared]
+    answers: dict[str, list[dict[str, Any]]] = {}  # of each question, in the models' order
+    for rows in predictions.values():
+        for row in rows:
+            answers.setdefault(str(row["question_id"]), []).append(row)
+    cases = [case for case in answers.values() if len(case) == len(predictions)]
     first = [case[0] for case in cases]
-    finding, kind = (
-        _choice("finding", _values(first, "finding")),
-        _choice("type", _values(first, "answer_type")),
-    )
+    finding = _choice("finding", _values(first, "finding"))
+    kind = _choice("type", _values(first, "answer_type"))
     changed = widgets.Checkbox(False, description="changed by training")
 
     def kept() -> list[list[dict[str, Any]]]:
-        return [
-            case
-            for case in cases
-            if finding.value in (ANY, case[0].get("finding"))
-            and kind.value in (ANY, case[0]["answer_type"])
-            and not (changed.value and answer_score(case[0]) == answer_score(case[-1]))
-        ]
+        found = []
+        for case in cases:
+            of_finding = finding.value in (ANY, case[0].get("finding"))
+            of_kind = kind.value in (ANY, case[0]["answer_type"])
+            same = answer_score(case[0]) == answer_score(case[-1])
+            if of_finding and of_kind and not (changed.value and same):
+                found.append(case)
+        return found
 
     def draw(case: list[dict[str, Any]]) -> tuple[Figure, str]:
         row = case[0]

@@ -174,7 +174,8 @@ def attention_before_after(
     """
     figure, (panels,) = _axes(1, 4, (9.2, 2.3))
     _film(panels[0], image, "film")
-    top, change = max(np.max(before), np.max(after)), np.subtract(after, before)
+    top = max(np.max(before), np.max(after))
+    change = np.subtract(after, before)
     limit, height, width = np.abs(change).max() + 1e-12, *np.shape(image)[:2]
     place = (-0.5, width - 0.5, height - 0.5, -0.5)
     for axes, heat, title in zip(
@@ -222,7 +223,7 @@ def weight_histograms(
     weights: Mapping[str, np.ndarray], low: float = 0.75, high: float = 1.25
 ) -> Figure:
     """Weights under each normalisation side by side, with the paper's bounds and the share that
-    stands at a bound.
+    is at a bound.
     """
     figure, (panels,) = _axes(1, len(weights), (3.1 * len(weights), 2.8), sharex=True)
     every = np.concatenate([*weights.values(), (0, 1.3)])
@@ -357,14 +358,14 @@ def training_curves(events: Sequence[Mapping[str, float]]) -> Figure:
         )
     panels[3].set_ylim(-0.05, 1.05)
     if events:
-        left, last = events[-1].get("seconds_left") or 0, events[-1]
-        ending = (
-            f"about {left / 60:.0f} min left"
-            if left >= 90
-            else f"about {left:.0f} s left"
-            if left
-            else "done"
-        )
+        left = events[-1].get("seconds_left") or 0
+        last = events[-1]
+        if left >= 90:
+            ending = f"about {left / 60:.0f} min left"
+        elif left:
+            ending = f"about {left:.0f} s left"
+        else:
+            ending = "done"
         figure.suptitle(
             f"step {last['step']:.0f} of {last['total_steps']:.0f}, {ending}", fontsize=10
         )
@@ -497,7 +498,8 @@ def memory_bars(runs: Mapping[str, Mapping[str, float]]) -> Figure:
     every run has the same parts.
     """
     figure, axes = _axes(1, 1, (7.5, 0.9 + 0.45 * len(runs)))
-    axes, start = axes[0, 0], np.zeros(len(runs))
+    axes = axes[0, 0]
+    start = np.zeros(len(runs))
     for part, colour in zip(next(iter(runs.values())), (BLUE, ORANGE, GREEN, SKY, PINK)):
         values = np.array([parts[part] for parts in runs.values()])
         axes.barh(list(runs), values, left=start, color=colour, label=part)
