@@ -19,11 +19,10 @@ from PIL import Image
 from .base.errors import InputError, first_line
 from .base.files import read_or_compute, read_text, write_json_lines
 from .base.images import open_image, resolve_image, with_images
-from .base.rows import ANSWER_TYPES, Row, check_prediction, question_text
+from .base.rows import ANSWER_TYPES, Row, check_prediction, patient_of, question_text
 from .base.tensors import model_digest
 from .dataset import FilmDataset
 from .lvlm import MedLVLM, generate, image_attention, load_profile_lvlm
-from .metrics import patient_of
 from .phantom.texts import read_masks
 from .preference_rows import row_sha
 from .profiles import Profile
@@ -326,22 +325,3 @@ def lesion_attention_of_test_split(
     return lesion_attention(
         lvlm, rows, dataset.image_root, dataset.masks_root, profile.evaluation.batch_size
     )
-
-
-def attention_example(
-    profile: Profile, dataset: FilmDataset, adapter: str | Path
-) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
-    """The first open test question, and the attention to its image without and with the adapter.
-
-    Shape of each: [grid, grid].
-    """
-    rows = asked_questions(profile, dataset)
-    row = next((row for row in rows if row["answer_type"] == "OPEN"), rows[0])
-    template = profile_decoding(profile).template
-    film = dataset.image(row["image"])
-
-    def attention(place: str | Path | None) -> np.ndarray:
-        lvlm = load_profile_lvlm(profile, place, template=template)
-        return image_attention(lvlm, [film], [question_text(row)], 1)[0].numpy()
-
-    return row, attention(None), attention(adapter)

@@ -117,7 +117,7 @@ def _read_folder(
     try:
         if small:
             options |= {"device_map": {"": target}, "quantization_config": nf4_config(precision)}
-        model = _load_weights(source, **options)
+        model = load_weights(source, **options)
     except ImportError as error:
         raise InputError(
             f"lvlm.quantization: {quantization}: a library is missing ({first_line(error)}); "
@@ -130,7 +130,7 @@ def _read_folder(
     return model if placed else model.to(target)
 
 
-def _load_weights(source: Path, **options: Any) -> LlavaForConditionalGeneration:
+def load_weights(source: Path, **options: Any) -> LlavaForConditionalGeneration:
     """transformers' own loading, with each tensor of the folder in its place.
 
     Raises:
@@ -155,15 +155,6 @@ def _load_weights(source: Path, **options: Any) -> LlavaForConditionalGeneration
                 "incomplete or of another architecture"
             )
     return model
-
-
-def empty_model(source: Path) -> LlavaForConditionalGeneration:
-    """The model of a Hugging Face folder on the meta device: names and shapes, and no weights.
-
-    Raises:
-        InputError: as `load_lvlm` would, for the weights.
-    """
-    return _load_weights(source, device_map={"": "meta"})
 
 
 def image_token_count(processor: ProcessorMixin) -> int:

@@ -232,11 +232,3 @@ def scores_by(rows: Sequence[Row], key: str) -> dict[str, dict[str, Row]]:
     for row in rows:
         groups.setdefault(str(row.get(key) or "(none)"), []).append(row)
     return {value: score_predictions(groups[value]) for value in sorted(groups)}
-
-
-def patient_of(row: Row) -> str:
-    """The patient of a row; the image's name stands for it where the row names none (no key, null,
-    or a blank text).
-    """
-    patient = row.get("patient_id")
-    return str(row["image"] if patient is None or not str(patient).strip() else patient)

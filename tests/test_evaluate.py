@@ -19,6 +19,7 @@ from mmedpo_utils.dataset import FilmDataset
 from mmedpo_utils.phantom.texts import read_masks, write_dataset
 from mmedpo_utils.preference_rows import read_questions
 from mmedpo_utils.profiles import load_profile
+from mmedpo_utils.show import comparison
 from mmedpo_utils.trainer import adapter_config
 
 from .test_trainer import tiny_lvlm
@@ -156,7 +157,7 @@ def test_a_profile_evaluates_somebodys_adapter_with_released_decoding(world, tmp
     assert [row["prediction"] for row in answers["theirs"]] != [
         row["prediction"] for row in answers["base"]
     ]
-    _, before, after = evaluate.attention_example(profile, data, tmp_path / "theirs")
+    _, before, after = comparison.attention_example(profile, data, tmp_path / "theirs")
     assert before.sum() == pytest.approx(1, abs=1e-4) and np.abs(after - before).max() > 1e-4
 
 

@@ -26,11 +26,11 @@ from mmedpo_utils.medklip import (
     load_medklip,
     peak,
     pointing_hit,
-    score_medklip,
 )
 from mmedpo_utils.phantom.texts import report
 from mmedpo_utils.phantom.world import FINDINGS, films
 from mmedpo_utils.programs.build_phantom_medklip import read_report, training_films
+from mmedpo_utils.show.medklip_scores import score_medklip
 
 
 @pytest.fixture(scope="module")

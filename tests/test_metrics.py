@@ -13,6 +13,7 @@ from sacrebleu.metrics import BLEU
 from mmedpo_utils import metrics
 from mmedpo_utils.base import bootstrap
 from mmedpo_utils.base import words as words_of
+from mmedpo_utils.base.rows import patient_of
 
 REPORTS = [
     (
@@ -143,7 +144,7 @@ def test_who_the_patient_is():
     name.
     """
     named = [
-        metrics.patient_of({"image": "a.png", **row})
+        patient_of({"image": "a.png", **row})
         for row in (
             {},
             {"patient_id": None},
@@ -243,7 +244,7 @@ def test_bootstrap_draws_patients_and_seeds_not_rows():
 def test_interval_is_repeatable_fast_and_covers_bleu():
     rows = [row("REPORT", *REPORTS[n % 3], patient_id=f"p{n}") for n in range(60)]
     statistics, statistic, used = metrics.row_statistics(rows, "bleu")
-    patients = [metrics.patient_of(r) for r in used]
+    patients = [patient_of(r) for r in used]
     first = bootstrap.bootstrap_interval(statistics, patients, statistic=statistic)
     assert first == bootstrap.bootstrap_interval(statistics, patients, statistic=statistic)
     assert first[1] < first[0] < first[2] and first[0] == pytest.approx(metrics.score(rows, "bleu"))
@@ -262,8 +263,8 @@ def test_paired_difference_uses_the_same_draws():
 
 
 def test_patient_falls_back_to_the_image():
-    assert metrics.patient_of({"image": "x.jpg"}) == "x.jpg"
-    assert metrics.patient_of({"image": "x.jpg", "patient_id": "p1"}) == "p1"
+    assert patient_of({"image": "x.jpg"}) == "x.jpg"
+    assert patient_of({"image": "x.jpg", "patient_id": "p1"}) == "p1"
 
 
 def test_released_questions_score_their_own_answers_fully(shared):

@@ -258,3 +258,11 @@ def check_prediction(row: Any, where: str) -> None:
             f"{where}: `answer_type`: expected one of {', '.join(ANSWER_TYPES)}, found "
             f"{row['answer_type']!r:.80}; predict again"
         )
+
+
+def patient_of(row: Row) -> str:
+    """The patient of a row; the image's name stands for it where the row names none (no key, null,
+    or a blank text).
+    """
+    patient = row.get("patient_id")
+    return str(row["image"] if patient is None or not str(patient).strip() else patient)

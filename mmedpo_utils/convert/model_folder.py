@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoProcessor, LlavaProcessor
+from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
 
 from ..base.chat_templates import TEMPLATES
 from ..base.errors import InputError, first_line
 from ..base.files import load_json
 from ..base.quiet import quiet_loading
-from ..lvlm import PHANTOM_WEIGHTS, MedLVLM, image_token_count, load_lvlm, prompt
+from ..lvlm import PHANTOM_WEIGHTS, MedLVLM, image_token_count, load_lvlm, load_weights, prompt
 from .adapters import adapter_folder, adapter_record
 from .llava_med import cache_folder, cached, converted, fetch, folder_record, original_config
 
@@ -199,3 +199,12 @@ def read_config(source: Path) -> Any:
             "(LlavaForConditionalGeneration)"
         )
     return config
+
+
+def empty_model(source: Path) -> LlavaForConditionalGeneration:
+    """The model of a Hugging Face folder on the meta device: names and shapes, and no weights.
+
+    Raises:
+        InputError: as `load_lvlm` would, for the weights.
+    """
+    return load_weights(source, device_map={"": "meta"})

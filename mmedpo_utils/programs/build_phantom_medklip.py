@@ -31,10 +31,10 @@ from ..medklip import (
     MedKLIP,
     MedKLIPConfig,
     load_medklip,
-    score_medklip,
 )
 from ..phantom.texts import report
 from ..phantom.world import FINDINGS, ZONES, Film, draw_film, films
+from ..show.medklip_scores import score_medklip
 
 TRAINING_SEED, EVALUATION_SEED = 1000, 0
 PATIENTS, BEST_PATCHES, PATCH_STEPS, JOINT_STEPS, FINAL_STEPS = 6000, 3, 600, 1800, 600

@@ -33,10 +33,10 @@ from ..convert.llava_med import (
     original_config,
     weight_files,
 )
-from ..convert.model_folder import prepare_processor, read_config, read_processor
+from ..convert.model_folder import empty_model, prepare_processor, read_config, read_processor
 from ..judges.chat import EndpointModel
 from ..launch_command import process_count
-from ..lvlm import PHANTOM_WEIGHTS, empty_model
+from ..lvlm import PHANTOM_WEIGHTS
 from ..profiles import LanguageModel, Profile, load_profile
 from ..scale.estimate import (
     GIB,

@@ -19,9 +19,10 @@ from ..base.settings import SPLITS, repository_root
 from ..dataset import FilmDataset, prepare_dataset
 from ..evaluate import lesion_attention_of_test_split, predict_test_split
 from ..launch import train
-from ..medklip import load_medklip, score_medklip
+from ..medklip import load_medklip
 from ..profiles import Profile, load_profile
 from ..show.comparison import compare_pair, score_table
+from ..show.medklip_scores import score_medklip
 from . import run_notebooks
 from .export import add_scores
 

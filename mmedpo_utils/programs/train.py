@@ -38,10 +38,10 @@ from ..base.environment import check_device, versions
 from ..base.errors import InputError
 from ..base.files import write_json
 from ..base.precision import train_in_32_bits
+from ..base.rows import patient_of
 from ..base.tensors import model_digest
 from ..curate import manifest_path, training_rows
 from ..lvlm import MedLVLM, load_profile_lvlm
-from ..metrics import patient_of
 from ..profiles import Profile, Variant, load_profile
 from ..relevance import training_weights
 from ..run_folder import (

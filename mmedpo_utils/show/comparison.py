@@ -5,6 +5,7 @@ of rules.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,13 +13,11 @@ import numpy as np
 from ..base.bootstrap import bootstrap_interval, paired_difference
 from ..base.errors import InputError
 from ..base.files import write_json
-from ..metrics import (
-    RELEASED_SCORES,
-    Row,
-    patient_of,
-    row_statistics,
-    score_predictions,
-)
+from ..base.rows import patient_of, question_text
+from ..dataset import FilmDataset
+from ..evaluate import asked_questions, profile_decoding
+from ..lvlm import image_attention, load_profile_lvlm
+from ..metrics import RELEASED_SCORES, Row, row_statistics, score_predictions
 from ..profiles import Profile
 
 Scores = dict[str, dict[str, float]]  # by metric: mean, low, high, seeds
@@ -159,3 +158,22 @@ def both_rules(predictions: Mapping[str, Sequence[Row]]) -> list[Row]:
             }
             table.append(line)
     return table
+
+
+def attention_example(
+    profile: Profile, dataset: FilmDataset, adapter: str | Path
+) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
+    """The first open test question, and the attention to its image without and with the adapter.
+
+    Shape of each: [grid, grid].
+    """
+    rows = asked_questions(profile, dataset)
+    row = next((row for row in rows if row["answer_type"] == "OPEN"), rows[0])
+    template = profile_decoding(profile).template
+    film = dataset.image(row["image"])
+
+    def attention(place: str | Path | None) -> np.ndarray:
+        lvlm = load_profile_lvlm(profile, place, template=template)
+        return image_attention(lvlm, [film], [question_text(row)], 1)[0].numpy()
+
+    return row, attention(None), attention(adapter)
