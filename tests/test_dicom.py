@@ -18,10 +18,10 @@ RAMP = np.arange(0, 4096, 16, dtype=np.uint16).reshape(16, 16)
 
 def save(path: Path, pixels: np.ndarray, **tags: object) -> Path:
     """A minimal secondary capture of ``pixels``; ``tags`` set or replace attributes."""
-    from pydicom.dataset import FileMetaDataset, FilmDataset
+    from pydicom.dataset import Dataset, FileMetaDataset
     from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage, generate_uid
 
-    dataset, bits = FilmDataset(), 8 * pixels.dtype.itemsize
+    dataset, bits = Dataset(), 8 * pixels.dtype.itemsize
     dataset.file_meta = FileMetaDataset()
     dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
     dataset.file_meta.MediaStorageSOPClassUID = SecondaryCaptureImageStorage
@@ -116,11 +116,11 @@ def test_a_torn_file_and_a_missing_reader_say_what_to_do(
 
 
 def test_a_voi_lut_is_applied_as_pydicom_does(tmp_path: Path) -> None:
-    from pydicom.dataset import FilmDataset
+    from pydicom.dataset import Dataset
     from pydicom.pixels import apply_modality_lut, apply_voi_lut
     from pydicom.sequence import Sequence
 
-    curve = FilmDataset()
+    curve = Dataset()
     curve.LUTDescriptor = [4096, 0, 12]
     curve.LUTData = (
         (4095 / (1 + np.exp(-12 * (np.linspace(0, 1, 4096) - 0.7)))).round().astype("<u2").tobytes()
@@ -151,10 +151,10 @@ def test_a_voi_lut_is_applied_as_pydicom_does(tmp_path: Path) -> None:
 
 
 def test_a_modality_lut_comes_before_the_window(tmp_path: Path) -> None:
-    from pydicom.dataset import FilmDataset
+    from pydicom.dataset import Dataset
     from pydicom.sequence import Sequence
 
-    table = FilmDataset()
+    table = Dataset()
     table.LUTDescriptor, table.ModalityLUTType = [4096, 0, 16], "US"
     table.LUTData = (np.arange(4096)[::-1] * 2).astype("<u2").tobytes()
     path = save(
@@ -285,11 +285,11 @@ def test_a_voi_lut_of_any_depth_is_looked_up_entry_by_entry(
     tmp_path: Path, bits: int, entries: int
 ) -> None:
     """pydicom reads a table of more than 256 entries of 8 bits wrongly, so this is counted here."""
-    from pydicom.dataset import FilmDataset
+    from pydicom.dataset import Dataset
     from pydicom.sequence import Sequence
 
     table = np.random.default_rng(bits).integers(0, 2**bits, entries)
-    curve = FilmDataset()
+    curve = Dataset()
     curve.LUTDescriptor = [entries % 65536, 100, bits]
     curve.LUTData = table.astype("<u2").tobytes()
     path = save(tmp_path / "film.dcm", RAMP, VOILUTSequence=Sequence([curve]))

@@ -208,7 +208,7 @@ def test_lesion_attention_asks_only_where_the_finding_has_a_mask(world):
         evaluate.lesion_attention(world["model"], world["questions"], world["images"], None, 4)
         == []
     )
-    table = evaluate.compare({"base": [rows]}, 50, ["attention_in_lesion"])
+    table = comparison.compare({"base": [rows]}, 50, ["attention_in_lesion"])
     assert table["base"]["attention_in_lesion"]["mean"] == pytest.approx(
         100 * np.mean([row["share"] for row in rows])
     )
@@ -228,7 +228,7 @@ def answers(right, kinds=("CLOSED", "OPEN")):
 
 
 def test_compare_has_intervals_per_model_and_seed():
-    table = evaluate.compare(
+    table = comparison.compare(
         {"base": [answers(5)], "mmedpo": [answers(8), answers(9), answers(8)]}, samples=300
     )
     assert json.loads(json.dumps(table)) == table
@@ -245,12 +245,12 @@ def test_compare_has_intervals_per_model_and_seed():
 
 
 def test_compare_pair_is_the_difference_and_wants_the_same_questions():
-    pair = evaluate.compare_pair([answers(8), answers(9)], [answers(5)], samples=300)
-    single = evaluate.compare({"a": [answers(8), answers(9)], "b": [answers(5)]}, samples=300)
+    pair = comparison.compare_pair([answers(8), answers(9)], [answers(5)], samples=300)
+    single = comparison.compare({"a": [answers(8), answers(9)], "b": [answers(5)]}, samples=300)
     for metric, entry in pair.items():
         assert entry["mean"] == pytest.approx(
             single["a"][metric]["mean"] - single["b"][metric]["mean"]
         )
-    assert evaluate.compare_pair([answers(5)], [answers(5)], 50)["closed_accuracy"]["high"] == 0
+    assert comparison.compare_pair([answers(5)], [answers(5)], 50)["closed_accuracy"]["high"] == 0
     with pytest.raises(InputError, match="same questions"):
-        evaluate.compare_pair([answers(8)], [answers(5)[1:]], samples=10)
+        comparison.compare_pair([answers(8)], [answers(5)[1:]], samples=10)

@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 
 from mmedpo_utils import metrics
+from mmedpo_utils.base.bootstrap import bootstrap_interval
 from mmedpo_utils.released import evaluation
 from mmedpo_utils.released.evaluation import bleu, bleu_n, normalise, word_overlap
+from mmedpo_utils.show import comparison
 
 DEBIAN_WORDNET = Path("/usr/share/wordnet")
 LEXICOGRAPHERS = """
@@ -177,7 +179,7 @@ def test_the_two_rules_side_by_side():
         {"question_id": n, "image": "a", "answer_type": kind, "answer": answer, "prediction": said}
         for n, (kind, answer, said) in enumerate(texts)
     ]
-    table = {line["score"]: line for line in metrics.both_rules({"base": rows})}
+    table = {line["score"]: line for line in comparison.both_rules({"base": rows})}
     assert (table["closed accuracy"]["our rule"], table["closed accuracy"]["released rule"]) == (
         0,
         100,
@@ -189,7 +191,7 @@ def test_the_two_rules_side_by_side():
         == pytest.approx(100)
     )
     assert table["bleu"]["released rule"] > table["bleu"]["our rule"]
-    only_closed = metrics.both_rules({"base": rows[:1]})
+    only_closed = comparison.both_rules({"base": rows[:1]})
     assert [line["score"] for line in only_closed] == ["closed accuracy"]
 
 
@@ -205,7 +207,7 @@ def test_a_released_score_has_an_interval_too():
         for n in range(40)
     ]
     statistics, statistic, used = metrics.row_statistics(rows, "released_bleu_1")
-    mean, low, high = metrics.bootstrap_interval(
+    mean, low, high = bootstrap_interval(
         statistics, [row["image"] for row in used], statistic=statistic
     )
     scores = [100 * bleu_n(row["answer"], row["prediction"], 1) for row in rows]
