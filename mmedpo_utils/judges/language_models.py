@@ -340,17 +340,17 @@ def build_judges(profile: Profile, card: Card) -> tuple[Judge, list[Member]]:
     values = profile.judge
     if values.backend == "phantom":
         return FactJudge(), [*fact_panel()]
-    judge, members = _speakers(profile)
-    speakers = [judge, *members.values()]
+    judge, members = speakers(profile)
+    models = [judge, *members.values()]
     # All are checked before the first is loaded: nothing may be sent where one is refused.
-    for model in speakers:
+    for model in models:
         if model.backend == "openai":
             # `load_profile` refuses an endpoint without an address.
             assert model.base_url is not None
             check_endpoint(model.base_url, card, values.agreement)
     limits = Limits(values.requests_per_minute, values.max_requests, values.max_cost)
     # A model with several roles is loaded once, and keeps one account.
-    chats = {model: _chat(model, profile, limits) for model in dict.fromkeys(speakers)}
+    chats = {model: _chat(model, profile, limits) for model in dict.fromkeys(models)}
     sampling = Sampling(values.temperature, profile.seed, values.max_tokens)
     panel: list[Member] = []
     for name, model in members.items():
@@ -358,7 +358,7 @@ def build_judges(profile: Profile, card: Card) -> tuple[Judge, list[Member]]:
     return LanguageModelJudge(chats[judge], sampling), panel
 
 
-def _speakers(profile: Profile) -> tuple[LanguageModel, dict[str, LanguageModel]]:
+def speakers(profile: Profile) -> tuple[LanguageModel, dict[str, LanguageModel]]:
     """The judge and the panel's members by name, of a profile whose backend is models."""
     judge, panel = profile.judge.judge, profile.judge.panel
     # `load_profile` refuses a profile without them.
@@ -409,7 +409,7 @@ def estimate(profile: Profile, questions: Sequence[Row]) -> list[dict[str, Any]]
         raise InputError("estimate: expected one question or more")
     if profile.judge.backend == "phantom":
         return []
-    judge, members = _speakers(profile)
+    judge, members = speakers(profile)
     curation = profile.curation
     compared = 0
     written = 0
