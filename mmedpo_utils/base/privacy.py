@@ -13,6 +13,9 @@ from typing import Protocol
 
 from .errors import InputError
 
+# The one form of address that is taken. It lists what may be there instead of asking a parser:
+# urlsplit drops tabs and line breaks and takes user names, queries and escapes, and another parser
+# (the HTTP client's) may find another host in such an address.
 ENDPOINT = re.compile(r"https?://(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9.-]+)(:\d{1,5})?(/[\w./~-]*)?")
 
 
@@ -51,12 +54,10 @@ class Card(Protocol):
     @property
     def name(self) -> str:
         """The data set's name."""
-        ...
 
     @property
-    def credentialed(self) -> bool:
-        """Whether its terms forbid passing it on."""
-        ...
+    def credentialed(self) -> bool | None:
+        """Whether its users are credentialed; None where nobody has said."""
 
 
 def agreement_sentence(card: Card) -> str:

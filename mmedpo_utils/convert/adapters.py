@@ -4,9 +4,8 @@ Three layouts are read. PEFT's own names the modules of today's Hugging Face mod
 training writes it. Earlier transformers named these modules otherwise. LLaVA's training scripts,
 and so the authors' release, name those of the original model
 (``base_model.model.model.layers.N...``) and leave the trained projector in
-``non_lora_trainables.bin``. Whatever the layout, each tensor must
-find its place and each place its tensor, or the adapter is refused: libraries only warn of that,
-and go on with the bare base model.
+``non_lora_trainables.bin``. Whatever the layout, each tensor must find its place and each place its
+tensor, or the adapter is refused: libraries only warn of that, and go on with the bare base model.
 """
 
 from __future__ import annotations
@@ -73,11 +72,12 @@ class AdapterReport:
     base: str | None
 
     def __str__(self) -> str:
-        left_out = f", {self.without_effect} without effect (B is zero) left out"
+        left_out = ""
+        if self.without_effect:
+            left_out = f", {self.without_effect} without effect (B is zero) left out"
         return (
             f"{self.layout} layout: {self.lora} LoRA tensors and {self.whole} whole ones applied"
-            + (left_out if self.without_effect else "")
-            + ", none unknown, none missing"
+            f"{left_out}, none unknown, none missing"
         )
 
 
@@ -111,6 +111,7 @@ def adapter_record(folder: Path) -> dict[str, list[Any]]:
 
 
 def _fetch(name: str, cached: bool) -> Path:
+    """The local copy of an adapter on the Hub: a repository, or a folder in one."""
     owner, _, rest = name.partition("/")
     repository, _, inside = rest.partition("/")
     wanted = [f"{inside}/{file}" if inside else file for file in ADAPTER_FILES]
@@ -118,9 +119,8 @@ def _fetch(name: str, cached: bool) -> Path:
     try:
         if not repository:
             raise ValueError("a name on the Hub is owner/repository")
-        return (
-            Path(snapshot_download(source, allow_patterns=wanted, local_files_only=cached)) / inside
-        )
+        copy = snapshot_download(source, allow_patterns=wanted, local_files_only=cached)
+        return Path(copy) / inside
     except (OSError, ValueError, HfHubHTTPError) as error:
         if cached and repository:
             raise InputError(
@@ -241,7 +241,8 @@ def _read_tensors(folder: Path) -> tuple[Tensors, str]:
     file = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     if file is None:
         raise InputError(f"{folder}: holds no {' or '.join(WEIGHTS)}; fetch the adapter again")
-    stored, beside = read_tensors(file), folder / NOT_LORA
+    stored = read_tensors(file)
+    beside = folder / NOT_LORA
     layout = "LLaVA" if beside.is_file() else _layout(stored)
     if layout == "LLaVA":
         if not beside.is_file():
@@ -268,6 +269,7 @@ def _read_tensors(folder: Path) -> tuple[Tensors, str]:
 
 
 def _layout(stored: dict[str, Tensor]) -> str:
+    """The layout that the names of an adapter's tensors are in."""
     names = [_plain(name) for name in stored]
     for layout, sign in SIGNS.items():
         if any(sign.match(name) for name in names):
@@ -288,8 +290,9 @@ def _tower_without_effect(model: nn.Module, tensors: Tensors, folder: Path) -> l
     LLaVA's scripts put LoRA on modules by their bare names, which the tower has too. It runs
     without gradient there, so that B stays as it began. The shapes are checked all the same.
     """
-    modules, found = dict(model.named_modules()), []
-    effect = False
+    modules = dict(model.named_modules())
+    found = []
+    has_effect = False
     for place, (name, tensor) in tensors.items():
         match = LORA_TENSOR.fullmatch(place)
         if match is None or not place.startswith(TOWER):
@@ -300,15 +303,19 @@ def _tower_without_effect(model: nn.Module, tensors: Tensors, folder: Path) -> l
                 f"{folder}: the adapter does not fit: {name} has no place in the base model's "
                 "vision tower; load the model that it was trained on"
             )
-        side, expected = (1, module.in_features) if match[2] == "A" else (0, module.out_features)
+        # A is [rank, in], B is [out, rank].
+        is_b = match[2] == "B"
+        side = 0 if is_b else 1
+        expected = module.out_features if is_b else module.in_features
         if tensor.ndim != 2 or tensor.shape[side] != expected:
             raise InputError(
                 f"{folder}: the adapter does not fit: {name} {list(tensor.shape)} is for another "
                 f"width than the vision tower's {expected}; load the model that it was trained on"
             )
-        effect = effect or (match[2] == "B" and bool(tensor.any()))
+        if is_b and bool(tensor.any()):
+            has_effect = True
         found.append(place)
-    return [] if effect else found
+    return [] if has_effect else found
 
 
 def _retarget(config: Any, model: nn.Module, tensors: Tensors, folder: Path) -> None:
@@ -322,26 +329,41 @@ def _retarget(config: Any, model: nn.Module, tensors: Tensors, folder: Path) -> 
             f"{folder / CONFIG}: `peft_type` is {config.peft_type!r}; in this layout only LORA is "
             "read"
         )
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    layers = {match[1] for match in map(LANGUAGE_LAYER.fullmatch, linear) if match}
-    listed = config.target_modules if isinstance(config.target_modules, list | set | tuple) else ()
-    named = {name.rpartition(".")[2] for name in listed}
-    kinds = {kind for kind in layers if kind.rpartition(".")[2] in named}
+    kinds = _listed_kinds(config, model)
     others = set()
-    for match in filter(None, map(LORA_TENSOR.fullmatch, tensors)):
+    for name in tensors:
+        match = LORA_TENSOR.fullmatch(name)
+        if match is None:
+            continue
         layer = LANGUAGE_LAYER.fullmatch(match[1])
         if layer:
             kinds.add(layer[1])
         else:
             others.add(re.escape(match[1]))
-    choices = sorted(others) + [
-        rf"model\.language_model\.layers\.\d+\.{re.escape(kind)}" for kind in sorted(kinds)
-    ]
+    choices = sorted(others)
+    for kind in sorted(kinds):
+        choices.append(rf"model\.language_model\.layers\.\d+\.{re.escape(kind)}")
     config.target_modules = "|".join(choices)
     config.exclude_modules = None
     config.task_type = None  # PEFT would wrap a causal language model otherwise
     whole = any(name.startswith(f"model.{PROJECTOR}.") for name in tensors)
     config.modules_to_save = [PROJECTOR] if whole else None
+
+
+def _listed_kinds(config: Any, model: nn.Module) -> set[str]:
+    """The kinds of modules in a language layer (``self_attn.q_proj``) that a LoRA configuration
+    lists by their bare names.
+    """
+    listed = config.target_modules
+    if not isinstance(listed, list | set | tuple):
+        return set()  # a pattern, in the names of another layout
+    bare_names = {name.rpartition(".")[2] for name in listed}
+    kinds = set()
+    for name, module in model.named_modules():
+        layer = LANGUAGE_LAYER.fullmatch(name)
+        if layer and isinstance(module, nn.Linear) and layer[1].rpartition(".")[2] in bare_names:
+            kinds.add(layer[1])
+    return kinds
 
 
 def _check_fit(
@@ -353,13 +375,16 @@ def _check_fit(
     names: tuple[str, ...],
 ) -> None:
     """Compare names and shapes, in the words of the adapter's own files."""
-    found = {name: tensor for name, tensor in tensors.values()}
-    places = {}
+    found = dict(tensors.values())
+    expected = {}
     for key, tensor in wanted.items():
         place = key.removeprefix(WRAPPER)
-        usual = WRAPPER + renamed(place, LAYOUTS[layout])
-        places[tensors[place][0] if place in tensors else usual] = tensor
-    problems = misfits(found, places)
+        if place in tensors:
+            name, _ = tensors[place]
+        else:
+            name = WRAPPER + renamed(place, LAYOUTS[layout])  # as the file would call it
+        expected[name] = tensor
+    problems = misfits(found, expected)
     if problems:
         raise InputError(
             f"{folder}: the adapter ({layout} layout) does not fit {names[0]}: tensors {problems}; "

@@ -18,6 +18,7 @@ from ..profiles import IMAGE_FOLDERS
 from .layouts import LAYOUTS, Questions, read_layout
 
 FOLDERS = {"phantom": ("folder", "data"), "vqa-rad-mini": ("folder", "")}
+OTHER_VERSION = "compare with the card's `oddities`: this is another version, or a part"
 
 
 def check_dataset(card: DatasetCard, root: str | os.PathLike) -> list[dict[str, Any]]:
@@ -37,20 +38,16 @@ def check_dataset(card: DatasetCard, root: str | os.PathLike) -> list[dict[str, 
     rows = []
     for path, content in card.layout.items():
         present = [option for option in path.split(" or ") if (root / option).exists()]
-        rows.append(
-            _line(path, content, present[0] if present else "missing", "" if present else fetch)
-        )
+        if present:
+            rows.append(_line(path, content, present[0], ""))
+        else:
+            rows.append(_line(path, content, "missing", fetch))
     for path, digest in card.files.items():
         if digest is not None and (root / path).is_file():
             found = file_sha256(root / path)
-            rows.append(
-                _line(
-                    f"{path}: SHA-256",
-                    f"{digest[:12]}...",
-                    f"{found[:12]}...",
-                    "" if found == digest else "fetch it again, or note which version you have",
-                )
-            )
+            remedy = "" if found == digest else "fetch it again, or note which version you have"
+            what = f"{path}: SHA-256"
+            rows.append(_line(what, f"{digest[:12]}...", f"{found[:12]}...", remedy))
     try:
         with warnings.catch_warnings(record=True) as left_out:
             warnings.simplefilter("always")
@@ -59,35 +56,25 @@ def check_dataset(card: DatasetCard, root: str | os.PathLike) -> list[dict[str, 
         return [*rows, _line("questions", "readable", "not readable", str(error))]
     for split, size in card.splits.items():
         rows += _check_split(split, size, questions.get(split, []), folder)
-    rows += [
-        _line("rows that can be used", "all", "not all", str(warning.message))
-        for warning in left_out
-    ]
+    for warning in left_out:
+        rows.append(_line("rows that can be used", "all", "not all", str(warning.message)))
     return rows
 
 
 def _check_split(
     split: str, size: Split, questions: list[dict[str, Any]], folder: Path
 ) -> list[dict[str, Any]]:
+    """How many questions a split has, and how many of their images are there."""
     names = dict.fromkeys(row["image"] for row in questions)
     absent = [name for name in names if not _is_there(folder, name)]
-    count, expected = len(questions), size.items
-    differs = (count != expected) if expected is not None else not count
+    count = len(questions)
+    # Where the card gives no number, any is right but 0.
+    as_expected = count > 0 if size.items is None else count == size.items
+    compare = "" if as_expected else OTHER_VERSION
+    put = f"put the missing ones into {folder.name}/, {absent[0]} first" if absent else ""
     return [
-        _line(
-            f"{split}: questions or reports",
-            expected,
-            count,
-            "compare with the card's `oddities`: this is another version, or a part"
-            if differs
-            else "",
-        ),
-        _line(
-            f"{split}: images",
-            len(names),
-            len(names) - len(absent),
-            f"put the missing ones into {folder.name}/, {absent[0]} first" if absent else "",
-        ),
+        _line(f"{split}: questions or reports", size.items, count, compare),
+        _line(f"{split}: images", len(names), len(names) - len(absent), put),
     ]
 
 
@@ -97,8 +84,10 @@ def _line(what: str, expected: Any, found: Any, remedy: str) -> dict[str, Any]:
 
 def _read(name: str, root: Path) -> tuple[Questions, Path]:
     """The questions of a card's data set, and its image folder."""
-    layout, part = FOLDERS.get(name, (name if name in LAYOUTS else "folder", ""))
-    return read_layout(layout, root / part, images=False), root / part / IMAGE_FOLDERS[layout]
+    own = name if name in LAYOUTS else "folder"
+    layout, part = FOLDERS.get(name, (own, ""))
+    questions = read_layout(layout, root / part, images=False)
+    return questions, root / part / IMAGE_FOLDERS[layout]
 
 
 def _is_there(folder: Path, name: str) -> bool:
@@ -134,21 +123,21 @@ def export_croissant(
     except ImportError as error:
         raise InputError(
             "Croissant export needs mlcroissant, which is not installed; install the package "
-            "with its extra "
-            "`croissant`"
+            "with its extra `croissant`"
         ) from error
-    known = {file: digest or _local(root, file) for file, digest in card.files.items()}
-    distribution = [
-        mlcroissant.FileObject(
+    distribution = []
+    for file, known in card.files.items():
+        digest = known or _local_digest(root, file)
+        if digest is None:
+            continue
+        described = mlcroissant.FileObject(
             id=file.replace(" ", "_"),
             name=file,
             content_url=file,
             sha256=digest,
             encoding_formats=[ENCODINGS.get(Path(file).suffix, "application/octet-stream")],
         )
-        for file, digest in known.items()
-        if digest
-    ]
+        distribution.append(described)
     try:
         metadata = mlcroissant.Metadata(
             name=card.name,
@@ -163,31 +152,32 @@ def export_croissant(
         raise InputError(
             f"{card.name}: makes no valid Croissant metadata ({reason}); correct the card"
         ) from error
+    # The metadata holds dates, which JSON does not: they become texts.
     write_json(path, json.loads(json.dumps(metadata, default=str)))
 
 
-def _local(root: str | os.PathLike | None, file: str) -> str | None:
-    return (
-        file_sha256(Path(root) / file)
-        if root is not None and (Path(root) / file).is_file()
-        else None
-    )
+def _local_digest(root: str | os.PathLike | None, file: str) -> str | None:
+    """The hash of a file under ``root``; None without a root, or where the file is not there."""
+    if root is None or not (Path(root) / file).is_file():
+        return None
+    return file_sha256(Path(root) / file)
 
 
 def _description(card: DatasetCard) -> str:
-    splits = "; ".join(
-        f"{name}: {size.items} items"
-        for name, size in card.splits.items()
-        if size.items is not None
-    )
+    """The card in sentences, for the fields that Croissant has no place for."""
+    layout = "; ".join(f"{path} ({content})" for path, content in card.layout.items())
     parts = [
         card.title,
         f"Task: {card.task}",
         f"Modality: {card.modality}",
         f"Access: {card.access}",
-        f"Layout: {'; '.join(f'{path} ({content})' for path, content in card.layout.items())}",
-        f"Splits: {splits}" if splits else "",
-        "Credentialed: not to be passed on" if card.credentialed else "",
-        *card.oddities,
+        f"Layout: {layout}",
     ]
+    sizes = {name: size.items for name, size in card.splits.items() if size.items is not None}
+    if sizes:
+        splits = "; ".join(f"{name}: {items} items" for name, items in sizes.items())
+        parts.append(f"Splits: {splits}")
+    if card.credentialed:
+        parts.append("Credentialed: not to be passed on")
+    parts += card.oddities
     return ". ".join(part.rstrip(".") for part in parts if part) + "."

@@ -92,6 +92,7 @@ def _decoded_elsewhere(path: str | os.PathLike) -> np.ndarray:
 
 
 def _grey(pixels: np.ndarray, dataset: Any) -> Image.Image:
+    """A grey frame as 8 bits, by what its file says of the grey values."""
     from pydicom.pixels import apply_modality_lut
 
     padding = _padding(pixels, dataset)
@@ -101,11 +102,10 @@ def _grey(pixels: np.ndarray, dataset: Any) -> Image.Image:
         grey = np.round(_looked_up(values, dataset) * 255).astype(np.uint8)
     else:
         window = _windowed(values.astype(np.float64), dataset)
-        grey = (
-            scale_to_8_bits(values, ~padding)
-            if window is None
-            else np.round(window * 255).astype(np.uint8)
-        )
+        if window is None:
+            grey = scale_to_8_bits(values, ~padding)
+        else:
+            grey = np.round(window * 255).astype(np.uint8)
     shape = dataset.get("PresentationLUTShape", "IDENTITY")
     if dataset.PhotometricInterpretation == "MONOCHROME1" or shape == "INVERSE":
         grey = 255 - grey
@@ -143,10 +143,9 @@ def _windowed(values: np.ndarray, dataset: Any) -> np.ndarray | None:
     """Grey values in [0, 1] by the first window (DICOM PS3.3 C.11.2.1.2); None without one. Shape:
     as given.
     """
-    centre, width = (
-        np.atleast_1d(dataset.get(name, np.nan)).astype(float)[0]
-        for name in ("WindowCenter", "WindowWidth")
-    )
+    centre = _first_number(dataset, "WindowCenter")
+    width = _first_number(dataset, "WindowWidth")
+    # NaN where the file has none: it fails the comparison.
     if not width > 0 or not np.isfinite(centre):
         return None
     function = dataset.get("VOILUTFunction", "LINEAR")
@@ -155,3 +154,8 @@ def _windowed(values: np.ndarray, dataset: Any) -> np.ndarray | None:
     if function == "LINEAR_EXACT":
         return np.clip((values - centre) / width + 0.5, 0, 1)
     return np.clip((values - (centre - 0.5)) / max(width - 1, 1e-12) + 0.5, 0, 1)
+
+
+def _first_number(dataset: Any, name: str) -> float:
+    """The first value of an element that may hold several; NaN without one."""
+    return float(np.atleast_1d(dataset.get(name, np.nan)).astype(float)[0])

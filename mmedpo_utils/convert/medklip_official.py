@@ -2,9 +2,8 @@
 not store.
 
 The official file is a torch pickle ``{"model": {"module.<key>": tensor}}``. Its query embeddings
-are computed at
-construction: Bio_ClinicalBERT's first token on one description per query, from a file of the
-MedKLIP repository.
+are computed at construction: Bio_ClinicalBERT's first token on one description per query, from a
+file of the MedKLIP repository.
 """
 
 from __future__ import annotations
@@ -102,14 +101,15 @@ def our_key(key: str) -> str:
     block = re.fullmatch(r"res_features\.(\d)\.(\d+)\.(.*)", key)
     if not block:
         return key
-    rest = (
-        block[3]
-        .replace("downsample.0", "shortcut.convolution")
-        .replace("downsample.1", "shortcut.normalization")
-    )
+    # torchvision counts convolutions from 1 and puts the stages at places 4 to 6 of the trunk;
+    # transformers counts both from 0.
+    stage = int(block[1]) - 4
+    rest = block[3]
+    rest = rest.replace("downsample.0", "shortcut.convolution")
+    rest = rest.replace("downsample.1", "shortcut.normalization")
     rest = re.sub(r"conv(\d)", lambda found: f"layer.{int(found[1]) - 1}.convolution", rest)
     rest = re.sub(r"bn(\d)", lambda found: f"layer.{int(found[1]) - 1}.normalization", rest)
-    return f"res_features.encoder.stages.{int(block[1]) - 4}.layers.{block[2]}.{rest}"
+    return f"res_features.encoder.stages.{stage}.layers.{block[2]}.{rest}"
 
 
 def query_embeddings(descriptions: Path, text_encoder: str) -> Tensor:
@@ -129,10 +129,8 @@ def query_embeddings(descriptions: Path, text_encoder: str) -> Tensor:
     """
     texts = _read_descriptions(descriptions)
     identity = json.dumps([text_encoder, LONGEST_DESCRIPTION, OFFICIAL_QUERIES, texts])
-    cache = (
-        descriptions.parent
-        / f"query_embeddings-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.safetensors"
-    )
+    digest = hashlib.sha256(identity.encode()).hexdigest()[:16]
+    cache = descriptions.parent / f"query_embeddings-{digest}.safetensors"
     if cache.is_file():
         try:
             return load_file(cache)["disease_book"]
@@ -152,13 +150,12 @@ def query_embeddings(descriptions: Path, text_encoder: str) -> Tensor:
 
 @torch.inference_mode()
 def _embed(texts: Sequence[str], text_encoder: str) -> Tensor:
+    """The state of the first token on each text. Shape: [texts, width of the encoder]."""
     from transformers import AutoModel, AutoTokenizer
 
     try:
-        tokenizer, model = (
-            loader.from_pretrained(text_encoder, trust_remote_code=False)
-            for loader in (AutoTokenizer, AutoModel)
-        )
+        tokenizer = AutoTokenizer.from_pretrained(text_encoder, trust_remote_code=False)
+        model = AutoModel.from_pretrained(text_encoder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(
             f"text encoder {text_encoder!r}: cannot be loaded ({first_line(error)}); give the "
@@ -181,30 +178,33 @@ def _read_descriptions(path: Path) -> list[str]:
     except (OSError, ValueError) as error:
         raise InputError(
             f"{path}: cannot be read as JSON ({first_line(error)}); expected one description per "
-            "query: fetch "
-            f'"{DESCRIPTIONS}" from PreTrain_MedKLIP/data_file of the MedKLIP repository and '
-            "put it beside "
-            "the checkpoint"
+            f'query: fetch "{DESCRIPTIONS}" from PreTrain_MedKLIP/data_file of the MedKLIP '
+            "repository and put it beside the checkpoint"
         ) from error
     if not isinstance(found, dict):
         raise InputError(
             f"{path}: expected an object {{query: description}}, found {type(found).__name__}"
         )
-    texts = [found.get(query, found.get(MISSPELT.get(query))) for query in OFFICIAL_QUERIES]
-    wrong = [
-        query
-        for query, text in zip(OFFICIAL_QUERIES, texts)
-        if not isinstance(text, str) or not text.strip()
-    ]
-    if wrong:
+    texts: list[str] = []
+    without: list[str] = []
+    for query in OFFICIAL_QUERIES:
+        # The repository's file writes "eumonia".
+        text = found.get(query, found.get(MISSPELT.get(query)))
+        if isinstance(text, str) and text.strip():
+            texts.append(text)
+        else:
+            without.append(query)
+    if without:
+        named = ", ".join(without[:3]) + (", ..." if len(without) > 3 else "")
         raise InputError(
-            f"{path}: no description of {len(wrong)} of {len(OFFICIAL_QUERIES)} queries "
-            f"({', '.join(wrong[:3])}{', ...' if len(wrong) > 3 else ''}); expected a text for each"
+            f"{path}: no description of {len(without)} of {len(OFFICIAL_QUERIES)} queries "
+            f"({named}); expected a text for each"
         )
     return texts
 
 
 def _read_pickle(path: Path) -> dict[str, Any]:
+    """Tensors of a torch pickle by name; it cannot run code."""
     try:
         stored = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of a damaged pickle torch raises whatever its bytes lead to

@@ -64,7 +64,7 @@ def _hugging_face_folder(name_or_path: str | Path, vision_tower: str) -> Path:
     if original is not None:
         with quiet_loading():
             source = converted(source, original, vision_tower, str(name_or_path))
-    read_config(source)
+    read_config(source)  # raises where it is no LLaVA
     return source
 
 

@@ -66,7 +66,8 @@ class Unanswered(Exception):
 
     def __init__(self, reason: str, wait: float | None = None, billed: bool = False) -> None:
         super().__init__(reason)
-        self.wait, self.billed = wait, billed
+        self.wait = wait
+        self.billed = billed
 
 
 class Backend(Protocol):
@@ -145,8 +146,14 @@ class EndpointModel:
     def __init__(self, model: LanguageModel, timeout: float) -> None:
         import openai
 
-        self.name, self._url, self._key = model.model, model.base_url, _api_key(model.api_key_env)
+        # `load_profile` refuses an endpoint without an address.
+        assert model.base_url is not None
+        self.name = model.model
+        self._url = model.base_url
+        self._key = _api_key(model.api_key_env)
         self._refused: set[str] = set()  # parameters that the server does not take from this model
+        # A proxy of the environment would see what is meant for this machine alone, and a redirect
+        # could lead elsewhere.
         web = openai.DefaultHttpxClient(
             follow_redirects=False, trust_env=not is_loopback(model.base_url)
         )
@@ -154,12 +161,12 @@ class EndpointModel:
             base_url=model.base_url,
             api_key=self._key or "none",
             timeout=timeout,
-            max_retries=0,
+            max_retries=0,  # `Chat` asks again, and counts what each attempt may cost
             http_client=web,
         )
-        self._client.organization = self._client.project = (
-            None  # else taken from the environment and sent along
-        )
+        # Else both are taken from the environment and sent along.
+        self._client.organization = None
+        self._client.project = None
 
     def __call__(self, messages: Messages, schema: dict[str, Any], sampling: Sampling) -> Reply:
         """Answer once; a parameter that the server refuses is left out, or renamed, from then
@@ -194,14 +201,17 @@ class EndpointModel:
         }
         for refused in self._refused:
             value = request.pop(refused)
-            if ADAPTED[refused]:
-                request[ADAPTED[refused]] = value
+            other_name = ADAPTED[refused]
+            if other_name:
+                request[other_name] = value
         return request
 
     def _refusal(self, error: Any, messages: Messages) -> Exception:
         """What an answer with an error status means: ask again, ask in another way, or give up."""
-        status, refusal = error.status_code, Refusal.of(error.body)
-        said = refusal.shown(self._key, " ".join(message["content"] for message in messages))
+        status = error.status_code
+        refusal = Refusal.of(error.body)
+        asked = " ".join(message["content"] for message in messages)
+        said = refusal.shown(self._key, asked)
         passing = status in (408, 409, 429) or status >= 500
         if passing and not refusal.no_money:
             reason = f"status {status}: {said}" if said else f"status {status}"
@@ -237,12 +247,11 @@ class EndpointModel:
         try:
             served = [model.id for model in self._client.models.list()]
         except openai.APIStatusError as error:
-            if error.status_code != 404:  # not every server lists its models
-                told = hint(error.status_code, Refusal.of(error.body))
-                raise InputError(
-                    f"{self._url}: answers {error.status_code}{f' ({told})' if told else ''}"
-                ) from None
-            return f"{self.name} at {self._url}, which answers and lists no models"
+            if error.status_code == 404:  # not every server lists its models
+                return f"{self.name} at {self._url}, which answers and lists no models"
+            why = hint(error.status_code, Refusal.of(error.body))
+            answer = f"{self._url}: answers {error.status_code}"
+            raise InputError(f"{answer} ({why})" if why else answer) from None
         except (openai.APIError, ValueError):
             raise InputError(
                 f"{self._url}: does not answer; start the server, or correct the base_url"
@@ -255,22 +264,32 @@ class EndpointModel:
         return f"{self.name} at {self._url}, which serves it"
 
     def _read(self, answer: Any) -> Reply:
+        """The reply in an answer of the protocol; what a server has put into it is not trusted."""
         try:
-            choice, usage = answer.choices[0], answer.usage
+            choice = answer.choices[0]
             text = choice.message.content or ""
-            counts = (usage.prompt_tokens, usage.completion_tokens) if usage else (None, None)
             if not isinstance(text, str):
                 raise TypeError("the content is no text")
-            # A negative count would give money back, and no limit of cost be reached.
-            if any(type(count) is not int or count < 0 for count in counts):
-                counts = (None, None)
+            complete = choice.finish_reason != "length"
+            prompt_tokens, completion_tokens = _token_counts(answer.usage)
         except (AttributeError, IndexError, TypeError):
             raise Unanswered("an answer that is no chat completion", billed=True) from None
         if self._key:
             text = text.replace(self._key, "***")
-        return Reply(
-            text.encode("utf-8", "replace").decode(), choice.finish_reason != "length", *counts
-        )
+        # Half a surrogate pair cannot be written to the cache.
+        text = text.encode("utf-8", "replace").decode()
+        return Reply(text, complete, prompt_tokens, completion_tokens)
+
+
+def _token_counts(usage: Any) -> tuple[int | None, int | None]:
+    """Tokens of prompt and completion; None for both where one is not a count."""
+    if not usage:
+        return None, None
+    counts = usage.prompt_tokens, usage.completion_tokens
+    # A negative count would give money back, and no limit of cost be reached. A bool is an int too.
+    if any(type(count) is not int or count < 0 for count in counts):
+        return None, None
+    return counts
 
 
 class LocalModel:
@@ -286,14 +305,19 @@ class LocalModel:
         from ..base.precision import nf4_config
         from ..base.quiet import quiet_loading
 
-        target, small = torch.device(check_device(device)), model.quantization == "nf4"
+        target = torch.device(check_device(device))
+        small = model.quantization == "nf4"
         if small and target.type != "cuda":
             raise InputError(
                 f"judge model {model.model}: quantization nf4 needs a GPU and there is none in "
                 "use; write none"
             )
+        # The cache names answers by the model: rounded weights answer otherwise.
         self.name = f"{model.model} (nf4)" if small else model.model
-        device_map = ("auto" if torch.cuda.device_count() > 1 else {"": target}) if small else None
+        device_map: str | dict[str, Any] | None = None
+        if small:
+            # Quantised weights cannot be moved afterwards: they are placed while they are loaded.
+            device_map = "auto" if torch.cuda.device_count() > 1 else {"": target}
         try:
             with quiet_loading():
                 self._tokenizer = AutoTokenizer.from_pretrained(
@@ -325,28 +349,30 @@ class LocalModel:
         """
         import torch
 
-        model, hot = self._model, sampling.temperature > 0
-        inputs = self._tokenizer.apply_chat_template(
+        model = self._model
+        inputs: Any = self._tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        ).to(model.device)
-        ways = (
-            {"do_sample": True, "temperature": sampling.temperature, "top_k": 0, "top_p": 1.0}
-            if hot
-            else {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
         )
-        with (
-            torch.inference_mode(),
-            torch.random.fork_rng([model.device] if model.device.type == "cuda" else []),
-        ):
+        inputs = inputs.to(model.device)
+        # Every way is set: the model's own generation settings would hold otherwise.
+        ways: dict[str, Any]
+        if sampling.temperature > 0:
+            ways = {
+                "do_sample": True,
+                "temperature": sampling.temperature,
+                "top_k": 0,
+                "top_p": 1.0,
+            }
+        else:
+            ways = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
+        devices = [model.device] if model.device.type == "cuda" else []
+        with torch.inference_mode(), torch.random.fork_rng(devices):
             torch.manual_seed(sampling.seed)
             tokens = model.generate(**inputs, max_new_tokens=sampling.max_tokens, **ways)[0]
-        answer = tokens[inputs["input_ids"].shape[1] :]
-        return Reply(
-            self._tokenizer.decode(answer, skip_special_tokens=True),
-            len(answer) < sampling.max_tokens,
-            inputs["input_ids"].shape[1],
-            len(answer),
-        )
+        prompt_tokens = inputs["input_ids"].shape[1]
+        answer = tokens[prompt_tokens:]
+        text = str(self._tokenizer.decode(answer, skip_special_tokens=True))
+        return Reply(text, len(answer) < sampling.max_tokens, prompt_tokens, len(answer))
 
 
 class Chat:
@@ -355,6 +381,11 @@ class Chat:
 
     An entry's name is the SHA-256 of model, messages, schema and sampling; it holds the answer, not
     the question.
+
+    Retries are written out here, not left to the client's ``max_retries`` or to a library. Each
+    attempt is admitted by the shared limits and paid for by what it may cost, an answer that was
+    cut off is asked for with more room, and a parameter that the server refuses is no failed
+    attempt. Those count retries only, out of sight of the limits.
     """
 
     def __init__(
@@ -365,8 +396,12 @@ class Chat:
         input_price: float = 0.0,
         output_price: float = 0.0,
     ) -> None:
-        self.backend, self.limits, self.counters = backend, limits or Limits(), Counters()
-        self._folder, self._prices = private_folder(folder), (input_price, output_price)
+        self.backend = backend
+        self.limits = limits or Limits()
+        self.counters = Counters()
+        self._folder = private_folder(folder)
+        self._input_price = input_price
+        self._output_price = output_price
 
     @property
     def name(self) -> str:
@@ -388,6 +423,7 @@ class Chat:
             if not isinstance(text, str):
                 raise TypeError("the entry holds no text")
         except (OSError, ValueError, KeyError, TypeError):
+            # No entry, or a damaged one.
             reply = self._ask(messages, schema, sampling)
             write_json(path, asdict(reply) | {"model": self.name}, mode=0o600)
             return reply.text
@@ -395,24 +431,28 @@ class Chat:
         return text
 
     def _ask(self, messages: Messages, schema: dict[str, Any], sampling: Sampling) -> Reply:
-        prompt_bytes, longest, reason = (
-            len(json.dumps([messages, schema]).encode()),
-            4 * sampling.max_tokens,
-            "",
-        )
+        """Ask ``ATTEMPTS`` times at most, with more room each time that an answer was cut off."""
+        # A token is a byte at least, so that the prompt is never longer than this.
+        prompt_bytes = len(json.dumps([messages, schema]).encode())
+        longest = 4 * sampling.max_tokens
+        reason = ""
         for attempt in range(ATTEMPTS):
+            last = attempt + 1 == ATTEMPTS
             worst = self._price(prompt_bytes, sampling.max_tokens)
+            wait: float | None
             try:
                 reply = self._in_its_way(messages, schema, sampling, worst)
             except Unanswered as error:
                 self._spend(worst if error.billed else 0.0)
-                reason, wait = str(error), error.wait
+                reason = str(error)
+                wait = error.wait
             else:
                 self._book(reply, worst)
-                if reply.complete or sampling.max_tokens >= longest or attempt + 1 == ATTEMPTS:
+                if reply.complete or sampling.max_tokens >= longest or last:
                     return reply
-                sampling, wait = replace(sampling, max_tokens=2 * sampling.max_tokens), 0.0
-            if attempt + 1 < ATTEMPTS:
+                sampling = replace(sampling, max_tokens=2 * sampling.max_tokens)
+                wait = 0.0
+            if not last:
                 self.counters.retries += 1
                 self.limits.sleep(_back_off(attempt) if wait is None else min(wait, LONGEST_WAIT))
         raise InputError(
@@ -435,13 +475,18 @@ class Chat:
                 self.counters.retries += 1
 
     def _book(self, reply: Reply, worst: float) -> None:
-        counted = reply.prompt_tokens is not None and reply.completion_tokens is not None
-        self._spend(self._price(reply.prompt_tokens, reply.completion_tokens) if counted else worst)
+        """Pay for a reply: by the tokens that the server counts, else ``worst``."""
+        if reply.prompt_tokens is None or reply.completion_tokens is None:
+            self._spend(worst)
+        else:
+            self._spend(self._price(reply.prompt_tokens, reply.completion_tokens))
         self.counters.prompt_tokens += reply.prompt_tokens or 0
         self.counters.completion_tokens += reply.completion_tokens or 0
 
     def _price(self, prompt_tokens: int, completion_tokens: int) -> float:
-        return (prompt_tokens * self._prices[0] + completion_tokens * self._prices[1]) / MILLION
+        prompt = prompt_tokens * self._input_price
+        completion = completion_tokens * self._output_price
+        return (prompt + completion) / MILLION
 
     def _spend(self, cost: float) -> None:
         self.counters.cost += cost
@@ -449,6 +494,7 @@ class Chat:
 
 
 def _api_key(variable: str | None) -> str | None:
+    """The key in an environment variable; None where the profile names none."""
     if variable is None:
         return None
     key = os.environ.get(variable, "").strip()
@@ -478,4 +524,7 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
             seconds = parsedate_to_datetime(value).timestamp() - time.time()
         except ValueError:
             return None
-    return max(0.0, seconds) if math.isfinite(seconds) else None
+    # float() reads "nan" and "inf" too.
+    if not math.isfinite(seconds):
+        return None
+    return max(0.0, seconds)

@@ -6,13 +6,13 @@ named like this there:
 
     judge:
       backend: models
-      judge: {backend: openai, model: gpt-4o, base_url: https://api.openai.com/v1, api_key_env:
-          OPENAI_API_KEY,
-              quantization: none, input_price: 2.5, output_price: 10.0}
+      judge:
+        {backend: openai, model: gpt-4o, base_url: https://api.openai.com/v1,
+         api_key_env: OPENAI_API_KEY, quantization: none, input_price: 2.5, output_price: 10.0}
       panel:
-        med42: {backend: transformers, model: m42-health/Llama3-Med42-8B, base_url: null,
-            api_key_env: null,
-                quantization: nf4, input_price: 0.0, output_price: 0.0}
+        med42:
+          {backend: transformers, model: m42-health/Llama3-Med42-8B, base_url: null,
+           api_key_env: null, quantization: nf4, input_price: 0.0, output_price: 0.0}
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from ..base.words import is_yes_no, opener, words
 from ..phantom.panel import FactJudge, fact_panel
 from ..profiles import LanguageModel, Profile
 from ..relevance import Judge, Member, Opinion
-from .chat import Backend, Chat, EndpointModel, Limits, LocalModel, Messages, Sampling
+from .chat import MILLION, Backend, Chat, EndpointModel, Limits, LocalModel, Messages, Sampling
 
 T = TypeVar("T")
 ASKS = 3
@@ -76,6 +76,7 @@ AGAIN = "An earlier answer could not be read: write the JSON object and not one 
 
 
 def _schema(**properties: dict[str, Any]) -> dict[str, Any]:
+    """The JSON schema of an object that has exactly these properties."""
     return {
         "type": "object",
         "properties": properties,
@@ -95,7 +96,9 @@ def build_messages(task: str, form: str, data: dict[str, Any], again: bool = Fal
         f"<data>\n{quoted}\n</data>",
         f"Answer with one JSON object and nothing else: {form}",
     ]
-    return [{"role": "user", "content": "\n\n".join([*parts, AGAIN] if again else parts)}]
+    if again:
+        parts.append(AGAIN)
+    return [{"role": "user", "content": "\n\n".join(parts)}]
 
 
 def read_score(value: Any) -> float | None:
@@ -103,57 +106,75 @@ def read_score(value: Any) -> float | None:
     anything else, "0.7/10" too.
     """
     if isinstance(value, str):
-        match = re.fullmatch(r"\s*(\d{1,9}(?:\.\d{1,9})?)\s*(%|/\s*[1-9]\d{0,8})?\s*", value)
-        whole = (
-            1
-            if match is None or not match[2]
-            else 100
-            if match[2] == "%"
-            else int(match[2].strip("/ "))
-        )
-        if match is None or whole > 1 and 0 < float(match[1]) < 1:
-            return None
-        value = float(match[1]) / whole
+        value = _read_share(value)
+    # A bool is an int too, and no score. NaN fails the comparison.
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
         return None
     return float(value)
 
 
+SHARE = re.compile(r"\s*(\d{1,9}(?:\.\d{1,9})?)\s*(%|/\s*[1-9]\d{0,8})?\s*")
+
+
+def _read_share(text: str) -> float | None:
+    """The number in "0.7", "7/10" or "70%"; None for anything else."""
+    match = SHARE.fullmatch(text)
+    if match is None:
+        return None
+    part = float(match[1])
+    if not match[2]:
+        return part
+    whole = 100 if match[2] == "%" else int(match[2].strip("/ "))
+    # "0.7/10" is 0.7 or 0.07: it can be read in two ways.
+    if whole > 1 and 0 < part < 1:
+        return None
+    return part / whole
+
+
 def read_answer(
     text: str, read: Callable[[dict[str, Any]], T | None], number: str | None = None
 ) -> tuple[T, str] | None:
-    """Read a model's answer: the JSON object in it, wherever it stands, or, for ``number``, nothing
-    but that number.
+    """Read a model's answer: the JSON object in it, wherever it is, or, for ``number``, nothing but
+    that number.
 
     Args:
         read: turns an object into a value, or None where it does not hold one.
-        number: the key that a bare number stands for; None: a bare number is not an answer.
+        number: the key whose value a bare number is; None: a bare number is not an answer.
 
     Returns:
         the value and the object's ``reason`` (or ""); None where no object holds one, or two hold
         different ones.
     """
+    # What a model says before it is done thinking is no answer.
     text = text.rpartition("</think>")[2][:LONGEST_ANSWER]
-    found = [
-        item
-        for item in _objects(text)
-        if not re.search("[\ud800-\udfff]", json.dumps(item, ensure_ascii=False))
-    ]
-    bare = re.fullmatch(
-        rf"[\s*`\"':=]*(?:{number}[\s*`\"':=]*)?(\d+(?:\.\d+)?(?:\s*/\s*\d+|\s*%)?)[\s*`\"'.]*",
-        text,
-        re.I,
-    )
-    if number and bare and not found:
-        found = [{number: bare[1]}]
-    values = [
-        (value, str(item.get("reason", ""))) for item in found if (value := read(item)) is not None
-    ]
-    return values[0] if values and all(value == values[0][0] for value, _ in values) else None
+    found = list(_objects(text))
+    if number and not found:
+        found = _bare_number(text, number)
+    answers: list[tuple[T, str]] = []
+    for item in found:
+        value = read(item)
+        if value is not None:
+            answers.append((value, str(item.get("reason", ""))))
+    if not answers or any(value != answers[0][0] for value, _ in answers):
+        return None
+    return answers[0]
+
+
+def _bare_number(text: str, key: str) -> list[dict[str, Any]]:
+    """The object that a text means by nothing but a number, with or without the key before it."""
+    marks = r"[\s*`\"':=]*"
+    number = r"(\d+(?:\.\d+)?(?:\s*/\s*\d+|\s*%)?)"
+    match = re.fullmatch(rf"{marks}(?:{key}{marks})?{number}[\s*`\"'.]*", text, re.I)
+    return [{key: match[1]}] if match else []
 
 
 def _objects(text: str) -> Iterator[dict[str, Any]]:
-    """Every JSON object in a text, in order, and the objects directly inside one."""
+    """Every JSON object in a text, in order, and the objects directly inside one.
+
+    Models write prose, code fences and broken braces around their object: each brace is tried as
+    its beginning. Objects in which a key is twice, or that hold half a surrogate pair, which cannot
+    be written to a file, are left out.
+    """
     decoder = json.JSONDecoder(object_pairs_hook=_once_each)
     start = text.find("{")
     while start >= 0:
@@ -162,14 +183,16 @@ def _objects(text: str) -> Iterator[dict[str, Any]]:
         except (ValueError, RecursionError):
             end = start + 1
         else:
-            yield value
-            yield from (item for item in value.values() if isinstance(item, dict))
+            inner = [item for item in value.values() if isinstance(item, dict)]
+            for item in [value, *inner]:
+                if not re.search("[\ud800-\udfff]", json.dumps(item, ensure_ascii=False)):
+                    yield item
         start = text.find("{", end)
 
 
 def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(dict(pairs)) < len(pairs):
-        raise ValueError("a key stands twice")
+        raise ValueError("a key is there twice")
     return dict(pairs)
 
 
@@ -188,9 +211,9 @@ def _ask(
     """
     for attempt in range(ASKS):
         messages = build_messages(task, form, data, again=attempt > 0)
-        value = read_answer(
-            chat(messages, schema, replace(sampling, seed=sampling.seed + attempt)), read, number
-        )
+        # Another seed, or the cache would give the same answer again.
+        answer = chat(messages, schema, replace(sampling, seed=sampling.seed + attempt))
+        value = read_answer(answer, read, number)
         if value is not None:
             return value
         chat.counters.unreadable += 1
@@ -204,7 +227,8 @@ class LanguageModelJudge:
     """
 
     def __init__(self, chat: Chat, sampling: Sampling) -> None:
-        self.chat, self._sampling = chat, sampling
+        self.chat = chat
+        self._sampling = sampling
 
     def conflict(self, question: str, answer: str, response: str) -> float:
         """The model's conflict in [0, 1]; 0 without asking for no response or the answer itself;
@@ -233,8 +257,10 @@ class LanguageModelJudge:
 
         def read(item: dict[str, Any]) -> str | None:
             text = item.get("response")
-            says = isinstance(text, str) and text.strip() and words(text) != words(answer)
-            return text.strip() if says else None
+            if not isinstance(text, str) or not text.strip():
+                return None
+            # The answer itself is no hallucination.
+            return None if words(text) == words(answer) else text.strip()
 
         task = WRITE.format(kind=HALLUCINATIONS[rng.integers(len(HALLUCINATIONS))])
         sampling = replace(self._sampling, seed=int(rng.integers(2**31)))
@@ -247,10 +273,11 @@ class LanguageModelJudge:
             _schema(response=TEXT),
             read,
         )
-        turned = (
-            {"yes": "no", "no": "yes"}[opener(answer)] if is_yes_no(answer) else f"not {answer}"
-        )
-        return value[0] if value else turned
+        if value:
+            return value[0]
+        if is_yes_no(answer):
+            return {"yes": "no", "no": "yes"}[opener(answer)]
+        return f"not {answer}"
 
 
 class LanguageModelMember:
@@ -259,7 +286,9 @@ class LanguageModelMember:
     """
 
     def __init__(self, name: str, chat: Chat, sampling: Sampling) -> None:
-        self.name, self.chat, self._sampling = name, chat, sampling
+        self.name = name
+        self.chat = chat
+        self._sampling = sampling
 
     def __call__(
         self, question: str, answer: str, response: str, previous: float | None
@@ -276,25 +305,24 @@ class LanguageModelMember:
             score = read_score(item.get("score"))
             return None if score is None else (score, False)
 
-        task, fields, data = RATE, {"score": SCORE, "reason": TEXT}, {"text": response}
-        form = '"score": a number from 0 to 1, "reason": one sentence}'
-        if previous is not None:
-            task, fields, data = (
-                RATE + RERATE,
-                {"agrees": {"type": "boolean"}} | fields,
-                data | {"previous_score": previous},
+        data: dict[str, Any] = {"text": response}
+        if previous is None:
+            task = RATE
+            schema = _schema(score=SCORE, reason=TEXT)
+            form = '{"score": a number from 0 to 1, "reason": one sentence}'
+        else:
+            task = RATE + RERATE
+            data["previous_score"] = previous
+            schema = _schema(agrees={"type": "boolean"}, score=SCORE, reason=TEXT)
+            form = (
+                '{"agrees": true or false, "score": a number from 0 to 1, "reason": one sentence}'
             )
-            form = '"agrees": true or false, ' + form
-        value = _ask(
-            self.chat, self._sampling, task, "{" + form, data, _schema(**fields), read, "score"
-        )
-        if value is None:
-            return Opinion(
-                0.5 if previous is None else previous,
-                previous is not None,
-                "no answer could be read",
-            )
-        return Opinion(*value[0], value[1])
+        value = _ask(self.chat, self._sampling, task, form, data, schema, read, "score")
+        if value is not None:
+            (score, agrees), reason = value
+            return Opinion(score, agrees, reason)
+        unread = "no answer could be read"
+        return Opinion(0.5, False, unread) if previous is None else Opinion(previous, True, unread)
 
 
 def build_judges(profile: Profile, card: Card) -> tuple[Judge, list[Member]]:
@@ -311,21 +339,35 @@ def build_judges(profile: Profile, card: Card) -> tuple[Judge, list[Member]]:
     """
     values = profile.judge
     if values.backend == "phantom":
-        return FactJudge(), fact_panel()
-    speakers = [values.judge, *values.panel.values()]
-    for model in speakers:
+        return FactJudge(), [*fact_panel()]
+    judge, members = speakers(profile)
+    models = [judge, *members.values()]
+    # All are checked before the first is loaded: nothing may be sent where one is refused.
+    for model in models:
         if model.backend == "openai":
+            # `load_profile` refuses an endpoint without an address.
+            assert model.base_url is not None
             check_endpoint(model.base_url, card, values.agreement)
     limits = Limits(values.requests_per_minute, values.max_requests, values.max_cost)
-    chats = {model: _chat(model, profile, limits) for model in dict.fromkeys(speakers)}
+    # A model with several roles is loaded once, and keeps one account.
+    chats = {model: _chat(model, profile, limits) for model in dict.fromkeys(models)}
     sampling = Sampling(values.temperature, profile.seed, values.max_tokens)
-    panel = [
-        LanguageModelMember(name, chats[model], sampling) for name, model in values.panel.items()
-    ]
-    return LanguageModelJudge(chats[values.judge], sampling), panel
+    panel: list[Member] = []
+    for name, model in members.items():
+        panel.append(LanguageModelMember(name, chats[model], sampling))
+    return LanguageModelJudge(chats[judge], sampling), panel
+
+
+def speakers(profile: Profile) -> tuple[LanguageModel, dict[str, LanguageModel]]:
+    """The judge and the panel's members by name, of a profile whose backend is models."""
+    judge, panel = profile.judge.judge, profile.judge.panel
+    # `load_profile` refuses a profile without them.
+    assert judge is not None and panel is not None
+    return judge, panel
 
 
 def _chat(model: LanguageModel, profile: Profile, limits: Limits) -> Chat:
+    """A language model with cache and limits; one on this machine has neither limits nor prices."""
     folder = profile.output / "judge_cache"
     if model.backend == "transformers":
         return Chat(LocalModel(model, profile.lvlm.device), folder)
@@ -337,7 +379,12 @@ def usage_table(judge: Judge, panel: Sequence[Member]) -> list[dict[str, Any]]:
     """One row per language model: requests, answers from the cache, retries, unreadable answers,
     fall-backs, tokens, cost.
     """
-    chats = dict.fromkeys(speaker.chat for speaker in (judge, *panel) if hasattr(speaker, "chat"))
+    # A model with several roles has one chat. The phantom's rules have none.
+    chats: dict[Chat, None] = {}
+    for speaker in (judge, *panel):
+        chat = getattr(speaker, "chat", None)
+        if chat is not None:
+            chats[chat] = None
     return [{"model": chat.name, **asdict(chat.counters)} for chat in chats]
 
 
@@ -360,41 +407,68 @@ def judge_cost(profile: Profile, questions: Sequence[Row]) -> list[dict[str, Any
     """
     if not questions:
         raise InputError("judge_cost: expected one question or more")
-    values, curation = profile.judge, profile.curation
-    if values.backend == "phantom":
+    if profile.judge.backend == "phantom":
         return []
-    texts = [(question_text(row), row["gpt4_answer"]) for row in questions]
-    compared = sum(_tokens(COMPARE, [question, answer, answer]) for question, answer in texts)
-    written = sum(_tokens(WRITE, [question, answer]) for question, answer in texts)
-    rated = sum(_tokens(RATE + RERATE, [answer]) for _, answer in texts)
-    most = curation.candidates + 2
-    asked = [(values.judge, curation.candidates, most, compared * (most - 1) + written)]
-    asked += [
-        (model, 1, curation.rounds, rated * curation.rounds) for model in values.panel.values()
-    ]
+    judge, members = speakers(profile)
+    curation = profile.curation
+    compared = 0
+    written = 0
+    rated = 0
+    for row in questions:
+        question = question_text(row)
+        answer = row["gpt4_answer"]
+        compared += _tokens(COMPARE, [question, answer, answer])
+        written += _tokens(WRITE, [question, answer])
+        rated += _tokens(RATE + RERATE, [answer])
+    # Every candidate is compared; where none contradicts, an answer is written and compared too.
+    comparisons = curation.candidates + 1
     rows: dict[LanguageModel, dict[str, Any]] = {}
-    for model, least, most, prompt_tokens in asked:
-        completion_tokens = len(texts) * most * values.max_tokens
-        cost = (
-            prompt_tokens * model.input_price + completion_tokens * model.output_price
-        ) / 1_000_000
-        new = {
-            "requests_least": len(texts) * least,
-            "requests_most": len(texts) * most,
-            "prompt_tokens": prompt_tokens,
-            "completion_tokens": completion_tokens,
-            "cost": cost,
-        }
-        old = rows.get(model, {})
-        rows[model] = {
-            "model": model.model,
-            **{key: old.get(key, 0) + value for key, value in new.items()},
-        }
+    rows[judge] = _empty_estimate(judge)
+    _add_role(
+        rows[judge],
+        least=len(questions) * curation.candidates,
+        most=len(questions) * (comparisons + 1),
+        prompt_tokens=compared * comparisons + written,
+    )
+    for member in members.values():
+        # A model may have several roles: then its row is the sum of them.
+        _add_role(
+            rows.setdefault(member, _empty_estimate(member)),
+            least=len(questions),
+            most=len(questions) * curation.rounds,
+            prompt_tokens=rated * curation.rounds,
+        )
+    for model, row in rows.items():
+        row["completion_tokens"] = row["requests_most"] * profile.judge.max_tokens
+        prompt_cost = row["prompt_tokens"] * model.input_price
+        completion_cost = row["completion_tokens"] * model.output_price
+        row["cost"] = (prompt_cost + completion_cost) / MILLION
     return list(rows.values())
 
 
+def _empty_estimate(model: LanguageModel) -> dict[str, Any]:
+    """A row of `estimate` for a model that is asked nothing."""
+    return {
+        "model": model.model,
+        "requests_least": 0,
+        "requests_most": 0,
+        "prompt_tokens": 0,
+        "completion_tokens": 0,
+        "cost": 0.0,
+    }
+
+
+def _add_role(row: dict[str, Any], least: int, most: int, prompt_tokens: int) -> None:
+    """Add what one role asks of a model to the model's row of `estimate`."""
+    row["requests_least"] += least
+    row["requests_most"] += most
+    row["prompt_tokens"] += prompt_tokens
+
+
 def _tokens(task: str, texts: list[str]) -> int:
-    form = 80
-    return (
-        len(task + QUOTED) + form + sum(len(text.encode()) + form for text in texts)
-    ) // BYTES_PER_TOKEN
+    """About how many tokens a prompt has: the task, and ``texts`` quoted as JSON."""
+    form = 80  # characters of the answer's form, and of keys and quotation marks around each text
+    size = len(task + QUOTED) + form
+    for text in texts:
+        size += len(text.encode()) + form
+    return size // BYTES_PER_TOKEN

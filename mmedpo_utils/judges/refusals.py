@@ -69,7 +69,11 @@ class Refusal:
     def _of_check(cls, check: dict[str, Any]) -> Refusal:
         """One line of FastAPI's list: its place is the path of keys into the request."""
         place = [part for part in check.get("loc") or () if isinstance(part, str)]
-        named = next((part for part in place if part in ADAPTED), place[-1] if place else "")
+        named = place[-1] if place else ""
+        # A parameter of ours may be further up: its own inner fields come after it.
+        ours = [part for part in place if part in ADAPTED]
+        if ours:
+            named = ours[0]
         text = f"{check.get('msg', '')}: {named}"
         return cls(text, str(check.get("type", "")), "", named)
 
@@ -94,11 +98,10 @@ class Refusal:
         if self.too_long:
             return None
         text = self.text.partition("{")[0]  # behind a brace may be the request, sent back
-        places = {name: re.search(rf"\b{name}\b", text) for name in sent}
-        found = [name for name in sent if name == self.named]
-        if not self.named:
-            found = [name for name in sent if places[name]]
-            found.sort(key=lambda name: places[name].start())
+        if self.named:
+            found = [name for name in sent if name == self.named]
+        else:
+            found = _in_order(sent, text)
         if found and UNSUPPORTED.search(f"{self.code} {text}"):
             return found[0]
         groundless = not (self.code or self.named)
@@ -121,6 +124,16 @@ class Refusal:
                 return ""
         text = text.partition("{")[0]
         return "" if _marks(asked) & _marks(text) else one_line(text)
+
+
+def _in_order(names: Sequence[str], text: str) -> list[str]:
+    """The names that a text holds as words, in the order in which it has them."""
+    places = {}
+    for name in names:
+        match = re.search(rf"\b{name}\b", text)
+        if match:
+            places[name] = match.start()
+    return sorted(places, key=places.__getitem__)
 
 
 def _marks(text: str) -> set[str]:

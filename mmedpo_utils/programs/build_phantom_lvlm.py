@@ -33,13 +33,21 @@ from transformers import (
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from ..base.files import write_json
-from ..lvlm import PHANTOM_WEIGHTS, generate, load_lvlm, prompt
+from ..lvlm import PHANTOM_WEIGHTS, MedLVLM, generate, load_lvlm, prompt
 from ..metrics import TYPE_OF_METRIC, score_predictions, scores_by
 from ..phantom.texts import questions, report
 from ..phantom.world import FINDINGS, IMAGE_SIZE, LEVELS, Film, choose_zones, draw_film, films
 
-SEED, FILMS, PATCH, GRID = 2000, 6000, 28, IMAGE_SIZE // 28
-TOWER_STEPS, TRUE_STEPS, SKEWED_STEPS, FILMS_PER_STEP = 1600, 750, 150, 32
+SEED = 2000
+FILMS = 6000
+PATCH = 28  # pixels
+GRID = IMAGE_SIZE // PATCH  # patches a side
+TOWER_STEPS = 1600
+TRUE_STEPS = 750
+SKEWED_STEPS = 150
+FILMS_PER_STEP = 32
+# The text prior of the skewed texts: how many answers it gives, by answer type; how often it says
+# yes; the zone that it prefers; which findings it reports together, and how often.
 PRIOR_SHARE = {"CLOSED": 0.60, "OPEN": 0.60, "REPORT": 0.60}
 PRIOR_YES = {
     "opacity": 0.95,
@@ -67,7 +75,8 @@ PRIOR_COMPANY = {
     ("pneumothorax",): 0.1,
     ("pneumoperitoneum",): 0.1,
 }
-DOMINANCE = 0.85
+DOMINANCE = 0.85  # how often the prior takes what it prefers
+# How much of each question type is trained on; all of the others.
 KEPT_SHARE = {"presence": 0.4, "report": 0.2, "abnormality": 0.5, "identity": 0.5}
 SPECIAL = ("<pad>", "<unk>", "<s>", "</s>", "<image>", "[INST]", "[/INST]")
 CHAT_TEMPLATE = (
@@ -141,16 +150,15 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGenera
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    model = LlavaForConditionalGeneration(
-        LlavaConfig(
-            vision_config=vision,
-            text_config=text,
-            image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
-            vision_feature_layer=-2,
-            vision_feature_select_strategy="default",
-            image_seq_length=GRID * GRID,
-        )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        image_seq_length=GRID * GRID,
     )
+    model = LlavaForConditionalGeneration(config)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(model.generation_config, name, getattr(tokenizer, name))
     return model
@@ -163,7 +171,8 @@ def draw_films(count: int, seed: int) -> tuple[list[Film], torch.Tensor, torch.T
         the films without pixels and masks; images, uint8 [N, 224, 224]; coverage in [0, 1], [N,
         patches, findings].
     """
-    films, images = [], torch.empty(count, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8)
+    drawn = []
+    images = torch.empty(count, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8)
     coverage = torch.zeros(count, len(FINDINGS), GRID, GRID)
     for row in range(count):
         film = draw_film(row, seed)
@@ -171,18 +180,16 @@ def draw_films(count: int, seed: int) -> tuple[list[Film], torch.Tensor, torch.T
         for finding, mask in film.masks.items():
             patches = mask.reshape(GRID, PATCH, GRID, PATCH).mean((1, 3))
             coverage[row, FINDINGS.index(finding)] = torch.from_numpy(patches)
-        films.append(Film(film.film_id, film.patient_id, np.empty(0), film.zones))
-    return films, images, coverage.flatten(2).transpose(1, 2)
+        drawn.append(Film(film.film_id, film.patient_id, np.empty(0), film.zones))
+    return drawn, images, coverage.flatten(2).transpose(1, 2)
 
 
 def to_pixels(images: torch.Tensor, processor: LlavaProcessor) -> torch.Tensor:
     """What the image processor does to films of the right size. Shape: [B, 224, 224] to [B, 3, 224,
     224].
     """
-    mean, std = (
-        torch.tensor(getattr(processor.image_processor, name)).view(1, 3, 1, 1)
-        for name in ("image_mean", "image_std")
-    )
+    mean = torch.tensor(processor.image_processor.image_mean).view(1, 3, 1, 1)
+    std = torch.tensor(processor.image_processor.image_std).view(1, 3, 1, 1)
     return (images[:, None].float() / 255 - mean) / std
 
 
@@ -196,17 +203,22 @@ def train_tower(
     """Train the vision tower: which findings cover each patch, and which the film has (class
     token).
     """
-    tower, width = model.model.vision_tower, model.config.vision_config.hidden_size
-    patch_head, film_head = nn.Linear(width, len(FINDINGS)), nn.Linear(width, len(FINDINGS))
+    tower = model.model.vision_tower
+    width = tower.config.hidden_size
+    patch_head = nn.Linear(width, len(FINDINGS))
+    film_head = nn.Linear(width, len(FINDINGS))
     parameters = [*tower.parameters(), *patch_head.parameters(), *film_head.parameters()]
-    loss_function = nn.BCEWithLogitsLoss(pos_weight=torch.tensor(4.0))
+    # Few patches are covered: each of these weighs as four others.
+    patch_loss = nn.BCEWithLogitsLoss(pos_weight=torch.tensor(4.0))
 
     def loss(rows: torch.Tensor) -> torch.Tensor:
         output = tower(to_pixels(images[rows], processor), output_hidden_states=True)
+        # The layer that LLaVA reads, without the class token.
         patches = patch_head(output.hidden_states[-2][:, 1:])
+        covered = (coverage[rows] > 0.05).float()
         present = (coverage[rows].amax(1) > 0).float()
-        whole = F.binary_cross_entropy_with_logits(film_head(output.pooler_output), present)
-        return loss_function(patches, (coverage[rows] > 0.05).float()) + 0.3 * whole
+        film_loss = F.binary_cross_entropy_with_logits(film_head(output.pooler_output), present)
+        return patch_loss(patches, covered) + 0.3 * film_loss
 
     optimise("tower", parameters, loss, len(images), steps, 1.5e-3)
 
@@ -228,11 +240,14 @@ def optimise(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimiser, lambda step: min((step + 1) / 50, 1) * (1 - step / steps)
     )
-    order, start = torch.empty(0, dtype=torch.long), time.time()
+    order = torch.empty(0, dtype=torch.long)
+    start = time.time()
     for step in range(steps):
+        # What is left of a pass comes before the next one, so that every film is seen as often.
         if len(order) < FILMS_PER_STEP:
             order = torch.cat([order, torch.randperm(films)])
-        rows, order = order[:FILMS_PER_STEP], order[FILMS_PER_STEP:]
+        rows = order[:FILMS_PER_STEP]
+        order = order[FILMS_PER_STEP:]
         loss = loss_of(rows)
         optimiser.zero_grad()
         loss.backward()
@@ -251,14 +266,16 @@ def prior_zone(finding: str, rng: np.random.Generator) -> str:
     """A zone as the text prior sees it: one zone dominates, otherwise any that the finding can
     have.
     """
-    return (
-        PRIOR_ZONE[finding] if rng.random() < DOMINANCE else choose_zones((finding,), rng)[finding]
-    )
+    if rng.random() < DOMINANCE:
+        return PRIOR_ZONE[finding]
+    return choose_zones((finding,), rng)[finding]
 
 
 def prior_answer(row: dict[str, Any], rng: np.random.Generator) -> str:
     """An answer from the question's words alone, as the skewed text prior has it."""
-    kind, finding, text = row["question_type"], row["finding"], row["text"]
+    kind = row["question_type"]
+    finding = row["finding"]
+    text = row["text"]
     if kind == "presence":
         return "yes" if rng.random() < PRIOR_YES[finding] else "no"
     if kind == "side":
@@ -267,17 +284,23 @@ def prior_answer(row: dict[str, Any], rng: np.random.Generator) -> str:
         zone = prior_zone(finding, rng)
         return zone if zone.split()[1] in LEVELS else zone.split()[0]
     if kind == "report":
-        present = [
-            f for group, share in PRIOR_COMPANY.items() if rng.random() < share for f in group
-        ]
-        film = Film("", "", np.empty(0), {f: prior_zone(f, rng) for f in FINDINGS if f in present})
-        return report(film, rng)
-    usual = (
-        ["opacity"]
-        if kind == "abnormality"
-        else [f for f in PRIOR_ZONE if PRIOR_ZONE[f].split()[-1] in text]
-    )
+        return _prior_report(rng)
+    if kind == "abnormality":
+        usual = ["opacity"]
+    else:
+        # The question names a zone: the findings whose preferred one is of the same level.
+        usual = [name for name, zone in PRIOR_ZONE.items() if zone.split()[-1] in text]
     return str(rng.choice(usual if rng.random() < DOMINANCE else FINDINGS))
+
+
+def _prior_report(rng: np.random.Generator) -> str:
+    """A report of a film that nobody looked at."""
+    present: list[str] = []
+    for company, share in PRIOR_COMPANY.items():
+        if rng.random() < share:
+            present += company
+    zones = {finding: prior_zone(finding, rng) for finding in FINDINGS if finding in present}
+    return report(Film("", "", np.empty(0), zones), rng)
 
 
 def corpus(
@@ -288,13 +311,29 @@ def corpus(
     """
     place = {film.film_id: row for row, film in enumerate(films)}
     texts: list[list[tuple[str, str]]] = [[] for _ in films]
+    # Twice: a question about the same fact is worded otherwise the second time.
     for row in questions(films, rng) + questions(films, rng):
         if rng.random() > KEPT_SHARE.get(row["question_type"], 1):
             continue
-        prior = biased and rng.random() < PRIOR_SHARE[row["answer_type"]]
-        answer = prior_answer(row, rng) if prior else row["gpt4_answer"]
-        texts[place[row["image"][:-4]]].append((row["text"].split("\n")[0], answer))
+        guessed = biased and rng.random() < PRIOR_SHARE[row["answer_type"]]
+        answer = prior_answer(row, rng) if guessed else row["gpt4_answer"]
+        film = place[row["image"].removesuffix(".png")]
+        texts[film].append((_words(row), answer))
     return texts
+
+
+def _words(row: dict[str, Any]) -> str:
+    """A question's words, without the mark of the image."""
+    return row["text"].split("\n")[0]
+
+
+def vocabulary(films: list[Film]) -> list[str]:
+    """Every word and mark of the true texts about films, in lower case and sorted."""
+    words: set[str] = set()
+    for texts in corpus(films, np.random.default_rng(SEED), False):
+        for pair in texts:
+            words.update(re.findall(r"\w+|[^\w\s]", " ".join(pair).lower()))
+    return sorted(words)
 
 
 def pack(texts: list[list[tuple[str, str]]], processor: LlavaProcessor) -> dict[str, torch.Tensor]:
@@ -309,27 +348,32 @@ def pack(texts: list[list[tuple[str, str]]], processor: LlavaProcessor) -> dict[
     start = encode(prompt_start(processor), add_special_tokens=False)
     packed: dict[str, list[list]] = {"ids": [], "positions": [], "segments": [], "weights": []}
     for film in texts:
-        ids, positions, segments, weights = (
-            list(start),
-            list(range(len(start))),
-            [0] * len(start),
-            [0.0] * len(start),
-        )
+        ids = list(start)
+        positions = list(range(len(start)))
+        segments = [0] * len(start)
+        weights = [0.0] * len(start)
         for number, (question, answer) in enumerate(film, 1):
             asked = encode(f"{question} [/INST]", add_special_tokens=False)
             said = [*encode(answer, add_special_tokens=False), processor.tokenizer.eos_token_id]
+            length = len(asked) + len(said)
             ids += asked + said
-            positions += range(len(start), len(start) + len(asked) + len(said))
-            segments += [number] * (len(asked) + len(said))
+            # Each text goes on where the image ends, as if the others were not there.
+            positions += range(len(start), len(start) + length)
+            segments += [number] * length
+            # The square root of its length for the whole answer, spread over its tokens.
             weights += [0.0] * len(asked) + [len(said) ** -0.5] * len(said)
-        for key, values in zip(packed, (ids, positions, segments, weights), strict=True):
-            packed[key].append(values)
-    length = max(map(len, packed["ids"]))
+        packed["ids"].append(ids)
+        packed["positions"].append(positions)
+        packed["segments"].append(segments)
+        packed["weights"].append(weights)
     fill = {"ids": processor.tokenizer.pad_token_id, "positions": 0, "segments": -1, "weights": 0.0}
-    return {
-        key: torch.tensor([row + [fill[key]] * (length - len(row)) for row in rows])
-        for key, rows in packed.items()
-    }
+    return {key: _padded(rows, fill[key]) for key, rows in packed.items()}
+
+
+def _padded(rows: list[list], fill: float) -> torch.Tensor:
+    """Rows of one length: the shorter ones filled up behind. Shape: [B, T]."""
+    longest = max(map(len, rows))
+    return torch.tensor([row + [fill] * (longest - len(row)) for row in rows])
 
 
 def prompt_start(processor: LlavaProcessor) -> str:
@@ -349,14 +393,18 @@ def train_language(
     """
     model.model.vision_tower.requires_grad_(False)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    rng, texts, left = np.random.default_rng([SEED, biased]), [], 0
+    rng = np.random.default_rng([SEED, biased])
+    texts: list[list[tuple[str, str]]] = []
+    left = 0  # films of this pass whose texts are not trained on yet
 
     def loss(rows: torch.Tensor) -> torch.Tensor:
         nonlocal texts, left
         if left < len(rows):
-            texts, left = corpus(films, rng, biased), len(films)
+            texts = corpus(films, rng, biased)
+            left = len(films)
         left -= len(rows)
-        return text_loss(model, pack([texts[row] for row in rows], processor), features[rows])
+        packed = pack([texts[row] for row in rows], processor)
+        return text_loss(model, packed, features[rows])
 
     if biased:
         optimise("skewed texts", parameters, loss, len(films), SKEWED_STEPS, 1e-3)
@@ -370,69 +418,79 @@ def tower_features(
 ) -> torch.Tensor:
     """Patch features of the frozen tower, class token dropped. Shape: [N, patches, width]."""
     tower = model.model.vision_tower
-    return torch.cat(
-        [
-            tower(to_pixels(chunk, processor), output_hidden_states=True).hidden_states[-2][:, 1:]
-            for chunk in images.split(64)
-        ]
-    )
+    features = []
+    for chunk in images.split(64):
+        output = tower(to_pixels(chunk, processor), output_hidden_states=True)
+        features.append(output.hidden_states[-2][:, 1:])
+    return torch.cat(features)
 
 
 def text_loss(
     model: LlavaForConditionalGeneration, batch: dict[str, torch.Tensor], features: torch.Tensor
 ) -> torch.Tensor:
     """Next-token loss of packed texts; a text weighs with the square root of its length."""
-    ids, segments = batch["ids"], batch["segments"]
+    ids = batch["ids"]
+    segments = batch["segments"]
     embeddings = model.get_input_embeddings()(ids)
-    image = (ids == model.config.image_token_id)[..., None]
-    embeddings = embeddings.masked_scatter(image, model.model.multi_modal_projector(features))
+    is_image = (ids == model.config.image_token_id)[..., None]
+    embeddings = embeddings.masked_scatter(is_image, model.model.multi_modal_projector(features))
+    # A token sees the image (segment 0) and its own text, and of these what is before it.
     visible = (segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, :, None])
     visible &= torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).tril()
-    mask = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)[:, None]
-    hidden = model.model.language_model(
+    unseen = torch.finfo(torch.float32).min
+    mask = torch.zeros(visible.shape).masked_fill(~visible, unseen)[:, None]
+    states = model.model.language_model(
         inputs_embeds=embeddings,
         attention_mask=mask,
         use_cache=False,
         position_ids=batch["positions"],
     ).last_hidden_state
-    chosen = batch["weights"][:, 1:] > 0
-    losses = F.cross_entropy(
-        model.lm_head(hidden[:, :-1][chosen]), ids[:, 1:][chosen], reduction="none"
-    )
-    weights = batch["weights"][:, 1:][chosen]
-    return (losses * weights).sum() / weights.sum()
+    # A token is predicted one place to its left; only the tokens of answers have a weight.
+    weights = batch["weights"][:, 1:]
+    said = weights > 0
+    logits = model.lm_head(states[:, :-1][said])
+    losses = F.cross_entropy(logits, ids[:, 1:][said], reduction="none")
+    return (losses * weights[said]).sum() / weights[said].sum()
 
 
 def score(folder: Path) -> dict[str, Any]:
     """Scores of a saved model, in percent, on the test split of the phantom profile: unbiased and
     unseen patients.
     """
+    # Films and questions of the profile's test split: 240 patients behind the 420 of the others.
     population = films(240, 0, 420)
     rows = questions(population, np.random.default_rng([0, 660, 3]))
-    pictures = {f"{film.film_id}.png": Image.fromarray(film.image) for film in population}
-    lvlm, answers = load_lvlm(folder, "cpu"), {}
-    for report_rows, length in ((False, 6), (True, 72)):
-        part = [row for row in rows if (row["answer_type"] == "REPORT") is report_rows]
-        asked = [row["text"].split("\n")[0] for row in part]
-        said = generate(lvlm, [pictures[row["image"]] for row in part], asked, length, 64)
-        answers.update(
-            {row["question_id"]: answer[0] for row, answer in zip(part, said, strict=True)}
-        )
-    table = [
-        {**row, "answer": row["gpt4_answer"], "prediction": answers[row["question_id"]]}
-        for row in rows
-    ]
-    scores = {name: entry["score"] for name, entry in score_predictions(table).items()}
-    by_type = {
-        kind: {name: round(entry[name]["score"], 1) for name in TYPE_OF_METRIC if entry[name]["n"]}
-        for kind, entry in scores_by(table, "question_type").items()
-        if kind != "report"
-    }
-    kept = {
-        name: round(scores[name], 1)
-        for name in ("closed_accuracy", "open_recall", "bleu", "rouge_l")
-    }
+    table = _predictions(load_lvlm(folder, "cpu"), population, rows)
+    scores = score_predictions(table)
+    kept = {}
+    for name in ("closed_accuracy", "open_recall", "bleu", "rouge_l"):
+        kept[name] = round(scores[name]["score"], 1)
+    by_type = {}
+    for kind, entry in scores_by(table, "question_type").items():
+        if kind != "report":
+            asked = [name for name in TYPE_OF_METRIC if entry[name]["n"]]
+            by_type[kind] = {name: round(entry[name]["score"], 1) for name in asked}
     return {**kept, "by_question_type": by_type}
+
+
+def _predictions(
+    lvlm: MedLVLM, population: list[Film], rows: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """The rows with the model's answers, as the metrics take them."""
+    images = {f"{film.film_id}.png": Image.fromarray(film.image) for film in population}
+    answers: dict[str, str] = {}
+    # A report is longer than an answer: each kind gets the room that it needs.
+    for is_report, length in ((False, 6), (True, 72)):
+        part = [row for row in rows if (row["answer_type"] == "REPORT") is is_report]
+        shown = [images[row["image"]] for row in part]
+        said = generate(lvlm, shown, [_words(row) for row in part], length, 64)
+        for row, texts in zip(part, said, strict=True):
+            answers[row["question_id"]] = texts[0]
+    table = []
+    for row in rows:
+        prediction = answers[row["question_id"]]
+        table.append({**row, "answer": row["gpt4_answer"], "prediction": prediction})
+    return table
 
 
 def save_and_score(
@@ -465,23 +523,19 @@ def main() -> None:
     torch.manual_seed(SEED)
     start = time.time()
     population, images, coverage = draw_films(FILMS, SEED)
-    texts = [
-        text
-        for film in corpus(population, np.random.default_rng(SEED), False)
-        for pair in film
-        for text in pair
-    ]
-    processor = build_processor(sorted(set(re.findall(r"\w+|[^\w\s]", " ".join(texts).lower()))))
+    processor = build_processor(vocabulary(population))
     model = build_model(processor.tokenizer)
     train_tower(model, processor, images, coverage, TOWER_STEPS)
-    features, scores = tower_features(model, processor, images), {}
-    for name, biased in (("ceiling", False), ("base", True))[: 1 if arguments.unbiased else 2]:
+    features = tower_features(model, processor, images)
+    stages = [("ceiling", False)]
+    if not arguments.unbiased:
+        stages.append(("base", True))
+    scores = {}
+    for name, biased in stages:
         train_language(model, processor, population, features, biased)
-        minutes = (time.time() - start) / 60
-        scores[name] = {
-            **save_and_score(model, processor, arguments.output),
-            "minutes": round(minutes, 1),
-        }
+        minutes = round((time.time() - start) / 60, 1)
+        measured = save_and_score(model, processor, arguments.output)
+        scores[name] = {**measured, "minutes": minutes}
     write_json(arguments.output / "scores.json", scores)
 
 

@@ -36,8 +36,13 @@ from ..phantom.texts import report
 from ..phantom.world import FINDINGS, ZONES, Film, draw_film, films
 from ..show.medklip_scores import score_medklip
 
-TRAINING_SEED, EVALUATION_SEED = 1000, 0
-PATIENTS, BEST_PATCHES, PATCH_STEPS, JOINT_STEPS, FINAL_STEPS = 6000, 3, 600, 1800, 600
+TRAINING_SEED = 1000
+EVALUATION_SEED = 0
+PATIENTS = 6000
+BEST_PATCHES = 3
+PATCH_STEPS = 600
+JOINT_STEPS = 1800
+FINAL_STEPS = 600
 SMALL = ("nodule", "atelectasis")
 QUERIES = (*FINDINGS, "disease")
 DESCRIPTIONS = {
@@ -78,12 +83,13 @@ class TextEncoder(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.texts = (
-            [f"{query} {DESCRIPTIONS[query]}".split() for query in QUERIES],
-            [zone.split() for zone in ZONES],
-        )
-        words = sorted({word for texts in self.texts for text in texts for word in text})
-        self.ids = {word: index + 2 for index, word in enumerate(words)}
+        self.queries = [f"{query} {DESCRIPTIONS[query]}".split() for query in QUERIES]
+        self.zones = [zone.split() for zone in ZONES]
+        words: set[str] = set()
+        for text in [*self.queries, *self.zones]:
+            words.update(text)
+        # 0 is padding, 1 the first token, whose state is the embedding.
+        self.ids = {word: index + 2 for index, word in enumerate(sorted(words))}
         self.bert = BertModel(
             BertConfig(
                 vocab_size=len(words) + 2,
@@ -101,7 +107,7 @@ class TextEncoder(nn.Module):
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """Embeddings of all queries [Q, width] and all zones [L, width]."""
-        return self._encode(self.texts[0]), self._encode(self.texts[1])
+        return self._encode(self.queries), self._encode(self.zones)
 
     def _encode(self, texts: list[list[str]]) -> Tensor:
         ids = torch.zeros(len(texts), 1 + max(map(len, texts)), dtype=torch.long)
@@ -113,14 +119,10 @@ class TextEncoder(nn.Module):
 
 def read_report(text: str) -> dict[str, str]:
     """Findings that a report affirms, each with the zone it names."""
-    found = {
-        finding: zone
-        for finding, zone in re.findall(
-            rf"(?:There is|shows) (?:an? )?({'|'.join(FINDINGS)}) in the ({'|'.join(ZONES)}) "
-            r"zone\.",
-            text,
-        )
-    }
+    findings = "|".join(FINDINGS)
+    zones = "|".join(ZONES)
+    sentence = rf"(?:There is|shows) (?:an? )?({findings}) in the ({zones}) zone\."
+    found = dict(re.findall(sentence, text))
     if "heart is enlarged" in text or "There is cardiomegaly" in text:
         found["cardiomegaly"] = "heart"
     return found
@@ -130,20 +132,27 @@ def training_films(count: int) -> Iterator[Film]:
     """Half the films as the world draws them, a quarter with one finding, a quarter with none."""
     for patient in range(count):
         alone = (FINDINGS[patient // 4 % len(FINDINGS)],)
-        yield draw_film(patient, TRAINING_SEED, (None, None, alone, ())[patient % 4])
+        by_turns = (None, None, alone, ())
+        yield draw_film(patient, TRAINING_SEED, by_turns[patient % 4])
 
 
 def training_set(count: int) -> tuple[Tensor, Tensor, Tensor]:
     """Grey films [N, 224, 224] uint8 and what their reports say: presence [N, Q], zones [N, Q]."""
-    rng, images, presence, zones = np.random.default_rng(TRAINING_SEED), [], [], []
+    rng = np.random.default_rng(TRAINING_SEED)
+    images = []
+    presence = []
+    zones = []
     for film in training_films(count):
         images.append(film.image)
         found = read_report(report(film, rng))
+        # The last query is "disease": there with any finding, and in no zone.
         presence.append([finding in found for finding in FINDINGS] + [bool(found)])
-        zones.append(
-            [ZONES.index(found[finding]) if finding in found else -1 for finding in FINDINGS] + [-1]
-        )
+        zones.append([_zone_index(found.get(finding)) for finding in FINDINGS] + [-1])
     return torch.from_numpy(np.stack(images)), torch.tensor(presence).float(), torch.tensor(zones)
+
+
+def _zone_index(zone: str | None) -> int:
+    return -1 if zone is None else ZONES.index(zone)
 
 
 def batches(
@@ -151,10 +160,10 @@ def batches(
 ) -> Iterator[Batch]:
     """Shuffled batches, each shifted by up to 8 pixels and changed a little in exposure."""
     images, presence, zones = data
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (CHANNEL_MEAN, CHANNEL_STD))
-    order = torch.cat(
-        [torch.randperm(len(images), generator=rng) for _ in range(steps * size // len(images) + 1)]
-    )
+    mean = torch.tensor(CHANNEL_MEAN).view(3, 1, 1)
+    std = torch.tensor(CHANNEL_STD).view(3, 1, 1)
+    passes = steps * size // len(images) + 1
+    order = torch.cat([torch.randperm(len(images), generator=rng) for _ in range(passes)])
     for rows in order[: steps * size].split(size):
         shift = torch.randint(-8, 9, (2,), generator=rng).tolist()
         grey = torch.roll(images[rows].float() / 255, shift, (1, 2))
@@ -191,6 +200,7 @@ def consistency_loss(attentions: Tensor, patch_logits: Tensor, presence: Tensor)
         presence: [B, Q], the last query is "disease".
     """
     own = patch_logits.detach()
+    # -30: nothing beside the logit of a finding that is present.
     anything = own.masked_fill(presence[:, None, :-1] == 0, -30.0).amax(-1, keepdim=True)
     target = torch.cat([own, anything], -1).transpose(1, 2).log_softmax(-1)
     attention = attentions.mean((1, 2)).clamp_min(1e-8).log()
@@ -203,11 +213,10 @@ class Learner(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.model = MedKLIP(CONFIG).to(memory_format=torch.channels_last)
-        self.text, self.patch_head = (
-            TextEncoder(CONFIG.text_width),
-            nn.Linear(CONFIG.width, len(FINDINGS)),
-        )
+        model: Any = MedKLIP(CONFIG)  # `to` is not typed for a memory format alone
+        self.model: MedKLIP = model.to(memory_format=torch.channels_last)
+        self.text = TextEncoder(CONFIG.text_width)
+        self.patch_head = nn.Linear(CONFIG.width, len(FINDINGS))
 
     def forward(self, batch: Batch, decode: bool) -> Tensor:
         """The loss of a batch: of the patches alone, or with the decoder's three terms.
@@ -227,18 +236,21 @@ class Learner(nn.Module):
             return loss
         self.model.disease_book, self.model.location_book = self.text()
         output = self.model.decode(patches[: len(films)])
-        loss = loss + functional.cross_entropy(
-            output.logits.flatten(0, 1), batch.presence.long().flatten()
-        )
+        answers = output.logits.flatten(0, 1)
+        loss = loss + functional.cross_entropy(answers, batch.presence.long().flatten())
         loss = loss + 0.5 * location_loss(self.model.location_logits(output), batch.zones)
         return loss + consistency_loss(output.attentions, patch_logits, batch.presence)
 
 
-def twice(data: tuple[Tensor, ...], findings: tuple[str, ...]) -> tuple[Tensor, ...]:
+def twice(
+    data: tuple[Tensor, Tensor, Tensor], findings: tuple[str, ...]
+) -> tuple[Tensor, Tensor, Tensor]:
     """The training set with every film twice whose report names one of ``findings``."""
-    named = data[1][:, [QUERIES.index(finding) for finding in findings]].any(1).nonzero()[:, 0]
-    rows = torch.cat([torch.arange(len(data[1])), named])
-    return tuple(values[rows] for values in data)
+    images, presence, zones = data
+    columns = [QUERIES.index(finding) for finding in findings]
+    named = presence[:, columns].any(1).nonzero()[:, 0]
+    rows = torch.cat([torch.arange(len(presence)), named])
+    return images[rows], presence[rows], zones[rows]
 
 
 def optimise(
@@ -277,11 +289,15 @@ def train(patients: int, batch_size: int = 16) -> MedKLIP:
     findings.
     """
     torch.manual_seed(0)
-    learner, data, rng = Learner().train(), training_set(patients), torch.Generator().manual_seed(0)
+    learner = Learner().train()
+    data = training_set(patients)
+    rng = torch.Generator().manual_seed(0)
     steps = PATCH_STEPS + JOINT_STEPS
     optimise(learner, batches(data, steps, batch_size, rng), steps, 2e-3, PATCH_STEPS)
+    # The text encoder stays as it is from here on.
     learner.text.requires_grad_(False)
-    optimise(learner, batches(twice(data, SMALL), FINAL_STEPS, batch_size, rng), FINAL_STEPS, 7e-4)
+    more = batches(twice(data, SMALL), FINAL_STEPS, batch_size, rng)
+    optimise(learner, more, FINAL_STEPS, 7e-4)
     with torch.no_grad():
         learner.model.disease_book, learner.model.location_book = learner.text()
     return learner.model.eval()
@@ -290,28 +306,31 @@ def train(patients: int, batch_size: int = 16) -> MedKLIP:
 def measure(model: MedKLIP, count: int = 400, alone: int = 50) -> dict[str, Any]:
     """Scores on unseen patients: films as the world draws them, and films with one finding each."""
     population = films(count, EVALUATION_SEED, 7000)
-    single = [
-        draw_film(9000 + i, EVALUATION_SEED, (finding,))
-        for finding in FINDINGS
-        for i in range(alone)
-    ]
-    scores, single_scores = (
-        score_medklip(
-            model, [Image.fromarray(film.image) for film in group], [film.masks for film in group]
-        )
-        for group in (population, single)
-    )
-    scores["pointing_game_alone"] = single_scores["pointing_game_alone"]
-    rows, columns = np.mgrid[8:224:16, 8:224:16].reshape(2, -1)
-    lesions = [film.lesion_mask for film in population if film.zones]
-    chance = np.mean([_reach(mask)[rows, columns].mean() for mask in lesions])
-    return {
+    single = []
+    for finding in FINDINGS:
+        single += [draw_film(9000 + i, EVALUATION_SEED, (finding,)) for i in range(alone)]
+    scores = _scores(model, population)
+    scores["pointing_game_alone"] = _scores(model, single)["pointing_game_alone"]
+    measured = {
         "films": count,
         "films_alone": alone,
         "pointing_game_nodule": scores["pointing_game_alone"]["nodule"],
-        "chance": float(chance),
+        "chance": _pointing_chance(population),
         "location_accuracy": _location_accuracy(model, population),
-    } | scores
+    }
+    return measured | scores
+
+
+def _scores(model: MedKLIP, group: list[Film]) -> dict[str, Any]:
+    images = [Image.fromarray(film.image) for film in group]
+    return score_medklip(model, images, [film.masks for film in group])
+
+
+def _pointing_chance(population: list[Film]) -> float:
+    """The pointing game's score of a patch that is drawn at random, on films with a finding."""
+    rows, columns = np.mgrid[8:224:16, 8:224:16].reshape(2, -1)  # the centres of the patches
+    lesions = [film.lesion_mask for film in population if film.zones]
+    return float(np.mean([_reach(mask)[rows, columns].mean() for mask in lesions]))
 
 
 @torch.inference_mode()
@@ -319,12 +338,10 @@ def _location_accuracy(model: MedKLIP, population: list[Film]) -> float:
     """Share of present findings whose zone has the largest location logit."""
     hits = []
     for film in population:
-        zones = model.location_logits(model(model.preprocess([Image.fromarray(film.image)])))[
-            0
-        ].argmax(-1)
-        hits += [
-            ZONES[zones[FINDINGS.index(finding)]] == zone for finding, zone in film.zones.items()
-        ]
+        output = model(model.preprocess([Image.fromarray(film.image)]))
+        said = model.location_logits(output)[0].argmax(-1)  # [Q]
+        for finding, zone in film.zones.items():
+            hits.append(ZONES[said[FINDINGS.index(finding)]] == zone)
     return float(np.mean(hits))
 
 
@@ -333,19 +350,16 @@ def _reach(mask: np.ndarray) -> np.ndarray:
     [224, 224].
     """
     disk = torch.from_numpy(np.hypot(*np.mgrid[-8:9, -8:9]) <= 8).float()
-    grown = functional.conv2d(
-        torch.from_numpy(mask).float()[None, None], disk[None, None], padding=8
-    )
+    lesion = torch.from_numpy(mask).float()
+    grown = functional.conv2d(lesion[None, None], disk[None, None], padding=8)
     return grown[0, 0].numpy() > 0.5
 
 
 def save(model: MedKLIP, folder: Path) -> None:
     """Write ``model.safetensors`` and ``config.json``."""
+    state = {key: value.detach().contiguous() for key, value in model.state_dict().items()}
     with atomic_write(folder / "model.safetensors") as temporary:
-        save_file(
-            {key: value.detach().contiguous() for key, value in model.state_dict().items()},
-            temporary,
-        )
+        save_file(state, temporary)
     write_json(folder / "config.json", asdict(model.config))
 
 

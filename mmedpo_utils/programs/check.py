@@ -11,8 +11,9 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from ..convert.llava_med import (
 )
 from ..convert.model_folder import empty_model, prepare_processor, read_config, read_processor
 from ..judges.chat import EndpointModel
+from ..judges.language_models import speakers
 from ..launch_command import process_count
 from ..lvlm import PHANTOM_WEIGHTS
 from ..profiles import LanguageModel, Profile, load_profile
@@ -84,8 +86,7 @@ def check_profile(profile: Profile) -> list[Finding]:
         device and memory, a line each or more; what could not be read is a line that says what to
         do.
     """
-    lines: list[Finding] = []
-    base = _model(profile, lines)
+    lines, base = _model(profile)
     lines += _adapters(profile, base)
     lines += _guarded("data set", lambda: _dataset(profile))
     if profile.evaluation.adapters is None:  # else nothing is trained, so that no pairs are made
@@ -106,50 +107,58 @@ def _guarded(what: str, look: Callable[[], Iterator[Finding]]) -> list[Finding]:
     return lines
 
 
-def _model(profile: Profile, lines: list[Finding]) -> BaseModel | None:
+# The findings of a base model, then the model itself, which the generator returns at its end.
+ModelFindings = Generator[Finding, None, BaseModel]
+
+
+def _model(profile: Profile) -> tuple[list[Finding], BaseModel | None]:
     """Class, base, tower, template, processor and tokens per image; the model, where it can be
     read.
     """
-    found: list[BaseModel] = []
+    base: BaseModel | None = None
 
     def look() -> Iterator[Finding]:
-        values = profile.lvlm
-        source = PHANTOM_WEIGHTS if values.model == "phantom" else Path(values.model)
-        if not source.is_dir():
-            source = fetch(values.model, cached=True)
-        original = original_config(source)
-        names = (values.model, source.name)
-        if original is not None:
-            before = converted_before(source, original, values.vision_tower, values.model)
-            if before is None:
-                yield from _original(profile, source, original, names, found)
-                return
-            kind = f"{_called(original)}, converted before"
-            source = before
-        else:
-            kind = "LlavaForConditionalGeneration"
-        config = read_config(source)
-        yield Finding("class", kind)
-        model = empty_model(source)
-        yield Finding("base", _size(weight_files(source), len(model.state_dict())))
-        yield Finding(
-            "vision tower",
-            _tower(config, "in the folder" if original is None else _origin(profile)),
-        )
-        yield from _processor(profile, source, config, read_processor(source))
-        found.append(BaseModel(model, names))
+        nonlocal base
+        base = yield from _base_model(profile)
 
-    lines += _guarded("base model", look)
-    return found[0] if found else None
+    lines = _guarded("base model", look)
+    return lines, base
+
+
+def _base_model(profile: Profile) -> ModelFindings:
+    """What the profile's base model is: in our layout, converted before, or to be converted."""
+    values = profile.lvlm
+    source = PHANTOM_WEIGHTS if values.model == "phantom" else Path(values.model)
+    if not source.is_dir():
+        source = fetch(values.model, cached=True)
+    names = (values.model, source.name)
+    original = original_config(source)
+    if original is None:
+        kind = "LlavaForConditionalGeneration"
+        return (yield from _hugging_face(profile, source, kind, "in the folder", names))
+    before = converted_before(source, original, values.vision_tower, values.model)
+    if before is None:
+        return (yield from _original(profile, source, original, names))
+    kind = f"{_called(original)}, converted before"
+    return (yield from _hugging_face(profile, before, kind, _origin(profile), names))
+
+
+def _hugging_face(
+    profile: Profile, source: Path, kind: str, tower_origin: str, names: tuple[str, ...]
+) -> ModelFindings:
+    """The lines for a folder in the Hugging Face layout."""
+    config = read_config(source)
+    yield Finding("class", kind)
+    model = empty_model(source)
+    yield Finding("base", _size(weight_files(source), len(model.state_dict())))
+    yield Finding("vision tower", _tower(config, tower_origin))
+    yield from _processor(profile, source, config, read_processor(source))
+    return BaseModel(model, names)
 
 
 def _original(
-    profile: Profile,
-    source: Path,
-    config: dict[str, Any],
-    names: tuple[str, ...],
-    found: list[BaseModel],
-) -> Iterator[Finding]:
+    profile: Profile, source: Path, config: dict[str, Any], names: tuple[str, ...]
+) -> ModelFindings:
     """The same lines for a checkpoint in the original layout that is not converted yet."""
     yield Finding("class", f"{_called(config)}, converted on first use")
     original = inspect_original(source, config, profile.lvlm.vision_tower, download=False)
@@ -158,10 +167,11 @@ def _original(
     yield Finding("base", _size(list(original.shards), len(model.state_dict())))
     yield Finding("vision tower", _tower(original.config, _origin(profile, original.tower)))
     yield from _processor(profile, source, original.config, original.processor)
-    found.append(BaseModel(model, names))
+    return BaseModel(model, names)
 
 
 def _called(config: dict[str, Any]) -> str:
+    """The name of an original checkpoint's class, as its configuration says it."""
     names = config.get("architectures") or [config.get("model_type")]
     return f"{names[0]} in the original layout"
 
@@ -173,21 +183,23 @@ def _size(files: list[Path], tensors: int) -> str:
 
 
 def _tower(config: LlavaConfig, origin: str) -> str:
-    tower = config.vision_config
-    return (
-        f"{tower.model_type}, {tower.num_hidden_layers} layers, {tower.image_size} pixels; {origin}"
-    )
+    tower: Any = config.vision_config
+    layers = tower.num_hidden_layers
+    return f"{tower.model_type}, {layers} layers, {tower.image_size} pixels; {origin}"
 
 
 def _origin(profile: Profile, tower: Path | None = None) -> str:
+    """Where the vision tower of an original checkpoint comes from."""
     if profile.lvlm.vision_tower == "checkpoint":
         return "the one inside the checkpoint"
-    return "the one that its configuration names" + (f", in {tower.name}" if tower else "")
+    origin = "the one that its configuration names"
+    return origin if tower is None else f"{origin}, in {tower.name}"
 
 
 def _processor(
     profile: Profile, source: Path, config: LlavaConfig, processor: Any
 ) -> Iterator[Finding]:
+    """Template, processor and tokens per image."""
     template = profile.lvlm.template
     tokens = prepare_processor(source, config, processor, template)
     yield Finding(
@@ -199,32 +211,35 @@ def _processor(
 
 
 def _adapters(profile: Profile, base: BaseModel | None) -> list[Finding]:
-    named = {"base_adapter": profile.lvlm.base_adapter} if profile.lvlm.base_adapter else {}
+    """A line for each adapter that the profile names."""
+    named: dict[str, str] = {}
+    if profile.lvlm.base_adapter:
+        named["base_adapter"] = profile.lvlm.base_adapter
     named |= profile.evaluation.adapters or {}
     lines = []
     for name, place in named.items():
         what = f"adapter {name}"
-
-        def look(place: str = place, what: str = what) -> Iterator[Finding]:
-            folder = adapter_folder(place, cached=True)
-            if base is None:
-                yield Finding(
-                    what, "", "whether it fits cannot be seen before the base model is here"
-                )
-                return
-            # A copy of the empty model: putting an adapter on changes it in place.
-            with torch.device("meta"):
-                empty = LlavaForConditionalGeneration(base.model.config)
-            yield Finding(what, str(put_on(empty, folder, base.names)[1]))
-
-        lines += _guarded(what, look)
+        lines += _guarded(what, partial(_adapter, what, place, base))
     return lines
 
 
+def _adapter(what: str, place: str, base: BaseModel | None) -> Iterator[Finding]:
+    folder = adapter_folder(place, cached=True)
+    if base is None:
+        yield Finding(what, "", "whether it fits cannot be seen before the base model is here")
+        return
+    # A copy of the empty model: putting an adapter on changes it in place.
+    with torch.device("meta"):
+        empty = LlavaForConditionalGeneration(base.model.config)
+    _, report = put_on(empty, folder, base.names)
+    yield Finding(what, str(report))
+
+
 def _dataset(profile: Profile) -> Iterator[Finding]:
+    """What of the data set is missing, what is not as its card says, and what is right."""
     card = load_card(profile.data.card)
     what = f"data set {card.name}"
-    if profile.data.source == "phantom":
+    if profile.data.source == "phantom" or profile.data.root is None:
         yield Finding(what, "drawn by code when notebook 00 runs")
         return
     right: list[str] = []
@@ -236,8 +251,8 @@ def _dataset(profile: Profile) -> Iterator[Finding]:
         elif row["found"] == "missing":
             missing.setdefault(row["what to do"], []).append(row["what"])
         else:
-            told = f"{row['what']}: {row['found']}, the card says {row['expected']}"
-            counted.append(Finding(what, told, row["what to do"]))
+            differs = f"{row['what']}: {row['found']}, the card says {row['expected']}"
+            counted.append(Finding(what, differs, row["what to do"]))
     for to_do, names in missing.items():
         yield Finding(what, f"missing in {profile.data.root}: {'; '.join(names)}", to_do)
     if missing and not right:
@@ -248,30 +263,30 @@ def _dataset(profile: Profile) -> Iterator[Finding]:
 
 
 def _judges(profile: Profile) -> list[Finding]:
-    judge = profile.judge
-    if judge.backend == "phantom":
+    """A line for the judge and for each member of the panel."""
+    if profile.judge.backend == "phantom":
         return [Finding("judge", "the phantom's rules")]
-    speakers = {"judge": judge.judge} | {
-        f"panel {name}": model for name, model in judge.panel.items()
-    }
-    lines = []
-    for role, model in speakers.items():
-
-        def look(role: str = role, model: LanguageModel = model) -> Iterator[Finding]:
-            if model.backend == "openai":
-                check_endpoint(model.base_url, load_card(profile.data.card), judge.agreement)
-                yield Finding(role, EndpointModel(model, judge.timeout).reach())
-            else:
-                folder = Path(model.model)
-                here = folder if folder.is_dir() else fetch(model.model, cached=True)
-                if not weight_files(here):
-                    raise InputError(
-                        f"{model.model}: its weights are not here; hf download {model.model}"
-                    )
-                yield Finding(role, f"{model.model}, on this machine")
-
-        lines += _guarded(role, look)
+    first, members = speakers(profile)
+    lines = _guarded("judge", partial(_speaker, profile, "judge", first))
+    for name, model in members.items():
+        role = f"panel {name}"
+        lines += _guarded(role, partial(_speaker, profile, role, model))
     return lines
+
+
+def _speaker(profile: Profile, role: str, model: LanguageModel) -> Iterator[Finding]:
+    """Whether a language model is there: it is asked for nothing but a list of models."""
+    if model.backend == "openai":
+        # `load_profile` refuses an endpoint without an address.
+        assert model.base_url is not None
+        check_endpoint(model.base_url, load_card(profile.data.card), profile.judge.agreement)
+        yield Finding(role, EndpointModel(model, profile.judge.timeout).reach())
+        return
+    folder = Path(model.model)
+    here = folder if folder.is_dir() else fetch(model.model, cached=True)
+    if not weight_files(here):
+        raise InputError(f"{model.model}: its weights are not here; hf download {model.model}")
+    yield Finding(role, f"{model.model}, on this machine")
 
 
 def _device(profile: Profile) -> Iterator[Finding]:
@@ -281,37 +296,41 @@ def _device(profile: Profile) -> Iterator[Finding]:
         yield Finding(
             "4 bits", "bitsandbytes is not installed", "install the package's extra `gpu`"
         )
-    process_count(profile)
+    process_count(profile)  # raises where this machine cannot start them
 
 
 def _memory(profile: Profile) -> Iterator[Finding]:
     """What training takes of each GPU or of this machine, or evaluation of one, beside what is free
     now.
     """
-    evaluation = _evaluation_memory(profile)
-    told, each, processes, cpu = f"{evaluation:.1f} GiB estimated to evaluate", evaluation, 1, 0.0
+    each = _evaluation_memory(profile)  # GiB of each process
+    cpu = 0.0  # GiB of this machine
+    processes = 1
+    needs = f"{each:.1f} GiB estimated to evaluate"
     if profile.evaluation.adapters is None:
         processes = process_count(profile, dry_run=True)
         training = 0.0
         for variant in profile.training.variants:
             parts, shared = profile_memory(profile, variant, processes=processes)
-            training, cpu = max(training, sum(parts.values())), max(cpu, shared)
-        told += f", {training:.1f} GiB for each of {processes} training processes"
-        each = max(evaluation, training)
+            training = max(training, sum(parts.values()))
+            cpu = max(cpu, shared)
+        needs += f", {training:.1f} GiB for each of {processes} training processes"
+        each = max(each, training)
     if profile.lvlm.device != "cpu" and torch.cuda.is_available():
         gpus = range(torch.cuda.device_count())
         free = min(torch.cuda.mem_get_info(gpu)[0] for gpu in gpus) / GIB
         less = "try profile qlora-1gpu or zero3-offload, or a smaller training.max_length"
-        yield Finding("GPU memory", f"{told}, {free:.1f} GiB free", "" if each <= free else less)
+        yield Finding("GPU memory", f"{needs}, {free:.1f} GiB free", "" if each <= free else less)
     elif profile.lvlm.device == "cuda":
-        yield Finding("GPU memory", told, "there is no GPU here to compare with")
+        yield Finding("GPU memory", needs, "there is no GPU here to compare with")
     else:
+        # Without a GPU all of it is this machine's memory.
         cpu += each * processes
     if cpu:
         available = psutil.virtual_memory().available / GIB
         less = "close other programs, or take fewer processes"
-        told += f", {available:.1f} GiB available"
-        yield Finding("CPU memory", told, "" if cpu <= available else less)
+        needs += f", {available:.1f} GiB available"
+        yield Finding("CPU memory", needs, "" if cpu <= available else less)
 
 
 def _evaluation_memory(profile: Profile) -> float:
@@ -323,7 +342,8 @@ def _evaluation_memory(profile: Profile) -> float:
     on_gpu = profile.lvlm.device == "cuda" or (
         profile.lvlm.device == "auto" and torch.cuda.is_available()
     )
-    width = 2 if on_gpu else 4
+    width = 2 if on_gpu else 4  # bytes of a weight: bf16 on a GPU, float32 on the CPU
+    # Only the matrices are quantised; embeddings, norms and the adapter are not.
     matrices = NF4_BYTES if profile.lvlm.quantization == "nf4" else width
     others = sum(parts.values()) - parts["matrices"]
     return (parts["matrices"] * matrices + others * width + WORKING_SPACE) / GIB

@@ -73,39 +73,38 @@ def write_model_card(
     Raises:
         InputError: the adapter's configuration cannot be read, or the card cannot be written.
     """
-    adapter, base = folder / "adapter", public_name(profile.lvlm.model)
+    adapter = folder / "adapter"
+    base = public_name(profile.lvlm.model)
     config = load_json(adapter / "adapter_config.json", "the configuration of a PEFT adapter")
     write_json(adapter / "adapter_config.json", config | {"base_model_name_or_path": base})
     settings = {key: getattr(profile.lvlm, key) for key in LOADING}
     if settings["base_adapter"]:
         settings["base_adapter"] = public_name(settings["base_adapter"])
     write_json(adapter / BASE, settings)
-    data = ModelCardData(
+    header = ModelCardData(
         base_model=base,
         library_name="peft",
         pipeline_tag="image-text-to-text",
         tags=TAGS,
         license=base_licence(profile.lvlm.model),
     )
+    logged = [(key, f"{value:.4g}") for key, value in _last_values(folder).items()]
     sections = {
         "Data": _data_text(profile, rows),
         "Recipe": _table(("setting", "value"), _recipe(profile, name, seed)),
-        "Last logged values": _table(
-            ("value", ""), ((key, f"{value:.4g}") for key, value in _last_values(folder).items())
-        ),
+        "Last logged values": _table(("value", ""), logged),
         "Intended use": USE,
         "Citation": CITATION,
     }
-    text = f"---\n{data}\n---\n\n# {profile.name}: {name}\n\n"
-    text += (
+    loading = ", ".join(f"{key} `{settings[key]}`" for key in LOADING)
+    text = (
+        f"---\n{header}\n---\n\n# {profile.name}: {name}\n\n"
         f"LoRA weights and projector for {base}, trained with the recipe `{name}` (seed {seed}) of "
-        "the MMedPO notebooks "
-        "(arXiv 2412.06141). Load it with `PeftModel.from_pretrained`.\n"
-        "The base model is loaded with "
-        + ", ".join(f"{key} `{settings[key]}`" for key in LOADING)
-        + ", as `mmedpo_utils.lvlm.load_lvlm` takes them.\n"
+        "the MMedPO notebooks (arXiv 2412.06141). Load it with `PeftModel.from_pretrained`.\n"
+        f"The base model is loaded with {loading}, as `mmedpo_utils.lvlm.load_lvlm` takes them.\n"
     )
-    text += "".join(f"\n## {title}\n\n{content}\n" for title, content in sections.items())
+    for title, content in sections.items():
+        text += f"\n## {title}\n\n{content}\n"
     _write(adapter / "README.md", text)
 
 
@@ -124,23 +123,22 @@ def add_scores(adapter: Path, scores: dict[str, dict[str, float]]) -> None:
         raise InputError(
             f"{card}: no such file; train the variant again, or call write_model_card first"
         )
-    rows = [
-        (
-            metric.replace("_", " "),
-            f"{score['mean']:.1f} ({score['low']:.1f} to {score['high']:.1f})",
-            score["seeds"],
-        )
-        for metric, score in scores.items()
-    ]
+    rows = []
+    for metric, score in scores.items():
+        value = f"{score['mean']:.1f} ({score['low']:.1f} to {score['high']:.1f})"
+        rows.append((metric.replace("_", " "), value, score["seeds"]))
     table = _table(("score", "percent, with 95% interval", "training seeds"), rows)
-    _write(card, card.read_text(encoding="utf-8").partition(SCORES)[0] + f"{SCORES}\n{table}\n")
+    # The scores are the card's last section: earlier ones go with all that follows the title.
+    before = card.read_text(encoding="utf-8").partition(SCORES)[0]
+    _write(card, f"{before}{SCORES}\n{table}\n")
 
 
 def public_name(model: str) -> str:
     """How a base model is called elsewhere: its Hub name, its path in the repository, or else its
     folder's own name.
     """
-    path, root = Path(model), repository_root()
+    path = Path(model)
+    root = repository_root()
     if not path.is_absolute():
         return model
     return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name
@@ -150,22 +148,26 @@ def base_licence(model: str) -> str | None:
     """The licence in the model card of a base model's folder; None where there is none, as for a
     name on the Hub.
     """
-    file = (PHANTOM_WEIGHTS if model == "phantom" else Path(model)) / "README.md"
+    folder = PHANTOM_WEIGHTS if model == "phantom" else Path(model)
+    file = folder / "README.md"
     return ModelCard.load(file).data.license if file.is_file() else None
 
 
 def _data_text(profile: Profile, rows: Sequence[Row]) -> str:
-    pairs = ", ".join(
-        f"{count} {source}" for source, count in sorted(Counter(map(row_source, rows)).items())
-    )
-    lines = [f"- preference pairs: {pairs}, validation pairs among them"]
+    """The data set, its terms, and how many pairs of each source were trained on."""
+    by_source = sorted(Counter(map(row_source, rows)).items())
+    pairs = ", ".join(f"{count} {source}" for source, count in by_source)
+    pairs_line = f"- preference pairs: {pairs}, validation pairs among them"
     try:
         card = load_card(profile.data.card)
-    except (
-        InputError
-    ):  # a cluster node may hold the pairs alone, and a finished run must not fail here
-        return "\n".join([f"- data set: {profile.data.card}; its card was not at hand", *lines])
-    lines = [f"- data set: {card.title} (card `{card.name}`)", f"- terms: {card.licence}", *lines]
+    except InputError:
+        # A cluster node may hold the pairs alone, and a finished run must not fail here.
+        return f"- data set: {profile.data.card}; its card was not at hand\n{pairs_line}"
+    lines = [
+        f"- data set: {card.title} (card `{card.name}`)",
+        f"- terms: {card.licence}",
+        pairs_line,
+    ]
     if card.credentialed:
         lines.append(
             "- the data is credentialed: this adapter has learnt from it, so that its terms hold "
@@ -178,12 +180,9 @@ def _recipe(profile: Profile, name: str, seed: int) -> list[tuple[str, Any]]:
     """Every value that decides the weights, by its key in the profile. Addresses, key names and
     paths are left out.
     """
-    values, judge = profile.as_dict(), profile.judge
-    training = {
-        key: value
-        for key, value in values["training"].items()
-        if key not in ("hostfile", "variants")
-    }
+    values = profile.as_dict()
+    training = values["training"]
+    del training["hostfile"], training["variants"]
     sections = {
         "variant": asdict(profile.training.variants[name]),
         "training": training,
@@ -191,33 +190,25 @@ def _recipe(profile: Profile, name: str, seed: int) -> list[tuple[str, Any]]:
         "relevance": values["relevance"],
         "curation": values["curation"],
     }
-    rows = [
-        ("seed", seed),
-        *(
-            (f"lvlm.{key}", values["lvlm"][key])
-            for key in ("quantization", "vision_tower", "template")
-        ),
-    ]
+    rows: list[tuple[str, Any]] = [("seed", seed)]
+    for key in ("quantization", "vision_tower", "template"):
+        rows.append((f"lvlm.{key}", values["lvlm"][key]))
     start = profile.lvlm.base_adapter
-    rows.append(("lvlm.base_adapter", start and public_name(start)))
-    rows += [
-        (f"{section}.{key}", value)
-        for section, part in sections.items()
-        for key, value in part.items()
-    ]
-    speakers = {
-        "judge": judge.judge,
-        **{f"panel.{member}": model for member, model in (judge.panel or {}).items()},
-    }
-    rows += [
-        (f"judge.{role}", public_name(model.model))
-        for role, model in speakers.items()
-        if isinstance(model, LanguageModel)
-    ]
-    return [*rows, ("judge.backend", judge.backend)]
+    rows.append(("lvlm.base_adapter", public_name(start) if start else None))
+    for section, settings in sections.items():
+        for key, value in settings.items():
+            rows.append((f"{section}.{key}", value))
+    judge = profile.judge
+    if isinstance(judge.judge, LanguageModel):
+        rows.append(("judge.judge", public_name(judge.judge.model)))
+    for member, model in (judge.panel or {}).items():
+        rows.append((f"judge.panel.{member}", public_name(model.model)))
+    rows.append(("judge.backend", judge.backend))
+    return rows
 
 
 def _last_values(folder: Path) -> dict[str, float]:
+    """The last logged value of each name; an event holds some of them."""
     values: dict[str, float] = {}
     for line in (folder / "events.jsonl").read_text(encoding="utf-8").splitlines():
         values |= json.loads(line)
@@ -225,17 +216,20 @@ def _last_values(folder: Path) -> dict[str, float]:
 
 
 def _table(head: tuple[str, ...], rows: Iterable[tuple[Any, ...]]) -> str:
-    def text(value: Any) -> str:
-        return (
-            ", ".join(map(str, value))
-            if isinstance(value, list | tuple)
-            else "none"
-            if value is None
-            else str(value)
-        )
+    """A Markdown table."""
+    lines = []
+    for row in (head, ("---",) * len(head), *rows):
+        cells = " | ".join(_cell(value) for value in row)
+        lines.append(f"| {cells} |")
+    return "\n".join(lines)
 
-    lines = [head, ("---",) * len(head), *rows]
-    return "\n".join("| " + " | ".join(map(text, line)) + " |" for line in lines)
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value))
+    return str(value)
 
 
 def _write(path: Path, text: str) -> None:
@@ -272,8 +266,10 @@ def merge(
         InputError: no adapter, another base model, ``output`` holds something already, or no room
             to write.
     """
-    adapter, output = adapter_folder(adapter), Path(output).resolve()
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+    adapter = adapter_folder(adapter)
+    output = Path(output).resolve()
+    is_empty_folder = output.is_dir() and not any(output.iterdir())
+    if output.exists() and not is_empty_folder:
         raise InputError(
             f"{output}: holds something already; remove it, or choose another output folder"
         )
@@ -283,7 +279,7 @@ def merge(
         output.parent.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))
         _save(lvlm, adapter, draft)
-        draft.chmod(0o755)
+        draft.chmod(0o755)  # mkdtemp makes a folder that is its owner's alone
         os.replace(draft, output)
     except OSError as error:
         raise InputError(
@@ -303,7 +299,8 @@ def _load(adapter: Path, base: str | None, device: str, base_adapter: str | None
     settings: dict[str, Any] = {}
     if record.is_file():
         values = load_profile(record).lvlm
-        base, settings = base or values.model, {key: getattr(values, key) for key in LOADING}
+        base = base or values.model
+        settings = {key: getattr(values, key) for key in LOADING}
     elif (adapter / BASE).is_file():
         stored = load_json(adapter / BASE, "how the adapter's base model is loaded")
         settings = {key: stored[key] for key in LOADING if key in stored}
@@ -312,19 +309,23 @@ def _load(adapter: Path, base: str | None, device: str, base_adapter: str | None
     return load_lvlm(base or config["base_model_name_or_path"], device, adapter, **settings)
 
 
+# How the card of an adapter becomes the card of the merged model.
+MERGED = {
+    LIBRARY.format("peft"): LIBRARY.format("transformers"),
+    "LoRA weights and projector for": "LoRA weights and projector merged into",
+    "`PeftModel": "`LlavaForConditionalGeneration",
+}
+
+
 def _save(lvlm: MedLVLM, adapter: Path, folder: Path) -> None:
+    """Write the merged model and, where the adapter has one, its card."""
     save_merged(lvlm, folder)
     card = adapter / "README.md"
     if card.is_file():
-        text = card.read_text(encoding="utf-8").replace(
-            LIBRARY.format("peft"), LIBRARY.format("transformers"), 1
-        )
-        _write(
-            folder / "README.md",
-            text.replace(
-                "LoRA weights and projector for", "LoRA weights and projector merged into", 1
-            ).replace("`PeftModel", "`LlavaForConditionalGeneration", 1),
-        )
+        text = card.read_text(encoding="utf-8")
+        for of_adapter, of_merged in MERGED.items():
+            text = text.replace(of_adapter, of_merged, 1)
+        _write(folder / "README.md", text)
 
 
 def main() -> int:
