@@ -5,16 +5,36 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator, Field, StrictBool, StrictInt, StrictStr
 
 from .errors import InputError
-from .settings import PACKAGE_FOLDER, build_section, is_path, nearest, read_yaml
+from .settings import (
+    PACKAGE_FOLDER,
+    Different,
+    Sections,
+    Values,
+    build_section,
+    is_path,
+    nearest,
+    read_yaml,
+    section,
+)
 
-COUNT = {"low": 0, "high": 10**9}
+
+def _is_sha256(digest: str) -> str:
+    if not re.fullmatch(r"[0-9a-f]{64}", digest):
+        raise ValueError("expected a SHA-256 of 64 hexadecimal digits, or null where none is known")
+    return digest
 
 
-@dataclass(frozen=True)
+Count = Annotated[StrictInt, Field(ge=0, le=10**9)]
+Sha256 = Annotated[StrictStr, AfterValidator(_is_sha256)]
+
+
+@section
 class Split:
     """Sizes of one split; None where nobody says.
 
@@ -26,13 +46,13 @@ class Split:
         paper_images: the paper's count of images (Table 6).
     """
 
-    items: int | None = field(metadata=COUNT)
-    images: int | None = field(metadata=COUNT)
-    paper_items: int | None = field(metadata=COUNT)
-    paper_images: int | None = field(metadata=COUNT)
+    items: Count | None
+    images: Count | None
+    paper_items: Count | None
+    paper_images: Count | None
 
 
-@dataclass(frozen=True)
+@section
 class DatasetCard:
     """One data set.
 
@@ -46,19 +66,19 @@ class DatasetCard:
         files: SHA-256 (hexadecimal) of a file, by path; None where none is published.
     """
 
-    name: str
-    title: str
-    task: str
-    modality: str
-    licence: str
-    credentialed: bool
-    homepage: str
-    access: str
-    layout: dict[str, str]
-    splits: dict[str, Split]
-    oddities: tuple[str, ...]
-    files: dict[str, str | None]
-    citation: str
+    name: StrictStr
+    title: StrictStr
+    task: StrictStr
+    modality: StrictStr
+    licence: StrictStr
+    credentialed: StrictBool
+    homepage: StrictStr
+    access: StrictStr
+    layout: Values[StrictStr]
+    splits: Sections[Split]
+    oddities: Different[StrictStr]
+    files: Values[Sha256 | None]
+    citation: StrictStr
 
 
 def card_folder() -> Path:
@@ -86,30 +106,18 @@ def load_card(name_or_path: str | os.PathLike) -> DatasetCard:
     Raises:
         InputError: no such card, not YAML, a key unknown or missing, a value of the wrong type.
     """
-    path = Path(name_or_path)
+    path, name = Path(name_or_path), str(name_or_path)
     if not is_path(name_or_path):
-        path = card_folder() / f"{name_or_path}.yaml"
+        path = card_folder() / f"{name}.yaml"
         if not path.is_file():
-            raise InputError(
-                f"dataset card {str(name_or_path)!r}: "
-                f"unknown{nearest(str(name_or_path), card_names())}"
-            )
-    card = build_section(
-        DatasetCard,
-        read_yaml(path, f"a YAML file or a card's name: {', '.join(card_names())}"),
-        path.name,
-    )
+            raise InputError(f"dataset card {name!r}: unknown{nearest(name, card_names())}")
+    expected = f"a YAML file or a card's name: {', '.join(card_names())}"
+    card = build_section(DatasetCard, read_yaml(path, expected), path.name)
     if card.name != path.stem:
         raise InputError(
             f"{path.name}: key `name`: expected the file's own name, {path.stem}, found "
             f"{card.name!r}"
         )
-    for file, digest in card.files.items():
-        if digest is not None and not re.fullmatch(r"[0-9a-f]{64}", digest):
-            raise InputError(
-                f"{path.name}: key `files.{file}`: expected a SHA-256 of 64 hexadecimal digits, or "
-                f"null where none is known, found {digest!r}"
-            )
     return card
 
 

@@ -1,6 +1,4 @@
-"""Settings files: YAML read strictly, checked against dataclasses, with one clear error for what
-does not fit.
-"""
+"""Settings files: YAML read strictly, pydantic's checks, one clear error for what does not fit."""
 
 from __future__ import annotations
 
@@ -9,34 +7,21 @@ import math
 import os
 import re
 from collections.abc import Hashable, Iterable
-from dataclasses import field, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from pathlib import Path
-from types import NoneType
-from typing import Any, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, StrictStr, TypeAdapter
+from pydantic.dataclasses import dataclass
+from pydantic_core import PydanticCustomError, ValidationError
 
 from .errors import InputError
 
 PACKAGE_FOLDER = Path(__file__).parents[1]
 SHIPPED = "phantom"  # as a model's or a checkpoint's name: the small one that the package ships
-KINDS = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a finite number",
-    str: "a non-empty text",
-    Path: "a path",
-}
-
-
-def between(low: float = -math.inf, high: float = math.inf) -> Any:
-    """A dataclass field whose value, or each of its values, lies from ``low`` to ``high``."""
-    return field(metadata={"low": low, "high": high})
-
-
-def one_of(*choices: str) -> Any:
-    """A dataclass field whose value, or each of its values, is one of ``choices``."""
-    return field(metadata={"choices": choices})
+SPLITS = ("train", "validation", "test")
 
 
 def repository_root() -> Path:
@@ -114,97 +99,129 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     return f"; the nearest valid one is `{close[0]}` (valid: {', '.join(valid)})" if close else ""
 
 
-def build_section(kind: type, values: Any, file: str, prefix: str = "") -> Any:
-    """Make the dataclass ``kind`` from a mapping whose keys must be exactly its fields.
+# A section of a settings file is a frozen dataclass that takes exactly its own keys. Its errors
+# show no values: what somebody writes for `api_key_env` may be the key itself.
+STRICT = ConfigDict(
+    extra="forbid", str_min_length=1, allow_inf_nan=False, hide_input_in_errors=True
+)
+section = dataclass(frozen=True, config=STRICT)
+
+
+def require(holds: Any, key: str, expected: str) -> None:
+    """A rule between keys, for a section's validator: the error names the section's ``key``."""
+    if not holds:
+        raise PydanticCustomError("rule", f"expected {expected}", {"key": key})
+
+
+def _absolute(value: Any) -> Path:
+    if not value or not isinstance(value, str | Path):
+        raise ValueError("expected a path")
+    return Path(os.path.normpath(repository_root() / Path(value).expanduser()))
+
+
+def _where_it_lies(name: str) -> str:
+    # A folder of that name must not take the place of what the package ships.
+    if name == SHIPPED or not (repository_root() / name).exists():
+        return name
+    return os.path.normpath(repository_root() / name)
+
+
+def _different(values: Any) -> Any:
+    if not isinstance(values, list | tuple) or not 0 < len(values) == len(set(map(str, values))):
+        raise ValueError("expected a list of different values")
+    return values
+
+
+def _keyed(pattern: str, expected: str) -> BeforeValidator:
+    def check(values: Any) -> dict[str, Any]:
+        fit = isinstance(values, dict) and all(re.fullmatch(pattern, str(key)) for key in values)
+        if not fit or not values:
+            raise ValueError(f"expected {expected}")
+        return {str(key): value for key, value in values.items()}
+
+    return BeforeValidator(check)
+
+
+T = TypeVar("T")
+Name = Annotated[StrictStr, Field(pattern=r"^[\w-]+$")]
+# A model's or a checkpoint's name, which becomes a path where the repository holds it.
+ModelName = Annotated[StrictStr, AfterValidator(_where_it_lies)]
+AbsolutePath = Annotated[Path, BeforeValidator(_absolute)]
+Different = Annotated[tuple[T, ...], BeforeValidator(_different)]
+Values = Annotated[dict[str, T], _keyed(r".+", "keys and values")]
+Sections = Annotated[dict[str, T], _keyed(r"[\w-]+", "named sections (letters, digits, _, -)")]
+
+
+def build_section(kind: type, values: dict[str, Any], file: str) -> Any:
+    """Make the ``section`` class ``kind`` from a mapping whose keys must be exactly its fields.
 
     Raises:
-        InputError: names the ``file``, the key (after ``prefix``) and what was expected.
+        InputError: names the ``file``, the key and what was expected.
     """
-    section = f"section `{prefix[:-1]}`" if prefix else "the file"
-    if not isinstance(values, dict):
-        raise InputError(f"{file}: {section}: expected keys and values, found {values!r}")
-    hints, known = get_type_hints(kind), {item.name: item for item in fields(kind)}
-    for key in values:
-        if key not in known:
-            raise InputError(f"{file}: unknown key `{prefix}{key}`{nearest(str(key), known)}")
-    for key in known:
-        if key not in values:
-            raise InputError(
-                f"{file}: missing key `{prefix}{key}`; {section} needs every one of "
-                f"{', '.join(known)}"
-            )
-    return kind(
-        **{
-            key: _convert(hints[key], values[key], known[key].metadata, file, prefix + key)
-            for key in known
-        }
-    )
+    try:
+        return TypeAdapter(kind).validate_python(values)
+    except ValidationError as errors:
+        raise InputError(f"{file}: {_sentence(kind, errors)}") from None
 
 
-def _convert(hint: Any, value: Any, rule: Any, file: str, key: str) -> Any:
-    """Check ``value`` against a type hint and a rule (choices, or low and high), and return it
-    converted.
-    """
-    parts = get_args(hint)
-    if NoneType in parts:
-        return None if value is None else _convert(parts[0], value, rule, file, key)
-    if is_dataclass(hint):
-        return build_section(hint, value, file, f"{key}.")
-    if get_origin(hint) is dict:
-        names = r"[\w-]+" if is_dataclass(parts[1]) else r".+"
-        if (
-            not isinstance(value, dict)
-            or not value
-            or any(not re.fullmatch(names, str(name)) for name in value)
-        ):
-            expected = (
-                "named sections (letters, digits, _, -)"
-                if is_dataclass(parts[1])
-                else "keys and values"
-            )
-            raise InputError(f"{file}: key `{key}`: expected {expected}, found {value!r}")
-        return {
-            str(name): _convert(parts[1], item, rule, file, f"{key}.{name}")
-            for name, item in value.items()
-        }
-    if get_origin(hint) is tuple:
-        if (
-            not isinstance(value, list | tuple)
-            or not value
-            or len(set(map(str, value))) < len(value)
-        ):
-            raise InputError(
-                f"{file}: key `{key}`: expected a list of different values, found {value!r}"
-            )
-        return tuple(
-            _convert(parts[0], item, rule, file, f"{key}[{index}]")
-            for index, item in enumerate(value)
-        )
-    return _check_value(hint, value, rule, f"{file}: key `{key}`")
+# A misspelt key is a missing one too: the unknown one says more.
+KEY_ERRORS = {"unexpected_keyword_argument": 0, "invalid_key": 0, "missing": 1}
+EXPECTED = {
+    "bool_type": "true or false",
+    "int_type": "a whole number",
+    "float_type": "a finite number",
+    "finite_number": "a finite number",
+    "string_pattern_mismatch": "a name of letters, digits, _ and -",
+}
 
 
-def _check_value(hint: type, value: Any, rule: Any, where: str) -> Any:
-    if hint is float and type(value) is int and abs(value) < 10**300:
-        value = float(value)
-    if hint is Path and value and isinstance(value, str | Path):
-        return Path(os.path.normpath(repository_root() / Path(value).expanduser()))
-    if type(value) is not hint or value == "" or (hint is float and not math.isfinite(value)):
-        raise InputError(f"{where}: expected {KINDS[hint]}, found {value!r:.80}")
-    choices = rule.get("choices")
-    if choices and value not in choices:
-        raise InputError(f"{where}: {value!r} is not among the choices{nearest(value, choices)}")
-    if rule.get("name") and not re.fullmatch(r"[\w-]+", value):
-        raise InputError(
-            f"{where}: expected a name of letters, digits, _ and -, found {value!r:.80}"
-        )
-    # A folder of that name must not take the place of what the package ships.
-    if rule.get("path") and value != SHIPPED and (repository_root() / value).exists():
-        return os.path.normpath(repository_root() / value)
-    if not choices and "low" in rule and not rule["low"] <= value <= rule["high"]:
-        raise InputError(
-            f"{where}: expected a value from {rule['low']:g} to {rule['high']:g}, found {value!r}"
-        )
-    return value
+def _sentence(kind: type, errors: ValidationError) -> str:
+    """The first of pydantic's errors, as: which key, what was expected, what was found."""
+    first = min(errors.errors(), key=lambda error: KEY_ERRORS.get(error["type"], 2))
+    what, place, found = first["type"], first["loc"], first["input"]
+    if what in KEY_ERRORS:
+        *outer, key = map(str, place)
+        known = [field.name for field in fields(_declared(kind, outer)[0])]
+        if what == "invalid_key":  # `no: 1` in YAML has the key False, and 0 in its place
+            key = str(found)
+        if what != "missing":
+            return f"unknown key `{_dotted([*outer, key])}`{nearest(key, known)}"
+        where = f"section `{_dotted(outer)}`" if outer else "the file"
+        return f"missing key `{_dotted(place)}`; {where} needs every one of {', '.join(known)}"
+    if what == "dataclass_type":
+        return f"section `{_dotted(place)}`: expected keys and values, found {found!r:.80}"
+    if what == "rule":
+        return f"key `{_dotted([*place, first['ctx']['key']])}`: {first['msg']}"
+    hint, low, high = _declared(kind, place)
+    if what == "value_error":
+        problem = f"{first['ctx']['error']}, found {found!r:.80}"
+    elif what == "literal_error" and found and isinstance(found, str):
+        problem = f"{found!r} is not among the choices{nearest(found, get_args(hint))}"
+    elif what in ("greater_than_equal", "less_than_equal"):
+        problem = f"expected a value from {low:g} to {high:g}, found {found!r}"
+    else:
+        problem = f"expected {EXPECTED.get(what, 'a non-empty text')}, found {found!r:.80}"
+    return f"key `{_dotted(place)}`: {problem}"
 
 
-SPLITS = ("train", "validation", "test")
+def _declared(kind: Any, place: Iterable[str | int]) -> tuple[Any, float, float]:
+    """What the sections declare at a ``place``: the bare type, its lowest and highest value."""
+    low = -math.inf
+    high = math.inf
+    for key in place:
+        if is_dataclass(kind):
+            kind = get_type_hints(kind, include_extras=True)[str(key)]
+        else:
+            kind = get_args(kind)[1 if get_origin(kind) is dict else 0]
+        while get_origin(kind) in (Annotated, Union, UnionType):  # X | None, with X first
+            for rule in getattr(kind, "__metadata__", ()):
+                for limit in getattr(rule, "metadata", ()):  # those of Field
+                    low = getattr(limit, "ge", low)
+                    high = getattr(limit, "le", high)
+            kind = get_args(kind)[0]
+    return kind, low, high
+
+
+def _dotted(place: Iterable[str | int]) -> str:
+    parts = [f"[{key}]" if isinstance(key, int) else f".{key}" for key in place]
+    return "".join(parts).removeprefix(".")
