@@ -35,6 +35,5 @@ import logging
 
 __version__ = "0.1.0"
 
-# On a CPU, bitsandbytes reports at import that an optional kernel for 4-bit matrices is missing. It
-# does without.
+# On a CPU, bitsandbytes says at import that a kernel for 4-bit matrices is missing.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

@@ -18,13 +18,13 @@ from .base.doors import open_door
 from .base.errors import InputError
 from .base.files import read_or_compute, write_json
 from .base.images import with_images
-from .base.rows import Row
+from .base.rows import Row, row_sha
 from .base.tensors import model_digest
 from .dataset import FilmDataset
 from .lvlm import MedLVLM, generate
 from .medklip import MedKLIP
 from .pairs import medklip_tool, merge_pairs, pick_questions, text_pairs
-from .preference_rows import read_manifest, row_sha, row_source, rows_to_questions, write_manifest
+from .preference_rows import read_manifest, row_source, rows_to_questions, write_manifest
 from .profiles import Profile
 from .relevance import Judge, Member, sample_candidates
 

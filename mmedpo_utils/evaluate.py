@@ -19,12 +19,11 @@ from PIL import Image
 from .base.errors import InputError, first_line
 from .base.files import read_or_compute, read_text, write_json_lines
 from .base.images import open_image, resolve_image, with_images
-from .base.rows import ANSWER_TYPES, Row, check_prediction, patient_of, question_text
+from .base.rows import ANSWER_TYPES, Row, check_prediction, patient_of, question_text, row_sha
 from .base.tensors import model_digest
 from .dataset import FilmDataset
 from .lvlm import MedLVLM, generate, image_attention, load_profile_lvlm
 from .phantom.texts import read_masks
-from .preference_rows import row_sha
 from .profiles import Profile
 
 T = TypeVar("T")

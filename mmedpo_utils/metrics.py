@@ -222,13 +222,3 @@ def score_predictions(rows: Sequence[Row], names: Sequence[str] = SCORES) -> dic
         else:
             table[name]["score"] = score(rows, name)
     return table
-
-
-def scores_by(rows: Sequence[Row], key: str) -> dict[str, dict[str, Row]]:
-    """`score_predictions` for each value of ``key`` ("finding" or "question_type"); rows without it
-    go to "(none)".
-    """
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(str(row.get(key) or "(none)"), []).append(row)
-    return {value: score_predictions(groups[value]) for value in sorted(groups)}

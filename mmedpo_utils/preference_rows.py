@@ -4,7 +4,6 @@ write.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import warnings
@@ -268,13 +267,6 @@ def rows_to_questions(rows: Sequence[Row]) -> list[Row]:
             }
         )
     return questions
-
-
-def row_sha(rows: Sequence[Row]) -> str:
-    """SHA-256 (hexadecimal) of rows, whatever the order of their keys."""
-    return hashlib.sha256(
-        json.dumps(list(rows), sort_keys=True, ensure_ascii=False).encode()
-    ).hexdigest()
 
 
 def _verify_image(root: str | os.PathLike, name: str, where: str, verified: set[Path]) -> None:

@@ -18,9 +18,10 @@ import numpy as np
 from .base.errors import InputError
 from .base.images import open_image, resolve_image
 from .base.rows import IMAGE_MARK, has_weight, question_text
+from .base.sections import Variant
 from .base.words import words
 from .preference_rows import row_source
-from .profiles import Profile, Variant
+from .profiles import Profile
 
 
 class Opinion(NamedTuple):

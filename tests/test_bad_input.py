@@ -29,6 +29,7 @@ from mmedpo_utils.base import cards
 from mmedpo_utils.base.cards import load_card
 from mmedpo_utils.base.errors import InputError
 from mmedpo_utils.base.files import write_json
+from mmedpo_utils.base.sections import IMAGE_FOLDERS
 from mmedpo_utils.convert.layouts import import_hugging_face, read_layout
 from mmedpo_utils.evaluate import read_predictions
 from mmedpo_utils.lvlm import load_lvlm
@@ -36,7 +37,7 @@ from mmedpo_utils.medklip import load_medklip
 from mmedpo_utils.noise import lesion_mask, localized_noise
 from mmedpo_utils.phantom.texts import read_masks
 from mmedpo_utils.preference_rows import pair_row, read_manifest, read_questions, write_manifest
-from mmedpo_utils.profiles import IMAGE_FOLDERS, load_profile
+from mmedpo_utils.profiles import load_profile
 from mmedpo_utils.relevance import normalise
 
 QUESTION = {

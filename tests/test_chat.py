@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 from mmedpo_utils.base.errors import InputError
+from mmedpo_utils.base.sections import LanguageModel
 from mmedpo_utils.judges.chat import Chat, EndpointModel, Limits, Sampling
 from mmedpo_utils.judges.language_models import LanguageModelJudge
-from mmedpo_utils.profiles import LanguageModel
 from tests import servers
 from tests.servers import running
 

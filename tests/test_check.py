@@ -12,8 +12,9 @@ import torch
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 
+from mmedpo_utils.base.sections import LanguageModel
 from mmedpo_utils.lvlm import PHANTOM_WEIGHTS, load_lvlm
-from mmedpo_utils.profiles import LanguageModel, Profile, load_profile
+from mmedpo_utils.profiles import Profile, load_profile
 from mmedpo_utils.programs.check import Finding, check_profile, main
 from mmedpo_utils.trainer import adapter_config
 

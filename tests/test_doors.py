@@ -20,11 +20,12 @@ from mmedpo_utils.base.cards import load_card
 from mmedpo_utils.base.errors import InputError
 from mmedpo_utils.base.images import open_image
 from mmedpo_utils.base.privacy import check_origin, check_outputs
+from mmedpo_utils.base.sections import LanguageModel
 from mmedpo_utils.convert.layouts import import_hugging_face
 from mmedpo_utils.dataset import prepare_dataset
 from mmedpo_utils.judges.language_models import build_judges
 from mmedpo_utils.preference_rows import pair_row, read_manifest, read_questions
-from mmedpo_utils.profiles import LanguageModel, load_profile
+from mmedpo_utils.profiles import load_profile
 
 from .conftest import REPOSITORY
 

@@ -17,12 +17,13 @@ from mmedpo_utils.base.cards import load_card
 from mmedpo_utils.base.errors import InputError
 from mmedpo_utils.base.images import open_image
 from mmedpo_utils.base.rows import patient_of, question_text
+from mmedpo_utils.base.sections import IMAGE_FOLDERS
 from mmedpo_utils.convert import layouts
 from mmedpo_utils.convert.cards import check_dataset
 from mmedpo_utils.convert.layouts import LAYOUTS, REPORT_QUESTION, import_hugging_face, read_layout
 from mmedpo_utils.dataset import prepare_dataset
 from mmedpo_utils.preference_rows import pair_row, read_manifest, read_questions, write_manifest
-from mmedpo_utils.profiles import IMAGE_FOLDERS, load_profile
+from mmedpo_utils.profiles import load_profile
 
 
 def picture(path: Path, seed: int = 0) -> Path:

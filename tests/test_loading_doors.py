@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from mmedpo_utils.base.errors import InputError, first_line
+from mmedpo_utils.base.sections import LanguageModel
 from mmedpo_utils.convert.medklip_official import OFFICIAL_QUERIES, query_embeddings
 from mmedpo_utils.judges.chat import LocalModel
 from mmedpo_utils.lvlm import (
@@ -27,7 +28,7 @@ from mmedpo_utils.lvlm import (
     load_lvlm,
 )
 from mmedpo_utils.medklip import PHANTOM_CHECKPOINT, load_medklip
-from mmedpo_utils.profiles import LanguageModel, load_profile
+from mmedpo_utils.profiles import load_profile
 from mmedpo_utils.programs.check import check_profile
 from mmedpo_utils.scale.estimate import model_config
 

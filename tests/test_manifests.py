@@ -18,7 +18,7 @@ from PIL import Image
 from mmedpo_utils.base.cards import card_folder
 from mmedpo_utils.base.errors import InputError
 from mmedpo_utils.base.images import open_image, resolve_image, with_images
-from mmedpo_utils.base.rows import question_text
+from mmedpo_utils.base.rows import question_text, row_sha
 from mmedpo_utils.curate import training_rows
 from mmedpo_utils.preference_rows import (
     PAIR_KEYS,
@@ -27,7 +27,6 @@ from mmedpo_utils.preference_rows import (
     pair_row,
     read_manifest,
     read_questions,
-    row_sha,
     row_source,
     rows_to_questions,
     write_manifest,

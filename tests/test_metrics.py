@@ -14,6 +14,7 @@ from mmedpo_utils import metrics
 from mmedpo_utils.base import bootstrap
 from mmedpo_utils.base import words as words_of
 from mmedpo_utils.base.rows import patient_of
+from mmedpo_utils.show import comparison
 
 REPORTS = [
     (
@@ -216,7 +217,7 @@ def test_scores_by_finding():
         row("CLOSED", "no", "yes", finding="effusion"),
         row("CLOSED", "no", "no"),
     ]
-    by_finding = metrics.scores_by(rows, "finding")
+    by_finding = comparison.scores_by(rows, "finding")
     assert list(by_finding) == ["(none)", "effusion", "nodule"]
     assert [scores["closed_accuracy"]["score"] for scores in by_finding.values()] == [100, 0, 100]
 

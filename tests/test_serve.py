@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from mmedpo_utils.base.errors import InputError
+from mmedpo_utils.base.sections import LanguageModel
 from mmedpo_utils.judges.chat import Chat, EndpointModel, LocalModel, Sampling
 from mmedpo_utils.judges.language_models import (
     LanguageModelJudge,
@@ -27,7 +28,7 @@ from mmedpo_utils.judges.language_models import (
     usage_table,
 )
 from mmedpo_utils.pairs import text_pairs
-from mmedpo_utils.profiles import LanguageModel, load_profile
+from mmedpo_utils.profiles import load_profile
 from tests.tiny_chat import train_tiny_chat
 
 SAMPLING = Sampling(0.0, 0, 64)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import os
 import re
@@ -266,3 +268,10 @@ def patient_of(row: Row) -> str:
     """
     patient = row.get("patient_id")
     return str(row["image"] if patient is None or not str(patient).strip() else patient)
+
+
+def row_sha(rows: Sequence[Row]) -> str:
+    """SHA-256 (hexadecimal) of rows, whatever the order of their keys."""
+    return hashlib.sha256(
+        json.dumps(list(rows), sort_keys=True, ensure_ascii=False).encode()
+    ).hexdigest()

@@ -10,7 +10,16 @@ from collections.abc import Hashable, Iterable
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import yaml
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, StrictStr, TypeAdapter
@@ -75,9 +84,10 @@ def override(values: dict[str, Any], key: str, value: Any, file: str) -> None:
     """
     *parents, last = key.split(".")
     for parent in parents:
-        values = values.get(parent)
-        if not isinstance(values, dict):
+        inner = values.get(parent)
+        if not isinstance(inner, dict):
             raise InputError(f"{file}: override `{key}`: no section `{parent}`")
+        values = inner
     values[last] = value
 
 
@@ -104,7 +114,12 @@ def nearest(name: str, valid: Iterable[str]) -> str:
 STRICT = ConfigDict(
     extra="forbid", str_min_length=1, allow_inf_nan=False, hide_input_in_errors=True
 )
-section = dataclass(frozen=True, config=STRICT)
+if TYPE_CHECKING:
+    # A type checker reads sections as the dataclasses that they are; it knows no decorator that a
+    # call has made.
+    from dataclasses import dataclass as section
+else:
+    section = dataclass(frozen=True, config=STRICT)
 
 
 def require(holds: Any, key: str, expected: str) -> None:

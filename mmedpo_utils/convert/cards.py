@@ -14,7 +14,7 @@ from ..base.cards import DatasetCard, Split, file_sha256
 from ..base.errors import InputError
 from ..base.files import write_json
 from ..base.images import resolve_image
-from ..profiles import IMAGE_FOLDERS
+from ..base.sections import IMAGE_FOLDERS
 from .layouts import LAYOUTS, Questions, read_layout
 
 FOLDERS = {"phantom": ("folder", "data"), "vqa-rad-mini": ("folder", "")}

@@ -35,10 +35,10 @@ from ..base.rows import (
     mended_text,
     place,
 )
+from ..base.sections import IMAGE_FOLDERS
 from ..base.settings import SPLITS, nearest
 from ..base.words import is_yes_no
 from ..preference_rows import read_questions
-from ..profiles import IMAGE_FOLDERS
 
 OTHER_NAMES = {"val": "validation", "validate": "validation", "valid": "validation"}
 # one of the 16 prompts of the released IU-Xray rows

@@ -23,7 +23,7 @@ from ..base.environment import check_device
 from ..base.errors import InputError, first_line
 from ..base.files import write_json
 from ..base.privacy import is_loopback, private_folder
-from ..profiles import LanguageModel
+from ..base.sections import LanguageModel
 from .refusals import ADAPTED, Refusal, hint
 
 Messages = list[dict[str, str]]

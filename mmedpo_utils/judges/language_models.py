@@ -28,9 +28,10 @@ import numpy as np
 from ..base.errors import InputError
 from ..base.privacy import Card, check_endpoint
 from ..base.rows import Row, question_text
+from ..base.sections import LanguageModel
 from ..base.words import is_yes_no, opener, words
 from ..phantom.panel import FactJudge, fact_panel
-from ..profiles import LanguageModel, Profile
+from ..profiles import Profile
 from ..relevance import Judge, Member, Opinion
 from .chat import MILLION, Backend, Chat, EndpointModel, Limits, LocalModel, Messages, Sampling
 

@@ -34,9 +34,10 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 
 from ..base.files import write_json
 from ..lvlm import PHANTOM_WEIGHTS, MedLVLM, generate, load_lvlm, prompt
-from ..metrics import TYPE_OF_METRIC, score_predictions, scores_by
+from ..metrics import TYPE_OF_METRIC, score_predictions
 from ..phantom.texts import questions, report
 from ..phantom.world import FINDINGS, IMAGE_SIZE, LEVELS, Film, choose_zones, draw_film, films
+from ..show.comparison import scores_by
 
 SEED = 2000
 FILMS = 6000

@@ -25,6 +25,7 @@ from ..base.cards import load_card
 from ..base.environment import check_device
 from ..base.errors import InputError, exit_status
 from ..base.privacy import check_endpoint
+from ..base.sections import LanguageModel
 from ..convert.adapters import adapter_folder, put_on
 from ..convert.cards import check_dataset
 from ..convert.llava_med import (
@@ -39,7 +40,7 @@ from ..judges.chat import EndpointModel
 from ..judges.language_models import speakers
 from ..launch_command import process_count
 from ..lvlm import PHANTOM_WEIGHTS
-from ..profiles import LanguageModel, Profile, load_profile
+from ..profiles import Profile, load_profile
 from ..scale.estimate import (
     GIB,
     NF4_BYTES,

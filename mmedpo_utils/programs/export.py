@@ -27,12 +27,13 @@ from ..base.cards import load_card
 from ..base.errors import InputError, exit_status
 from ..base.files import atomic_write, load_json, write_json
 from ..base.rows import Row
+from ..base.sections import LanguageModel
 from ..base.settings import repository_root
 from ..convert.adapters import adapter_folder
 from ..convert.model_folder import save_merged
 from ..lvlm import PHANTOM_WEIGHTS, MedLVLM, load_lvlm
 from ..preference_rows import row_source
-from ..profiles import LanguageModel, Profile, load_profile
+from ..profiles import Profile, load_profile
 
 TAGS = ["mmedpo", "dpo", "lora", "medical", "llava"]
 SCORES = "\n## Test scores\n"

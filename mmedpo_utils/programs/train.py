@@ -39,10 +39,11 @@ from ..base.errors import InputError
 from ..base.files import write_json
 from ..base.precision import train_in_32_bits
 from ..base.rows import patient_of
+from ..base.sections import Variant
 from ..base.tensors import model_digest
 from ..curate import manifest_path, training_rows
 from ..lvlm import MedLVLM, load_profile_lvlm
-from ..profiles import Profile, Variant, load_profile
+from ..profiles import Profile, load_profile
 from ..relevance import training_weights
 from ..run_folder import (
     FAILED,

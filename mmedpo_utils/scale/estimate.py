@@ -25,9 +25,10 @@ from transformers import (
 
 from ..base.errors import InputError, first_line
 from ..base.rows import question_text
+from ..base.sections import Training
 from ..lvlm import PHANTOM_WEIGHTS
 from ..preference_rows import answer_text
-from ..profiles import Profile, Training
+from ..profiles import Profile
 
 GIB = 2**30
 BYTES = {"fp32": 4, "bf16": 2}

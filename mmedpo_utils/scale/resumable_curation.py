@@ -21,11 +21,11 @@ from PIL import Image
 from ..base.errors import InputError
 from ..base.files import atomic_write, remove_temporaries, write_json
 from ..base.images import open_image, resolve_image
-from ..base.rows import Row
+from ..base.rows import Row, row_sha
+from ..base.sections import Noise
 from ..noise import noise_mask, noised_pixels
 from ..pairs import VisualTool, generator, visual_pairs
-from ..preference_rows import row_sha, write_manifest
-from ..profiles import Noise
+from ..preference_rows import write_manifest
 from .journal import Journal
 
 PROGRESS_SECONDS = 30

@@ -177,3 +177,13 @@ def attention_example(
         return image_attention(lvlm, [film], [question_text(row)], 1)[0].numpy()
 
     return row, attention(None), attention(adapter)
+
+
+def scores_by(rows: Sequence[Row], key: str) -> dict[str, dict[str, Row]]:
+    """`score_predictions` for each value of ``key`` ("finding" or "question_type"); rows without it
+    go to "(none)".
+    """
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(str(row.get(key) or "(none)"), []).append(row)
+    return {value: score_predictions(groups[value]) for value in sorted(groups)}
