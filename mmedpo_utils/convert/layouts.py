@@ -2,7 +2,7 @@
 ``manifests.read_questions``.
 
 A report is a question too: ``REPORT_QUESTION``, answered by the report. Where a layout names no
-patient, none is made up; the image's name then stands for the patient (``metrics.patient_of``). A
+patient, none is made up; the image's name is then taken for the patient (``metrics.patient_of``). A
 row that cannot be used does not stop its file: it is left out, and one warning a file counts such
 rows and names them.
 """
@@ -44,6 +44,7 @@ OTHER_NAMES = {"val": "validation", "validate": "validation", "valid": "validati
 # one of the 16 prompts of the released IU-Xray rows
 REPORT_QUESTION = "Provide a detailed description of the given image"
 Questions = dict[str, list[Row]]
+HUGGING_FACE_COLUMNS = ("image", "question", "answer")
 
 
 def read_layout(name: str, root: str | os.PathLike, images: bool = True) -> Questions:
@@ -52,8 +53,8 @@ def read_layout(name: str, root: str | os.PathLike, images: bool = True) -> Ques
     Args:
         name: a name of ``LAYOUTS``: vqa-rad, slake, iu-xray or mimic-cxr, as they are published, or
             folder (one ``<split>_questions.jsonl`` per split, images in images/).
-            ``import_hugging_face`` leaves question files
-            too: they are read where the published files are not there.
+            ``import_hugging_face`` leaves question files too: they are read where the published
+            files are not there.
         root: the data set's folder; its dataset card says what lies there.
         images: whether the images must be there, inside the image folder; a row without one is left
             out. Nothing is decoded.
@@ -66,15 +67,17 @@ def read_layout(name: str, root: str | os.PathLike, images: bool = True) -> Ques
             can be used.
     """
     _check_name(name)
-    root, files = Path(root), [file for file in LAYOUTS[name] if (Path(root) / file).is_file()]
-    if files:
-        questions = LAYOUTS[name][files[0]](root)
+    root = Path(root)
+    published = [file for file in LAYOUTS[name] if (root / file).is_file()]
+    if published:
+        read = LAYOUTS[name][published[0]]
+        questions = read(root)
     else:
-        questions = {
-            split: read_questions(root / f"{split}_questions.jsonl")
-            for split in SPLITS
-            if (root / f"{split}_questions.jsonl").is_file()
-        }
+        questions = {}
+        for split in SPLITS:
+            path = root / f"{split}_questions.jsonl"
+            if path.is_file():
+                questions[split] = read_questions(path)
     if not any(questions.values()):
         raise InputError(
             f"{root}: holds no question of {name}; expected "
@@ -111,7 +114,9 @@ def import_hugging_face(source: Any, root: str | os.PathLike, name: str) -> Ques
         raise InputError(
             f"data set {name!r}: has no Hugging Face copy to import; expected vqa-rad or slake"
         )
-    root, folder, questions = Path(root), Path(root) / IMAGE_FOLDERS[name], {}
+    root = Path(root)
+    folder = root / IMAGE_FOLDERS[name]
+    questions: Questions = {}
     for split, table in _hugging_face_splits(source).items():
         known = _split_name(split, name)
         rows = _import_split(f"{name}, split {split}", split, table, folder)
@@ -130,24 +135,32 @@ def import_hugging_face(source: Any, root: str | os.PathLike, name: str) -> Ques
 def _import_split(
     source: str, split: str, table: Iterable[dict[str, Any]], folder: Path
 ) -> list[Row]:
-    rows, written, left_out = [], set(), Unusable(source)
+    """The questions of one split; their images are written into ``folder``.
+
+    Args:
+        source: what the split is called in messages.
+    """
+    rows = []
+    written: set[str] = set()
+    left_out = Unusable(source)
+    names = {"text": "question", "gpt4_answer": "answer"}
     for number, item in enumerate(table):
         where = f"{source}: row {number}"
         if not _is_english(item.get("q_lang")):
             continue
         try:
             check_fields(item, where, ("question", "answer", "image"))
-            names = {"text": "question", "gpt4_answer": "answer"}
             row = _row(
                 where,
                 names,
-                item.get("qid", f"{split}-{number}"),
-                "not stored yet",
-                item["question"],
-                item["answer"],
-                item.get("answer_type"),
-                item.get("content_type"),
+                number=item.get("qid", f"{split}-{number}"),
+                image="not stored yet",
+                question=item["question"],
+                answer=item["answer"],
+                answer_type=item.get("answer_type"),
+                question_type=item.get("content_type"),
             )
+            # Last: of a row that cannot be used no image is left.
             row["image"] = _store_image(item["image"], folder, where, written)
         except InputError as error:
             left_out.note(error)
@@ -169,26 +182,10 @@ def _hugging_face_splits(source: Any) -> dict[str, Iterable[dict[str, Any]]]:
     import datasets
 
     if isinstance(source, str | os.PathLike):
-        if not Path(source).is_dir():
-            raise InputError(
-                f"{source}: no such folder; download the Hugging Face data set first, and give its "
-                "folder"
-            )
-        saved = any((Path(source) / file).is_file() for file in ("dataset_dict.json", "state.json"))
-        try:
-            source = (
-                datasets.load_from_disk(str(source))
-                if saved
-                else datasets.load_dataset(str(source))
-            )
-        except (OSError, ValueError, RuntimeError) as error:
-            raise InputError(
-                f"{source}: cannot be read as a Hugging Face data set ({first_line(error)}); give "
-                "a folder that save_to_disk wrote, or a copy of the Hub repository"
-            ) from error
-    splits = (
-        {str(source.split or "train"): source} if isinstance(source, datasets.Dataset) else source
-    )
+        source = _open_hugging_face(Path(source))
+    splits = source
+    if isinstance(source, datasets.Dataset):
+        splits = {str(source.split or "train"): source}
     if not isinstance(splits, dict) or not all(
         isinstance(table, datasets.Dataset) for table in splits.values()
     ):
@@ -196,20 +193,39 @@ def _hugging_face_splits(source: Any) -> dict[str, Iterable[dict[str, Any]]]:
             "Hugging Face data set: expected a Dataset, a DatasetDict or a folder, found "
             f"{type(source).__name__}"
         )
+    undecoded: dict[str, Iterable[dict[str, Any]]] = {}
     for split, table in splits.items():
-        missing = [
-            column for column in ("image", "question", "answer") if column not in table.column_names
-        ]
+        missing = [name for name in HUGGING_FACE_COLUMNS if name not in table.column_names]
         if missing:
             raise InputError(
                 f"Hugging Face data set, split {split}: no column {', '.join(missing)} among "
                 f"{', '.join(table.column_names)}; where it holds img_name instead of image, "
                 "unpack its imgs.zip and read the folder with read_layout"
             )
-    return {
-        split: table.cast_column("image", datasets.Image(decode=False))
-        for split, table in splits.items()
-    }
+        undecoded[split] = table.cast_column("image", datasets.Image(decode=False))
+    return undecoded
+
+
+def _open_hugging_face(folder: Path) -> Any:
+    """What a folder holds: saved by ``save_to_disk``, or a copy of a Hub repository."""
+    import datasets
+
+    if not folder.is_dir():
+        raise InputError(
+            f"{folder}: no such folder; download the Hugging Face data set first, and give its "
+            "folder"
+        )
+    # `save_to_disk` leaves one of these.
+    saved = any((folder / file).is_file() for file in ("dataset_dict.json", "state.json"))
+    try:
+        if saved:
+            return datasets.load_from_disk(str(folder))
+        return datasets.load_dataset(str(folder))
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"{folder}: cannot be read as a Hugging Face data set ({first_line(error)}); give "
+            "a folder that save_to_disk wrote, or a copy of the Hub repository"
+        ) from error
 
 
 def _store_image(value: dict[str, Any], folder: Path, where: str, written: set[str]) -> str:
@@ -218,12 +234,13 @@ def _store_image(value: dict[str, Any], folder: Path, where: str, written: set[s
         content = value["bytes"] or Path(value["path"]).read_bytes()
         with Image.open(io.BytesIO(content), formats=IMAGE_FORMATS) as image:
             image.load()
-            suffix = {"JPEG": "jpg"}.get(image.format, image.format.lower())
+            kind = str(image.format)
     except Exception as error:  # decoders of damaged files raise whatever they meet
         reason = first_line(error)
         raise InputError(
             f"{where}: `image`: cannot be opened as an image ({reason}); fetch the data set again"
         ) from error
+    suffix = "jpg" if kind == "JPEG" else kind.lower()
     name = f"{hashlib.sha256(content).hexdigest()[:16]}.{suffix}"
     if name not in written:
         with atomic_write(folder / name) as temporary:
@@ -235,6 +252,7 @@ def _store_image(value: dict[str, Any], folder: Path, where: str, written: set[s
 def _row(
     where: str,
     names: dict[str, str],
+    *,
     number: Any,
     image: Any,
     question: Any,
@@ -243,12 +261,13 @@ def _row(
     question_type: Any = None,
     **optional: Any,
 ) -> Row:
-    """One checked question, mended as `manifests.mended_question` does; yes and no are CLOSED where
-    the type is not said.
+    """One checked question, corrected as `preference_rows.mended_question` does; yes and no are
+    CLOSED where the type is not said.
 
     Args:
         names: what the file calls ``text``, ``gpt4_answer``, ``image`` and ``answer_type``, for the
             errors.
+        number: the question's id.
     """
     answer = mended_text(answer)
     row = {
@@ -302,9 +321,10 @@ def _usable(
         within: where in the file the list is, for the errors.
     """
     if not isinstance(entries, list) or not entries:
+        found = "an empty list" if entries == [] else type(entries).__name__
         raise InputError(
-            f"{path}: expected a non-empty list of entries with {', '.join(keys)}, found "
-            f"{'an empty list' if entries == [] else type(entries).__name__}; fetch the file again"
+            f"{path}: expected a non-empty list of entries with {', '.join(keys)}, found {found}; "
+            "fetch the file again"
         )
     for number, entry in enumerate(entries):
         where = place(path, number, entry, keys[0]) + within
@@ -315,7 +335,8 @@ def _usable(
             left_out.note(error)
         else:
             if built is not None:
-                questions.setdefault(built[0], []).append(built[1])
+                split, row = built
+                questions.setdefault(split, []).append(row)
 
 
 def _count(questions: Questions) -> int:
@@ -324,27 +345,28 @@ def _count(questions: Questions) -> int:
 
 def _read_vqa_rad(root: Path) -> Questions:
     """The list on OSF: test rows are those whose phrase_type begins with "test"."""
-    path, questions = root / "VQA_RAD Dataset Public.json", {"train": [], "test": []}
+    path = root / "VQA_RAD Dataset Public.json"
+    questions: Questions = {"train": [], "test": []}
     keys = ("qid", "image_name", "question", "answer", "answer_type", "phrase_type")
     names = {"text": "question", "gpt4_answer": "answer", "image": "image_name"}
 
-    def build(where: str, row: dict[str, Any]) -> tuple[str, Row]:
-        split = "test" if str(row["phrase_type"]).strip().startswith("test") else "train"
-        return split, _row(
+    def build(where: str, entry: dict[str, Any]) -> tuple[str, Row]:
+        is_test = str(entry["phrase_type"]).strip().startswith("test")
+        row = _row(
             where,
             names,
-            row["qid"],
-            row["image_name"],
-            row["question"],
-            row["answer"],
-            row["answer_type"],
-            row.get("question_type"),
+            number=entry["qid"],
+            image=entry["image_name"],
+            question=entry["question"],
+            answer=entry["answer"],
+            answer_type=entry["answer_type"],
+            question_type=entry.get("question_type"),
         )
+        return "test" if is_test else "train", row
 
     left_out = Unusable(path)
-    _usable(
-        path, load_json(path, "the list of questions from OSF"), keys, build, left_out, questions
-    )
+    entries = load_json(path, "the list of questions from OSF")
+    _usable(path, entries, keys, build, left_out, questions)
     left_out.tell(_count(questions))
     return questions
 
@@ -359,31 +381,30 @@ def _read_slake(root: Path) -> Questions:
     questions: Questions = {}
     keys = ("qid", "img_name", "question", "answer", "answer_type", "q_lang")
     names = {"text": "question", "gpt4_answer": "answer", "image": "img_name"}
-    for file, split in (
-        ("train", "train"),
-        ("validate", "validation"),
-        ("validation", "validation"),
-        ("test", "test"),
-    ):
+    for file in ("train", "validate", "validation", "test"):
         path = root / f"{file}.json"
         if not path.is_file():
             continue
+        split = OTHER_NAMES.get(file, file)
 
-        def build(where: str, row: dict[str, Any], split: str = split) -> tuple[str, Row] | None:
-            if not _is_english(row["q_lang"]):
+        # The split is bound as a default: a closure would see the last one of the loop.
+        def build(where: str, entry: dict[str, Any], split: str = split) -> tuple[str, Row] | None:
+            if not _is_english(entry["q_lang"]):
                 return None
-            return split, _row(
+            row = _row(
                 where,
                 names,
-                row["qid"],
-                row["img_name"],
-                row["question"],
-                row["answer"],
-                row["answer_type"],
-                row.get("content_type"),
+                number=entry["qid"],
+                image=entry["img_name"],
+                question=entry["question"],
+                answer=entry["answer"],
+                answer_type=entry["answer_type"],
+                question_type=entry.get("content_type"),
             )
+            return split, row
 
-        left_out, read = Unusable(path), {}
+        left_out = Unusable(path)
+        read: Questions = {}
         _usable(path, load_json(path, "a list of SLAKE's questions"), keys, build, left_out, read)
         left_out.tell(_count(read))
         questions |= read
@@ -397,7 +418,8 @@ def _read_annotation(
     about.
     """
     path = root / "annotation.json"
-    splits, questions = load_json(path, "an object with train, val and test"), {}
+    splits = load_json(path, "an object with train, val and test")
+    questions: Questions = {}
     if not isinstance(splits, dict) or not splits:
         raise InputError(
             f"{path}: expected an object with train, val and test, found {type(splits).__name__}"
@@ -406,25 +428,26 @@ def _read_annotation(
     for split, entries in splits.items():
         known = _split_name(split, str(path))
 
-        def build(where: str, row: dict[str, Any], known: str = known) -> tuple[str, Row]:
-            names = row["image_path"]
-            if not isinstance(names, list) or not names:
+        # The split is bound as a default: a closure would see the last one of the loop.
+        def build(where: str, entry: dict[str, Any], known: str = known) -> tuple[str, Row]:
+            images = entry["image_path"]
+            if not isinstance(images, list) or not images:
                 raise InputError(
                     f"{where}: `image_path`: expected a list of one image or more, found "
-                    f"{names!r:.80}"
+                    f"{images!r:.80}"
                 )
-            told = {"gpt4_answer": "report", "image": "image_path"}
-            return known, _row(
+            row = _row(
                 where,
-                told,
-                row["id"],
-                names[0],
-                REPORT_QUESTION,
-                row["report"],
-                "REPORT",
-                "report",
-                patient_id=patient(row),
+                {"gpt4_answer": "report", "image": "image_path"},
+                number=entry["id"],
+                image=images[0],
+                question=REPORT_QUESTION,
+                answer=entry["report"],
+                answer_type="REPORT",
+                question_type="report",
+                patient_id=patient(entry),
             )
+            return known, row
 
         wanted = ("id", "report", "image_path", *keys)
         _usable(path, entries, wanted, build, left_out, questions, f", split {split}")
@@ -449,38 +472,32 @@ def _read_mimic_split(root: Path) -> Questions:
     """
     path = next(root / file for file in MIMIC_SPLITS if (root / file).is_file())
     questions: Questions = {}
-    reports: dict[str, str] = {}
-    without, number, left_out = 0, -1, Unusable(path)
+    left_out = Unusable(path)
+    images = 0
+    without = 0
+    last_study = ""
+    report = ""
+    open_text = gzip.open if path.suffix == ".gz" else open
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(
-            path, "rt", encoding="utf-8", newline=""
-        ) as stream:
-            for number, row in enumerate(csv.DictReader(stream)):
-                where = place(path, number, row, "dicom_id")
+        with open_text(path, "rt", encoding="utf-8", newline="") as stream:
+            for number, entry in enumerate(csv.DictReader(stream)):
+                images += 1
+                where = place(path, number, entry, "dicom_id")
                 try:
-                    study = _mimic_study(row, where)
-                    if study not in reports:
-                        # A study's images follow one another, so that one report is enough.
-                        reports = {study: _mimic_report(root / "files", study)}
-                    if not reports[study]:
+                    study = _mimic_study(entry, where)
+                    # A study's images follow one another: its report is read once.
+                    if study != last_study:
+                        report = _mimic_report(root / "files", study)
+                        last_study = study
+                    if not report:
                         without += 1
                         continue
-                    split = _split_name(row["split"], where)
-                    built = _row(
-                        where,
-                        {},
-                        row["dicom_id"],
-                        f"{study}/{row['dicom_id']}.jpg",
-                        REPORT_QUESTION,
-                        reports[study],
-                        "REPORT",
-                        "report",
-                        patient_id=row["subject_id"],
-                    )
+                    split = _split_name(entry["split"], where)
+                    row = _mimic_row(entry, where, study, report)
                 except InputError as error:
                     left_out.note(error)
                 else:
-                    questions.setdefault(split, []).append(built)
+                    questions.setdefault(split, []).append(row)
     except (OSError, EOFError, UnicodeDecodeError, csv.Error, zlib.error) as error:
         raise InputError(
             f"{path}: cannot be read as a CSV table ({first_line(error)}); fetch the file again"
@@ -488,11 +505,26 @@ def _read_mimic_split(root: Path) -> Questions:
     left_out.tell(_count(questions))
     if without:
         warnings.warn(
-            f"{path.name}: {without} of {number + 1} images left out: no report file with a "
+            f"{path.name}: {without} of {images} images left out: no report file with a "
             "FINDINGS section",
             stacklevel=3,
         )
     return questions
+
+
+def _mimic_row(entry: dict[str, Any], where: str, study: str, report: str) -> Row:
+    """The question for one image of the official split; ``study`` is its folder under files/."""
+    return _row(
+        where,
+        {},
+        number=entry["dicom_id"],
+        image=f"{study}/{entry['dicom_id']}.jpg",
+        question=REPORT_QUESTION,
+        answer=report,
+        answer_type="REPORT",
+        question_type="report",
+        patient_id=entry["subject_id"],
+    )
 
 
 def _mimic_study(row: dict[str, Any], where: str) -> str:
@@ -544,19 +576,27 @@ def _findings(path: Path) -> str:
     ADDITIONAL FINDINGS are a section of their own. Headings of views (PORTABLE AP CHEST) belong to
     the section where they follow FINDINGS at once.
     """
-    found, section, of_views = "", None, False
+    found = ""
+    section: list[str] | None = None  # the lines of the section that is being read
+    of_views = False  # whether it has begun with headings of views
+    # The last line ends a section that the file leaves open.
     for line in [*read_text(path).splitlines(), "____"]:
-        heading, between = _heading(line), BETWEEN_READINGS.match(line.strip())
+        heading = _heading(line)
+        between = BETWEEN_READINGS.match(line.strip())
         views = heading and VIEWS.search(heading) and not SECTIONS.match(heading)
-        if section is not None and views and (of_views or not "".join(section).strip()):
-            of_views = True
-        elif section is not None and (heading or between):
-            found = " ".join(" ".join(section).split()) or found
-            section = None
+        if section is not None:
+            if views and (of_views or not "".join(section).strip()):
+                of_views = True
+            elif heading or between:
+                text = " ".join(" ".join(section).split())
+                found = text or found
+                section = None
+        # Not an else: the heading that ends a section may begin another one.
         if section is not None:
             section.append(line)
         elif _is_findings(heading):
-            section, of_views = [line.partition(":")[2]], False
+            section = [line.partition(":")[2]]
+            of_views = False
     return found
 
 
@@ -568,11 +608,16 @@ def _is_findings(heading: str) -> bool:
 
 
 MIMIC_SPLITS = ("mimic-cxr-2.0.0-split.csv", "mimic-cxr-2.0.0-split.csv.gz")
+# Per layout the files by which it is known, each with what reads the folder then. The first file
+# that is there decides.
 LAYOUTS: dict[str, dict[str, Callable[[Path], Questions]]] = {
     "folder": {},
     "vqa-rad": {"VQA_RAD Dataset Public.json": _read_vqa_rad},
-    "slake": dict.fromkeys(("train.json", "test.json"), _read_slake),
+    "slake": {"train.json": _read_slake, "test.json": _read_slake},
     "iu-xray": {"annotation.json": _read_iu_xray},
-    "mimic-cxr": {"annotation.json": _read_mimic_annotation}
-    | dict.fromkeys(MIMIC_SPLITS, _read_mimic_split),
+    "mimic-cxr": {
+        "annotation.json": _read_mimic_annotation,
+        MIMIC_SPLITS[0]: _read_mimic_split,
+        MIMIC_SPLITS[1]: _read_mimic_split,
+    },
 }
