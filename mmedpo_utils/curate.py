@@ -28,8 +28,6 @@ from .preference_rows import read_manifest, row_source, rows_to_questions, write
 from .profiles import Profile
 from .relevance import Judge, Member, sample_candidates
 
-PROGRESS_SECONDS = 30
-
 
 def training_questions(profile: Profile, dataset: FilmDataset) -> list[Row]:
     """The questions that pairs are made of: those of the released rows, else at most

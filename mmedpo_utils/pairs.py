@@ -19,10 +19,10 @@ from .preference_rows import pair_row, row_source
 from .relevance import Judge, Member, choose_rejected, debate
 
 SMALLEST_BATCH = 8
-VisualTool = Callable[[Sequence[Image.Image]], tuple[np.ndarray, np.ndarray]]
+HeatMapTool = Callable[[Sequence[Image.Image]], tuple[np.ndarray, np.ndarray]]
 
 
-def medklip_tool(model: MedKLIP, query: str = "disease") -> VisualTool:
+def medklip_tool(model: MedKLIP, query: str = "disease") -> HeatMapTool:
     """Bind the visual tool: images to heat maps [B, 14, 14] and confidences [B] in [0, 1] for
     ``query``.
     """

@@ -21,8 +21,8 @@ from .base.rows import (
     Row,
     check_pair,
     check_question,
-    mended_pair,
-    mended_question,
+    corrected_pair,
+    corrected_question,
     place,
     question_text,
 )
@@ -62,7 +62,8 @@ def read_manifest(
             means damage, and its other files count on every row.
 
     A row that cannot be used is left out; one warning counts such rows and names them. What is
-    clear is mended: numbers among the answers become text, and a missing image mark is put first.
+    clear is corrected: numbers among the answers become text, and a missing image mark is put
+    first.
 
     Warns of keys that are not read, and where chosen and rejected are identical (these rows are
     kept), except in rows that have no rejected answer at all (``origin`` none, for the SFT
@@ -85,7 +86,7 @@ def read_manifest(
     for number, row in enumerate(stored):
         where = place(path, number, row, "id")
         try:
-            row = mended_pair(row)
+            row = corrected_pair(row)
             check_pair(row, where)
             for root, key in ((image_root, "image"), (rejected_root, "rejected_image")):
                 if root is not None and row.get(key) is not None:
@@ -164,7 +165,7 @@ def read_questions(
     every line.
 
     A line that cannot be used is left out; one warning counts such lines and names them.
-    `mended_question` says what is mended. Further keys are kept.
+    `corrected_question` says what is corrected. Further keys are kept.
 
     Raises:
         InputError: no line can be used; it names the file, the line, the question and the field.
@@ -185,7 +186,7 @@ def read_questions(
                     "question per line"
                 ) from error
             where = place(path, number, row, "question_id")
-            row = mended_question(row)
+            row = corrected_question(row)
             check_question(row, where)
             if image_root is not None:
                 _verify_image(image_root, row["image"], f"{where}: `image`", verified)

@@ -23,7 +23,7 @@ from mmedpo_utils.base.errors import InputError
 from mmedpo_utils.base.images import open_image
 from mmedpo_utils.medklip import MedKLIP, MedKLIPConfig
 from mmedpo_utils.noise import lesion_mask
-from mmedpo_utils.pairs import VisualTool, medklip_tool
+from mmedpo_utils.pairs import HeatMapTool, medklip_tool
 from mmedpo_utils.preference_rows import read_manifest
 from mmedpo_utils.profiles import load_profile
 from mmedpo_utils.scale.journal import Journal
@@ -36,7 +36,7 @@ FORKSERVER = multiprocessing.get_context("forkserver")
 FORKSERVER.set_forkserver_preload(["mmedpo_utils.curate"])
 
 
-def tiny_look() -> VisualTool:
+def tiny_look() -> HeatMapTool:
     """A MedKLIP of a few thousand weights, always the same."""
     torch.manual_seed(0)
     config = MedKLIPConfig(
@@ -224,7 +224,7 @@ def test_the_audit_says_what_was_done_and_skipped(
         curate_folder(questions[:1], films, tmp_path / "none", look, NOISE, 0, 16, "still")
 
 
-def test_an_image_that_was_mended_is_taken_up(films: Path, tmp_path: Path) -> None:
+def test_an_image_that_was_corrected_is_taken_up(films: Path, tmp_path: Path) -> None:
     images, questions = tmp_path / "images", ask(["1.png", "2.png", "3.png"])
     images.mkdir()
     for name in ("1.png", "3.png"):

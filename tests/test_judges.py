@@ -201,7 +201,7 @@ def test_an_injected_instruction_stays_inside_the_quoted_data():
         message["content"].split("<data>")[0] + message["content"].split("</data>")[1]
         for message in (plain, attack)
     ]
-    assert around[0] == around[1], "what stands around the data doesn't depend on it"
+    assert around[0] == around[1], "what is around the data doesn't depend on it"
 
 
 def test_an_injected_instruction_does_not_change_what_is_accepted(tmp_path):

@@ -251,7 +251,7 @@ def published(tmp_path: Path, *rows: dict) -> Path:
     return path
 
 
-def test_question_files_of_other_makers_are_mended(tmp_path: Path) -> None:
+def test_question_files_of_other_makers_are_corrected(tmp_path: Path) -> None:
     """Each row says in another way what QUESTION says."""
     rows = [
         QUESTION | {"gpt4_answer": 4},
@@ -263,7 +263,7 @@ def test_question_files_of_other_makers_are_mended(tmp_path: Path) -> None:
     assert read_questions(path) == [QUESTION | {"gpt4_answer": "4"}, QUESTION, QUESTION]
 
 
-def test_pairs_of_other_makers_are_mended_alike(tmp_path: Path) -> None:
+def test_pairs_of_other_makers_are_corrected_alike(tmp_path: Path) -> None:
     row = good_row()
     for key, answer in (("conversations", 4), ("rejected_conversations", 2.5)):
         row[key] = [

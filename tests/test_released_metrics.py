@@ -15,7 +15,7 @@ import pytest
 from mmedpo_utils import metrics
 from mmedpo_utils.base.bootstrap import bootstrap_interval
 from mmedpo_utils.released import evaluation
-from mmedpo_utils.released.evaluation import bleu, bleu_n, normalise, word_overlap
+from mmedpo_utils.released.evaluation import bleu, bleu_n, normalised_textd_text, word_overlap
 from mmedpo_utils.show import comparison
 
 DEBIAN_WORDNET = Path("/usr/share/wordnet")
@@ -51,7 +51,7 @@ def row(item: dict, kind: str) -> dict:
 
 def test_normalisation(golden):
     for case in json.loads((golden / "normalise_cases.json").read_text(encoding="utf-8")):
-        assert normalise(case["text"]) == case["normalised"], case["text"]
+        assert normalised_text(case["text"]) == case["normalised"], case["text"]
     assert (
         json.loads((golden / "normalisation.json").read_text()).items() <= evaluation.TABLES.items()
     )
@@ -62,8 +62,8 @@ def test_every_question(golden):
     assert len(found) == 451
     for item in found:
         answer, prediction = item["answer"], item["prediction"]
-        assert normalise(answer) == item["normalised_answer"]
-        assert normalise(prediction) == item["normalised_prediction"]
+        assert normalised_text(answer) == item["normalised_answer"]
+        assert normalised_text(prediction) == item["normalised_prediction"]
         if item["answer_type"] == "CLOSED":
             assert evaluation.closed_correct(answer, prediction) == bool(item["closed"])
         else:

@@ -71,7 +71,7 @@ ANSWER_TYPES = ("CLOSED", "OPEN", "REPORT")
 Row = dict[str, Any]
 
 
-def mended_text(value: Any) -> Any:
+def corrected_text(value: Any) -> Any:
     """A number as the text that it means; anything else, NaN and true among it, as it is.
 
     A table program writes the whole numbers of a column that has gaps as 2.0: that is "2".
@@ -83,7 +83,7 @@ def mended_text(value: Any) -> Any:
     return str(int(value) if value.is_integer() else value)
 
 
-def mended_question(row: Any) -> Any:
+def corrected_question(row: Any) -> Any:
     """A question with what other makers write otherwise put right: the one place that says what
     that is.
 
@@ -94,7 +94,7 @@ def mended_question(row: Any) -> Any:
         return row
     row = dict(row) if type(row) is dict else row
     if "gpt4_answer" in row:
-        row["gpt4_answer"] = mended_text(row["gpt4_answer"])
+        row["gpt4_answer"] = corrected_text(row["gpt4_answer"])
     if isinstance(row.get("answer_type"), str):
         row["answer_type"] = row["answer_type"].strip().upper()
     text = row.get("text")
@@ -103,8 +103,8 @@ def mended_question(row: Any) -> Any:
     return row
 
 
-def mended_pair(row: Any) -> Any:
-    """A preference row with the same put right as in `mended_question`; both sides are mended
+def corrected_pair(row: Any) -> Any:
+    """A preference row with the same put right as in `corrected_question`; both sides are corrected
     alike.
     """
     if not isinstance(row, dict):
@@ -116,7 +116,7 @@ def mended_pair(row: Any) -> Any:
         turns = []
         for turn in row[key]:
             if type(turn) is dict and "value" in turn:
-                turn = turn | {"value": mended_text(turn["value"])}
+                turn = turn | {"value": corrected_text(turn["value"])}
             turns.append(turn)
         row[key] = turns
         texts = [
@@ -230,7 +230,7 @@ def check_question(row: Any, where: str) -> None:
         )
     if IMAGE_MARK in row["gpt4_answer"]:
         raise InputError(
-            f"{where}: `gpt4_answer`: holds the mark {IMAGE_MARK}, which stands in questions "
+            f"{where}: `gpt4_answer`: holds the mark {IMAGE_MARK}, which belongs in questions "
             "alone; take it out"
         )
     kind = row["answer_type"]

@@ -31,8 +31,8 @@ from ..base.rows import (
     check_fields,
     check_question,
     check_text,
-    mended_question,
-    mended_text,
+    corrected_question,
+    corrected_text,
     place,
 )
 from ..base.sections import IMAGE_FOLDERS
@@ -261,7 +261,7 @@ def _row(
     question_type: Any = None,
     **optional: Any,
 ) -> Row:
-    """One checked question, corrected as `preference_rows.mended_question` does; yes and no are
+    """One checked question, corrected as `preference_rows.corrected_question` does; yes and no are
     CLOSED where the type is not said.
 
     Args:
@@ -269,7 +269,7 @@ def _row(
             errors.
         number: the question's id.
     """
-    answer = mended_text(answer)
+    answer = corrected_text(answer)
     row = {
         "question_id": number,
         "image": image,
@@ -285,7 +285,7 @@ def _row(
         row["answer_type"] = "CLOSED" if is_yes_no(answer) else "OPEN"
     if question_type:
         row["question_type"] = str(question_type).strip()
-    row = mended_question(row)
+    row = corrected_question(row)
     check_question(row, where)
     return row
 

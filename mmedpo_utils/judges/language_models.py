@@ -45,8 +45,8 @@ HALLUCINATIONS = (
     "a wrong diagnosis",
     "a misleading description",
 )
-SCORE = {"type": "number", "minimum": 0, "maximum": 1}
-TEXT = {"type": "string"}
+SCORE_SCHEMA = {"type": "number", "minimum": 0, "maximum": 1}
+TEXT_SCHEMA = {"type": "string"}
 
 COMPARE = (
     "You compare two answers to a question about a medical image. How strongly does "
@@ -244,7 +244,7 @@ class LanguageModelJudge:
             COMPARE,
             '{"conflict": a number from 0 to 1, "reason": one sentence}',
             data,
-            _schema(conflict=SCORE, reason=TEXT),
+            _schema(conflict=SCORE_SCHEMA, reason=TEXT_SCHEMA),
             lambda item: read_score(item.get("conflict")),
             "conflict",
         )
@@ -271,7 +271,7 @@ class LanguageModelJudge:
             task,
             '{"response": the hallucinated answer}',
             {"question": question, "reference_answer": answer},
-            _schema(response=TEXT),
+            _schema(response=TEXT_SCHEMA),
             read,
         )
         if value:
@@ -309,12 +309,12 @@ class LanguageModelMember:
         data: dict[str, Any] = {"text": response}
         if previous is None:
             task = RATE
-            schema = _schema(score=SCORE, reason=TEXT)
+            schema = _schema(score=SCORE_SCHEMA, reason=TEXT_SCHEMA)
             form = '{"score": a number from 0 to 1, "reason": one sentence}'
         else:
             task = RATE + RERATE
             data["previous_score"] = previous
-            schema = _schema(agrees={"type": "boolean"}, score=SCORE, reason=TEXT)
+            schema = _schema(agrees={"type": "boolean"}, score=SCORE_SCHEMA, reason=TEXT_SCHEMA)
             form = (
                 '{"agrees": true or false, "score": a number from 0 to 1, "reason": one sentence}'
             )

@@ -52,8 +52,8 @@ from .reference_results import evaluate_seeds
 from .run_notebooks import scores_as_text
 
 WHOLE_IMAGE = "whole_image"
-TEXT = ("seed", "data", "lvlm", "curation", "judge")
-VISUAL = ("seed", "data", "visual_tool", "noise")
+TEXT_INPUTS = ("seed", "data", "lvlm", "curation", "judge")
+VISUAL_INPUTS = ("seed", "data", "visual_tool", "noise")
 
 
 class Ingredients:
@@ -376,15 +376,15 @@ class Manifest:
 
 
 MANIFESTS = {
-    "train": Manifest(train_pairs, TEXT + VISUAL),
+    "train": Manifest(train_pairs, TEXT_INPUTS + VISUAL_INPUTS),
     "truth": Manifest(truth, ("seed", "data", "curation")),
-    "single_llm": Manifest(single_llm, TEXT),
-    "several_llm": Manifest(several_llm, TEXT),
-    "global_noise": Manifest(global_noise, TEXT + VISUAL),
-    "povid_style": Manifest(povid_style, ("curation", "judge", *VISUAL)),
-    "stllava_med_style": Manifest(stllava_med_style, TEXT),
-    "self_rewarding_style": Manifest(self_rewarding_style, TEXT),
-    "sima_style": Manifest(sima_style, TEXT),
+    "single_llm": Manifest(single_llm, TEXT_INPUTS),
+    "several_llm": Manifest(several_llm, TEXT_INPUTS),
+    "global_noise": Manifest(global_noise, TEXT_INPUTS + VISUAL_INPUTS),
+    "povid_style": Manifest(povid_style, ("curation", "judge", *VISUAL_INPUTS)),
+    "stllava_med_style": Manifest(stllava_med_style, TEXT_INPUTS),
+    "self_rewarding_style": Manifest(self_rewarding_style, TEXT_INPUTS),
+    "sima_style": Manifest(sima_style, TEXT_INPUTS),
 }
 
 

@@ -36,7 +36,7 @@ from ..preference_rows import row_source
 from ..profiles import Profile, load_profile
 
 TAGS = ["mmedpo", "dpo", "lora", "medical", "llava"]
-SCORES = "\n## Test scores\n"
+SCORES_HEADING = "\n## Test scores\n"
 BASE = "base.json"  # beside the adapter: how the base model was loaded that it was trained on
 # Keys of the profile's section lvlm that say so.
 LOADING = ("vision_tower", "template", "base_adapter")
@@ -113,7 +113,7 @@ def add_scores(adapter: Path, scores: dict[str, dict[str, float]]) -> None:
     """Put test scores into an adapter's model card, in place of earlier ones.
 
     Args:
-        scores: one model's row of ``evaluate.score_table``: mean, low, high and seeds per metric,
+        scores: one model's row of ``comparison.score_table``: mean, low, high and seeds per metric,
             in percent.
 
     Raises:
@@ -130,8 +130,8 @@ def add_scores(adapter: Path, scores: dict[str, dict[str, float]]) -> None:
         rows.append((metric.replace("_", " "), value, score["seeds"]))
     table = _table(("score", "percent, with 95% interval", "training seeds"), rows)
     # The scores are the card's last section: earlier ones go with all that follows the title.
-    before = card.read_text(encoding="utf-8").partition(SCORES)[0]
-    _write(card, f"{before}{SCORES}\n{table}\n")
+    before = card.read_text(encoding="utf-8").partition(SCORES_HEADING)[0]
+    _write(card, f"{before}{SCORES_HEADING}\n{table}\n")
 
 
 def public_name(model: str) -> str:

@@ -46,7 +46,7 @@ METHODS = {
 
 
 @lru_cache(100_000)
-def normalise(text: str) -> str:
+def normalised_text(text: str) -> str:
     """A text as the released scores see it.
 
     Lower case; marks go, or become a blank where the text has the mark only inside words; full
@@ -70,7 +70,7 @@ def normalise(text: str) -> str:
 
 def closed_correct(answer: str, prediction: str) -> bool:
     """Whether the normalised answer is a substring of the normalised prediction."""
-    return normalise(answer) in normalise(prediction)
+    return normalised_text(answer) in normalised_text(prediction)
 
 
 def word_overlap(answer: str, prediction: str) -> dict[str, float]:
@@ -80,7 +80,10 @@ def word_overlap(answer: str, prediction: str) -> dict[str, float]:
     word raises the recall. ``exact_match`` is no equality: it is the number of different true words
     that the prediction has, by the number of words that it says.
     """
-    truth, said = Counter(normalise(answer).split()), Counter(normalise(prediction).split())
+    truth, said = (
+        Counter(normalised_text(answer).split()),
+        Counter(normalised_text(prediction).split()),
+    )
     if not truth or not said:
         return {"exact_match": 0.0, "precision": 0.0, "recall": 0.0, "f1": 0.0}
     common = truth.keys() & said.keys()
@@ -101,7 +104,7 @@ def bleu(answer: str, prediction: str, weights: tuple[float, ...]) -> float:
         weights: of the 1-grams, 2-grams and so on: (0, 1, 0, 0) is the released BLEU-2, four
             quarters the script's own summary.
     """
-    truth, said = normalise(answer).split(), normalise(prediction).split()
+    truth, said = normalised_text(answer).split(), normalised_text(prediction).split()
     if not truth or not said:
         return 0.0
     smoothing = SmoothingFunction().method7
@@ -116,7 +119,7 @@ def bleu_n(answer: str, prediction: str, order: int) -> float:
 
 def rouge_l(answer: str, prediction: str) -> float:
     """ROUGE-L F of the package ``rouge`` on the normalised texts, 0 to 1."""
-    truth, said = normalise(answer), normalise(prediction)
+    truth, said = normalised_text(answer), normalised_text(prediction)
     # The package refuses a text of which nothing is left between its full stops.
     if not truth.strip(". ") or not said.strip(". "):
         return 0.0
@@ -132,7 +135,7 @@ def meteor(answer: str, prediction: str, wordnet: Any) -> float:
     """nltk's METEOR on white-space tokens of the normalised texts, 0 to 1; ``wordnet``: a corpus
     reader.
     """
-    truth, said = normalise(answer).split(), normalise(prediction).split()
+    truth, said = normalised_text(answer).split(), normalised_text(prediction).split()
     if not truth or not said:
         return 0.0
     return float(single_meteor_score(truth, said, wordnet=wordnet))

@@ -24,7 +24,7 @@ from ..base.images import open_image, resolve_image
 from ..base.rows import Row, row_sha
 from ..base.sections import Noise
 from ..noise import noise_mask, noised_pixels
-from ..pairs import VisualTool, generator, visual_pairs
+from ..pairs import HeatMapTool, generator, visual_pairs
 from ..preference_rows import write_manifest
 from .journal import Journal
 
@@ -37,7 +37,7 @@ def curate_folder(
     questions: Sequence[Row],
     image_root: str | Path,
     folder: str | Path,
-    tool: VisualTool,
+    tool: HeatMapTool,
     noise: Noise,
     seed: int,
     batch_size: int,
@@ -183,7 +183,7 @@ def noised_copies(
     batches: Sequence[Sequence[str]],
     image_root: str | Path,
     noised_root: str | Path,
-    tool: VisualTool,
+    tool: HeatMapTool,
     noise: Noise,
     seed: int,
 ) -> Iterator[list[Row]]:
@@ -230,7 +230,7 @@ def noised_copies(
         yield [task.result() for task in writing]
 
 
-def _look(tool: VisualTool, opened: Sequence[Image.Image | str]) -> list[tuple[np.ndarray, float]]:
+def _look(tool: HeatMapTool, opened: Sequence[Image.Image | str]) -> list[tuple[np.ndarray, float]]:
     """Heat map and confidence of each image that could be opened, in order."""
     images = [image for image in opened if not isinstance(image, str)]
     if not images:

@@ -69,7 +69,7 @@ def pack(rows: Sequence[PackedRow], pad_token_id: int) -> dict[str, torch.Tensor
         row_branches = [0] * len(row.prompt)
         for branch, (owner, answer) in enumerate(row.answers, 1):
             # A token is predicted from the one before it: an answer's first one from the prompt's
-            # last, wherever in the row the answer stands.
+            # last, wherever in the row the answer is.
             before = len(row.prompt) - 1
             for offset, token in enumerate(answer):
                 answers.append(AnswerToken(row_number, before, token, owner))

@@ -203,7 +203,7 @@ def _browser(
     draw: Callable[[Any], tuple[Figure, str]],
     text: Callable[[Any], str],
 ) -> widgets.VBox:
-    """Filters, a number that walks through what they keep, and the picture of the item that stands
+    """Filters, a number that walks through what they keep, and the picture of the item that is
     there.
     """
     place = widgets.BoundedIntText(1, min=1, max=max(1, len(kept())), description="number")

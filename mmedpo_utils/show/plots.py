@@ -470,7 +470,7 @@ def result_bars(
     table: Mapping[str, Mapping[str, Mapping[str, float]]], metrics: Sequence[str] | None = None
 ) -> Figure:
     """Models side by side with 95% intervals, one panel a metric; ``table`` is what
-    `evaluate.compare` returns.
+    `comparison.compare` returns.
     """
     metrics = metrics or list(
         dict.fromkeys(metric for scores in table.values() for metric in scores)
