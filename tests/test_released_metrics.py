@@ -15,7 +15,7 @@ import pytest
 from mmedpo_utils import metrics
 from mmedpo_utils.base.bootstrap import bootstrap_interval
 from mmedpo_utils.released import evaluation
-from mmedpo_utils.released.evaluation import bleu, bleu_n, normalised_textd_text, word_overlap
+from mmedpo_utils.released.evaluation import bleu, bleu_n, normalised_text, word_overlap
 from mmedpo_utils.show import comparison
 
 DEBIAN_WORDNET = Path("/usr/share/wordnet")
