@@ -19,9 +19,10 @@ from .base.errors import InputError
 from .base.files import read_or_compute
 from .base.images import open_image, resolve_image
 from .base.privacy import check_origin, check_outputs
+from .base.rows import pair_images
 from .base.settings import SPLITS
 from .phantom.texts import read_masks, write_dataset
-from .preference_rows import pair_images, read_questions
+from .preference_rows import read_questions
 from .profiles import Profile
 
 

@@ -11,7 +11,7 @@ vision tower, projector and output layer keep their precision.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -297,15 +297,7 @@ def generate(
     answers: list[list[str]] = []
     with torch.random.fork_rng([lvlm.device] if lvlm.device.type == "cuda" else []):
         torch.manual_seed(seed)
-        for start in tqdm(
-            range(0, len(texts), batch_size),
-            "answers",
-            unit="batch",
-            delay=PROGRESS_SECONDS,
-            leave=False,
-            file=sys.stdout,
-            disable=len(texts) <= batch_size,
-        ):
+        for start in _with_bar(range(0, len(texts), batch_size)):
             rows = index[start : start + batch_size]
             inputs = _embed(lvlm, texts[start : start + batch_size], features[rows])
             tokens = lvlm.llava.generate(
@@ -320,6 +312,12 @@ def generate(
                 of_question = texts_of_batch[first : first + samples]
                 answers.append([text.strip() for text in of_question])
     return answers
+
+
+def _with_bar(starts: range) -> Iterable[int]:
+    """The batches' starts, with a bar where they are several and take long."""
+    bar = {"unit": "batch", "delay": PROGRESS_SECONDS, "leave": False, "file": sys.stdout}
+    return tqdm(starts, "answers", disable=len(starts) <= 1, **bar)
 
 
 def _check_request(images: Sequence, questions: Sequence, temperature: float, samples: int) -> None:

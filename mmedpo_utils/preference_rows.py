@@ -23,6 +23,7 @@ from .base.rows import (
     check_question,
     corrected_pair,
     corrected_question,
+    image_names,
     place,
     question_text,
 )
@@ -80,7 +81,7 @@ def read_manifest(
             f"{'an empty list' if stored == [] else type(stored).__name__}"
         )
     verified: set[Path] = set()
-    private = any(is_mimic(name) for name in _images(stored))
+    private = any(is_mimic(name) for name in image_names(stored))
     rows = []
     left_out = Unusable(path, private)
     for number, row in enumerate(stored):
@@ -101,14 +102,18 @@ def read_manifest(
     _tell_unknown_keys(path, rows)
     same = [row["id"] for row in rows if _teaches_nothing(row, image_root, rejected_root)]
     if same:
-        named = ", ".join(repr(name) for name in same[:5])
-        ids = f" (ids {named}{', ...' if len(same) > 5 else ''})"
-        warnings.warn(
-            f"{path}: {len(same)} of {len(rows)} rows have identical chosen and rejected sides and "
-            f"teach nothing{'' if private else ids}",
-            stacklevel=2,
-        )
+        _tell_identical(path, len(rows), same, private)
     return rows
+
+
+def _tell_identical(path: str | os.PathLike, rows: int, same: list[Any], private: bool) -> None:
+    named = ", ".join(repr(name) for name in same[:5])
+    ids = f" (ids {named}{', ...' if len(same) > 5 else ''})"
+    warnings.warn(
+        f"{path}: {len(same)} of {rows} rows have identical chosen and rejected sides and "
+        f"teach nothing{'' if private else ids}",
+        stacklevel=3,
+    )
 
 
 def _teaches_nothing(
@@ -118,20 +123,6 @@ def _teaches_nothing(
     one.
     """
     return row.get("origin") != "none" and is_identical(row, image_root, rejected_root)
-
-
-def pair_images(path: str | os.PathLike) -> list[str]:
-    """The images that a preference file names, whatever else its rows hold. Raises InputError: not
-    a JSON file.
-    """
-    if not Path(path).is_file():
-        return []
-    return _images(load_json(path, "a list of preference pairs"))
-
-
-def _images(stored: Any) -> list[str]:
-    rows = [row for row in stored if isinstance(row, dict)] if isinstance(stored, list) else []
-    return [row["image"] for row in rows if isinstance(row.get("image"), str)]
 
 
 def _tell_unknown_keys(path: str | os.PathLike, rows: Sequence[Row]) -> None:

@@ -8,10 +8,11 @@ import math
 import os
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from .errors import InputError
-from .files import WrittenTwice
+from .files import WrittenTwice, load_json
 
 
 def place(path: str | os.PathLike, number: int, row: Any, key: str) -> str:
@@ -152,6 +153,7 @@ def question_text(item: Row | str) -> str:
 
 
 def check_pair(row: Any, where: str) -> None:
+    """Check one preference row. Raises InputError: begins with ``where``, names the key."""
     check_fields(row, where, ("id", "image", "conversations", "rejected_conversations"))
     check_text(row["image"], f"{where}: `image`")
     if row.get("rejected_image") is not None:
@@ -241,6 +243,7 @@ def check_question(row: Any, where: str) -> None:
 
 
 def check_prediction(row: Any, where: str) -> None:
+    """Check one row of a predictions file. Raises InputError: begins with ``where``."""
     if not isinstance(row, dict):
         raise InputError(f"{where}: not a JSON object but {type(row).__name__}; predict again")
     missing = [
@@ -275,3 +278,17 @@ def row_sha(rows: Sequence[Row]) -> str:
     return hashlib.sha256(
         json.dumps(list(rows), sort_keys=True, ensure_ascii=False).encode()
     ).hexdigest()
+
+
+def pair_images(path: str | os.PathLike) -> list[str]:
+    """The images that a preference file names, whatever else its rows hold. Raises InputError: not
+    a JSON file.
+    """
+    if not Path(path).is_file():
+        return []
+    return image_names(load_json(path, "a list of preference pairs"))
+
+
+def image_names(stored: Any) -> list[str]:
+    rows = [row for row in stored if isinstance(row, dict)] if isinstance(stored, list) else []
+    return [row["image"] for row in rows if isinstance(row.get("image"), str)]

@@ -86,10 +86,8 @@ def curate_folder(
             said = time.monotonic()
     records = [record for entry in journal.entries for record in entry]
     if all("skipped" in record for record in records):
-        raise InputError(
-            f"{image_root}: none of {total:,} images can be used; the first: "
-            f"{records[0]['skipped']}"
-        )
+        first = records[0]["skipped"]
+        raise InputError(f"{image_root}: none of {total:,} images can be used; the first: {first}")
     write_manifest(folder / "visual.json", visual_pairs(questions, records))
     audit = audit_visual(questions, records)
     write_json(folder / "audit.json", audit)
