@@ -3,8 +3,8 @@ folder shard by shard.
 
 Converted folders lie under ``$HF_HOME/mmedpo`` (``~/.cache/huggingface/mmedpo`` by default). Each
 holds `RECORD`, which names its source; as long as source and record agree, the folder is used
-again. A conversion holds one shard in memory.
-A converted folder may be deleted at any time: it is written again when it is next asked for.
+again. A conversion holds one shard in memory. A converted folder may be deleted at any time: it is
+written again when it is next asked for.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ from .llava_text import IMAGE_TOKEN, image_tokenizer
 RECORD = "conversion.json"
 LAYOUT = 1  # raised when a conversion writes something else: earlier folders are done anew
 TEXT_FILES = ["*.json", "*.jinja", "*.model"]
-KNOWN_TOWERS = {
+# Towers whose configuration need not be fetched: where the checkpoint holds the weights itself.
+KNOWN_TOWERS: dict[str, dict[str, Any]] = {
     "openai/clip-vit-large-patch14-336": {
         "hidden_size": 1024,
         "intermediate_size": 4096,
@@ -62,12 +63,14 @@ KNOWN_TOWERS = {
         "layer_norm_eps": 1e-5,
     }
 }
+# What of an original configuration is the language model's.
 LANGUAGE_KEYS = """
     vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
     num_key_value_heads head_dim hidden_act max_position_embeddings initializer_range
     rms_norm_eps bos_token_id eos_token_id tie_word_embeddings rope_theta rope_scaling
     sliding_window attention_dropout attention_bias mlp_bias
     """.split()
+# What is converted: other values of these settings mean another network.
 SETTINGS = {
     "mm_projector_type": ("mlp2x_gelu",),
     "mm_use_im_start_end": (False, None),
@@ -76,12 +79,14 @@ SETTINGS = {
     "image_aspect_ratio": ("pad", "square", None),
 }
 TOWER = "model.vision_tower.vision_tower.vision_model."
+# Beginnings of names in the Hugging Face model, and in the original layout.
 ORIGINAL = {
     "model.language_model.": "model.",
     "model.vision_tower.": TOWER,
     "model.multi_modal_projector.linear_1.": "model.mm_projector.0.",
     "model.multi_modal_projector.linear_2.": "model.mm_projector.2.",
 }
+# Beginnings of names in the original layout, and in the files that are written.
 WRITTEN = {
     TOWER: "vision_tower.vision_model.",
     "model.mm_projector.0.": "multi_modal_projector.linear_1.",
@@ -92,7 +97,9 @@ WRITTEN = {
 TOWER_KEY = re.compile(
     r"(?:.*vision_model\.)?((?:embeddings|pre_layrnorm|encoder|post_layernorm)\..*)"
 )
+# Computed from the configuration; only older files hold them.
 BUFFERS = ("rotary_emb.inv_freq", "embeddings.position_ids")
+# What a damaged file of weights makes its reader raise.
 UNREADABLE = (
     OSError,
     EOFError,
@@ -102,7 +109,15 @@ UNREADABLE = (
     zipfile.BadZipFile,
     SafetensorError,
 )
-SAMPLE = 2**20
+# The small files that decide what a model's folder becomes.
+DECIDING = (
+    "config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "*token*",
+    "*.jinja",
+)
+SAMPLE = 2**20  # bytes
 
 
 def fetch(name: str, weights: bool = True, cached: bool = False) -> Path:
@@ -117,18 +132,12 @@ def fetch(name: str, weights: bool = True, cached: bool = False) -> Path:
         InputError: no such repository, no access, or not in the cache while the Hub cannot be
             reached.
     """
+    wanted = [*TEXT_FILES, "*.safetensors"] if weights else TEXT_FILES
     try:
-        folder = Path(
-            snapshot_download(
-                name,
-                allow_patterns=TEXT_FILES + ["*.safetensors"] * weights,
-                local_files_only=cached,
-            )
-        )
+        folder = Path(snapshot_download(name, allow_patterns=wanted, local_files_only=cached))
         if weights and not any(folder.glob("*.safetensors")):
-            snapshot_download(
-                name, allow_patterns=[*TEXT_FILES, "pytorch_model*.bin"], local_files_only=cached
-            )
+            wanted = [*TEXT_FILES, "pytorch_model*.bin"]
+            snapshot_download(name, allow_patterns=wanted, local_files_only=cached)
     except (OSError, ValueError, HfHubHTTPError) as error:
         if cached:
             raise InputError(
@@ -137,10 +146,9 @@ def fetch(name: str, weights: bool = True, cached: bool = False) -> Path:
             ) from error
         raise InputError(
             f"{name}: no readable model configuration: no such folder, and not to be had from the "
-            "Hub "
-            f'({first_line(error)}); expected "phantom", a folder, or a model\'s name on the '
-            "Hub; without network, "
-            "download it elsewhere (hf download NAME --local-dir FOLDER) and give that folder"
+            f'Hub ({first_line(error)}); expected "phantom", a folder, or a model\'s name on the '
+            "Hub; without network, download it elsewhere (hf download NAME --local-dir FOLDER) and "
+            "give that folder"
         ) from error
     return folder
 
@@ -193,7 +201,7 @@ def converted_before(
     """The folder that `converted` would use as it is; None where it would be written. Nothing is
     downloaded.
     """
-    tower = _find_tower(source, config, vision_tower == "config", download=False)
+    tower = _find_tower(source, config, weights=vision_tower == "config", download=False)
     record = _record(source, config, vision_tower, name, tower)
     target = _target(record)
     return target if _read_record(target, record) else None
@@ -202,6 +210,7 @@ def converted_before(
 def _record(
     source: Path, config: dict[str, Any], vision_tower: str, name: str, tower: Path | None
 ) -> dict[str, Any]:
+    """What a converted folder is made of: it is used again as long as all of this is the same."""
     return {
         "layout": LAYOUT,
         "source": str(source.resolve()) if Path(name).exists() else name,
@@ -213,13 +222,14 @@ def _record(
 
 
 def _target(record: dict[str, Any]) -> Path:
+    """The folder that a conversion with this record is written to."""
     name = f"{Path(record['source']).name}-{record['vision_tower']}"
     return cache_folder(name, f"{record['source']} {record['vision_tower']}")
 
 
 def cache_folder(name: str, identity: str) -> Path:
-    """Where a folder that is made once of other files is kept; ``identity`` tells namesakes
-    apart.
+    """Where a folder that is made once of other files is kept; ``identity`` distinguishes
+    namesakes.
     """
     digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
     return Path(constants.HF_HOME) / "mmedpo" / f"{name}-{digest}"
@@ -260,8 +270,11 @@ def cached(
 def _fill(
     target: Path, record: dict[str, Any], write: Callable[[Path], dict[str, Any] | None]
 ) -> dict[str, Any]:
-    draft, old = target.with_name(f".{target.name}.draft"), target.with_name(f".{target.name}.old")
+    """Write a draft beside ``target`` and move it there; returns its record."""
+    draft = target.with_name(f".{target.name}.draft")
+    old = target.with_name(f".{target.name}.old")
     try:
+        # A process that was killed may have left them.
         for leftover in (draft, old):
             shutil.rmtree(leftover, ignore_errors=True)
         draft.mkdir()
@@ -270,6 +283,7 @@ def _fill(
         if more:
             record = record | more
             write_json(draft / RECORD, record)
+        # A folder cannot be renamed onto another one.
         if target.exists():
             target.rename(old)
         draft.rename(target)
@@ -285,7 +299,9 @@ def _read_record(target: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
         found = json.loads((target / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return found if {key: found.get(key) for key in wanted} == wanted else None
+    # The record may say more than is asked for.
+    same = {key: found.get(key) for key in wanted} == wanted
+    return found if same else None
 
 
 @dataclass(frozen=True)
@@ -323,17 +339,13 @@ def inspect_original(
     here.
     """
     tower = _find_tower(source, config, vision_tower == "config", download)
-    backbone = (
-        "mistral"
-        if "mistral" in f"{config.get('model_type')} {config.get('architectures')}".lower()
-        else "llama"
-    )
+    called = f"{config.get('model_type')} {config.get('architectures')}".lower()
+    backbone = "mistral" if "mistral" in called else "llama"
     template = "mistral_instruct" if backbone == "mistral" else "v1"
     vision, mean_std = _vision_config(config["mm_vision_tower"], tower)
     tokenizer = image_tokenizer(source, int(config.get("vocab_size", 0)))
-    llava = _llava_config(
-        source, config, backbone, vision, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    )
+    image_id = tokenizer.get_vocab()[IMAGE_TOKEN]
+    llava = _llava_config(source, config, backbone, vision, image_id)
     shards = _plan(source, tower, vision_tower, llava)
     processor = _processor(config, vision, mean_std, tokenizer, template)
     return Original(source, llava, processor, tower, template, shards)
@@ -352,11 +364,13 @@ def _convert(found: Original, draft: Path, record: dict[str, Any]) -> dict[str, 
         if free < found.bytes:
             raise OSError(f"{found.bytes / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free")
         found.processor.save_pretrained(draft)
-        text = found.config.text_config
-        padding = found.processor.tokenizer.pad_token_id
-        GenerationConfig(
-            bos_token_id=text.bos_token_id, eos_token_id=text.eos_token_id, pad_token_id=padding
-        ).save_pretrained(draft)
+        text: Any = found.config.text_config
+        generation = GenerationConfig(
+            bos_token_id=text.bos_token_id,
+            eos_token_id=text.eos_token_id,
+            pad_token_id=found.processor.tokenizer.pad_token_id,
+        )
+        generation.save_pretrained(draft)
         _write_shards(found.shards, draft)
         found.config.save_pretrained(draft)
     except (SafetensorError, RuntimeError) as error:
@@ -370,27 +384,36 @@ def weight_files(folder: Path | None) -> list[Path]:
     Raises:
         InputError: the folder's index names a file that is not there.
     """
-    for name in ("model.safetensors", "pytorch_model.bin") if folder else ():
-        stem, suffix = name.rsplit(".", 1)
+    if folder is None:
+        return []
+    for name in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{name}.index.json"
-        files = sorted(folder.glob(f"{stem}*.{suffix}"))
         if index.is_file():
-            try:
-                named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-                files = [folder / file for file in sorted(named)]
-            except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-                raise InputError(
-                    f"{index}: cannot be read as an index of weights ({first_line(error)}); "
-                    "download it again"
-                ) from error
-            for file in files:
-                if not file.is_file():
-                    raise InputError(
-                        f"{file}: no such file, though {index.name} names it; download it again"
-                    )
+            files = _indexed_files(index)
+        else:
+            stem, suffix = name.rsplit(".", 1)
+            files = sorted(folder.glob(f"{stem}*.{suffix}"))
         if files:
             return files
     return []
+
+
+def _indexed_files(index: Path) -> list[Path]:
+    """The files that an index of shards names, each of which has to be there."""
+    try:
+        named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        files = [index.parent / file for file in sorted(named)]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise InputError(
+            f"{index}: cannot be read as an index of weights ({first_line(error)}); "
+            "download it again"
+        ) from error
+    for file in files:
+        if not file.is_file():
+            raise InputError(
+                f"{file}: no such file, though {index.name} names it; download it again"
+            )
+    return files
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
@@ -443,14 +466,9 @@ def folder_record(folder: Path | None) -> dict[str, list[Any]]:
     """
     if folder is None:
         return {}
-    patterns = (
-        "config.json",
-        "preprocessor_config.json",
-        "processor_config.json",
-        "*token*",
-        "*.jinja",
-    )
-    texts = [file for pattern in patterns for file in sorted(folder.glob(pattern))]
+    texts: list[Path] = []
+    for pattern in DECIDING:
+        texts += sorted(folder.glob(pattern))
     return file_record([*texts, *weight_files(folder)])
 
 
@@ -460,7 +478,8 @@ def file_record(files: Iterable[Path]) -> dict[str, list[Any]]:
     """
     found = {}
     for file in files:
-        size, digest = file.stat().st_size, hashlib.sha256()
+        size = file.stat().st_size
+        digest = hashlib.sha256()
         with open(file, "rb") as stream:
             for start in (0, max(0, size // 2), max(0, size - SAMPLE)):
                 stream.seek(start)
@@ -481,16 +500,15 @@ def _find_tower(
             return folder
     known = not weights and name in KNOWN_TOWERS
     try:
+        # A known configuration is not worth a download, but one in the cache is taken.
         folder = fetch(name, weights, cached=known or not download)
         return None if known and not (folder / "config.json").is_file() else folder
     except InputError as error:
         if known:
             return None
-        own = (
-            "; or set lvlm.vision_tower to checkpoint, for the one inside the checkpoint"
-            if weights
-            else ""
-        )
+        own = ""
+        if weights:
+            own = "; or set lvlm.vision_tower to checkpoint, for the one inside the checkpoint"
         raise InputError(
             f"{source / 'config.json'}: `mm_vision_tower` names {name!r}, which is no folder "
             "(here, in the checkpoint or beside it) and not to be had from the Hub; download it, "
@@ -505,9 +523,8 @@ def _vision_config(name: str, tower: Path | None) -> tuple[CLIPVisionConfig, dic
     try:
         file = tower / "preprocessor_config.json"
         images = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        return CLIPVisionConfig.from_pretrained(tower), {
-            key: images[key] for key in ("image_mean", "image_std") if key in images
-        }
+        mean_std = {key: images[key] for key in ("image_mean", "image_std") if key in images}
+        return CLIPVisionConfig.from_pretrained(tower), mean_std
     except (OSError, ValueError, AttributeError, TypeError, StrictDataclassError) as error:
         raise InputError(
             f"{tower}: cannot be read as a CLIP vision tower ({first_line(error)}); expected "
@@ -527,15 +544,13 @@ def _llava_config(
                 f"{source / 'config.json'}: `{key}` is {config.get(key)!r}; expected "
                 f"{expected[0]!r}, as in LLaVA-Med 1.5"
             )
+    given = {key: config[key] for key in LANGUAGE_KEYS if key in config}
     try:
-        text = AutoConfig.for_model(
-            backbone, **{key: config[key] for key in LANGUAGE_KEYS if key in config}
-        )
         llava = LlavaConfig(
-            text_config=text,
+            text_config=AutoConfig.for_model(backbone, **given),
             vision_config=vision,
             image_token_index=image_id,
-            image_seq_length=(vision.image_size // vision.patch_size) ** 2,
+            image_seq_length=_patches(vision),
             vision_feature_layer=config.get("mm_vision_select_layer", -2),
             dtype=config.get("torch_dtype"),
         )
@@ -547,6 +562,15 @@ def _llava_config(
     return llava
 
 
+def _patches(vision: CLIPVisionConfig) -> int:
+    """How many patches a tower makes of an image. Raises TypeError: it is not for squares."""
+    size = vision.image_size
+    patch = vision.patch_size
+    if not isinstance(size, int) or not isinstance(patch, int):
+        raise TypeError("image_size and patch_size are one number each")
+    return (size // patch) ** 2
+
+
 def _processor(
     config: dict[str, Any],
     vision: CLIPVisionConfig,
@@ -554,7 +578,8 @@ def _processor(
     tokenizer: PreTrainedTokenizerFast,
     template: str,
 ) -> LlavaProcessor:
-    size = vision.image_size
+    """The processor as the original code prepares images: padded to a square where it says so."""
+    size: Any = vision.image_size
     images = LlavaImageProcessorPil(
         do_pad=config.get("image_aspect_ratio") == "pad",
         size={"shortest_edge": size},
@@ -587,41 +612,48 @@ def _plan(
         raise InputError(
             f"{source}: holds no weights; expected model*.safetensors or pytorch_model*.bin"
         )
+    own_tower = vision_tower == "checkpoint"
     for file in files:
         tensors = read_shapes(file)
-        plan[file] = {
-            key: key
-            for key in tensors
-            if not key.endswith(BUFFERS)
-            and (vision_tower == "checkpoint" or not key.startswith(TOWER))
-        }
+        taken = [key for key in tensors if own_tower or not key.startswith(TOWER)]
+        plan[file] = {key: key for key in taken if not key.endswith(BUFFERS)}
         shapes |= {key: tensors[key] for key in plan[file]}
-    if vision_tower == "checkpoint" and not any(key.startswith(TOWER) for key in shapes):
+    if own_tower and not any(key.startswith(TOWER) for key in shapes):
         raise InputError(
             f"{source}: holds no vision tower ({TOWER}...); set lvlm.vision_tower to config, for "
             "the one that its configuration names"
         )
-    for file in weight_files(tower) if vision_tower == "config" else ():
-        tensors = read_shapes(file)
-        plan[file] = {
-            key: TOWER + match[1]
-            for key in tensors
-            if (match := TOWER_KEY.fullmatch(key)) and not key.endswith(BUFFERS)
-        }
-        shapes |= {name: tensors[key] for key, name in plan[file].items()}
+    if not own_tower:
+        for file in weight_files(tower):
+            tensors = read_shapes(file)
+            plan[file] = _tower_names(tensors)
+            shapes |= {name: tensors[key] for key, name in plan[file].items()}
     with torch.device("meta"):
-        wanted = LlavaForConditionalGeneration(llava).state_dict()
-    check_state(source, shapes, {renamed(key, ORIGINAL): tensor for key, tensor in wanted.items()})
+        model = LlavaForConditionalGeneration(llava)
+    # Compared in the original layout's names, which the reader's files have.
+    wanted = {renamed(key, ORIGINAL): tensor for key, tensor in model.state_dict().items()}
+    check_state(source, shapes, wanted)
     return {file: keys for file, keys in plan.items() if keys}
+
+
+def _tower_names(keys: Iterable[str]) -> dict[str, str]:
+    """The keys of a CLIP model's file that are its vision tower's, by the original layout's."""
+    names = {}
+    for key in keys:
+        match = TOWER_KEY.fullmatch(key)
+        if match and not key.endswith(BUFFERS):
+            names[key] = TOWER + match[1]
+    return names
 
 
 def renamed(key: str, prefixes: dict[str, str]) -> str:
     """``key`` with the first of ``prefixes`` that it begins with replaced; itself where none
     does.
     """
-    return next(
-        (new + key.removeprefix(old) for old, new in prefixes.items() if key.startswith(old)), key
-    )
+    for old, new in prefixes.items():
+        if key.startswith(old):
+            return new + key.removeprefix(old)
+    return key
 
 
 def _write_shards(plan: dict[Path, dict[str, str]], folder: Path) -> None:
@@ -629,44 +661,42 @@ def _write_shards(plan: dict[Path, dict[str, str]], folder: Path) -> None:
     places: dict[str, str] = {}
     size = 0
     for number, (file, keys) in enumerate(plan.items(), start=1):
-        name, tensors = f"model-{number:05d}-of-{len(plan):05d}.safetensors", read_tensors(file)
+        name = f"model-{number:05d}-of-{len(plan):05d}.safetensors"
+        tensors = read_tensors(file)
         part = {renamed(keys[key], WRITTEN): tensors[key].contiguous() for key in keys}
         save_file(part, folder / name, {"format": "pt"})
         (folder / name).chmod(0o644)
         places |= dict.fromkeys(part, name)
         size += sum(tensor.nbytes for tensor in part.values())
-        del tensors, part
-    write_json(
-        folder / "model.safetensors.index.json",
-        {"metadata": {"total_size": size}, "weight_map": places},
-    )
+        del tensors, part  # before the next shard is read
+    index = {"metadata": {"total_size": size}, "weight_map": places}
+    write_json(folder / "model.safetensors.index.json", index)
 
 
 def _difference(source: Path, tower: Path | None, name: str, vision_tower: str) -> str | None:
     """What to warn of where the checkpoint's own tower and the configuration's are both here and
     differ.
     """
-    own = {
-        key.removeprefix(TOWER): tensor
-        for file in weight_files(source)
-        for key, tensor in read_tensors(file).items()
-        if key.startswith(TOWER)
-    }
+    own: dict[str, Tensor] = {}
+    for file in weight_files(source):
+        for key, tensor in read_tensors(file).items():
+            if key.startswith(TOWER):
+                own[key.removeprefix(TOWER)] = tensor
     largest: list[float] = []
     for file in weight_files(tower):
         for key, tensor in read_tensors(file).items():
             match = TOWER_KEY.fullmatch(key)
-            if match and match[1] in own and tensor.shape == (stored := own[match[1]]).shape:
-                largest.append(
-                    float((tensor.to(stored.dtype).float() - stored.float()).abs().max())
-                )
+            stored = own.get(match[1]) if match else None
+            if stored is None or tensor.shape != stored.shape:
+                continue
+            # Rounded as the checkpoint's own is: a narrower type is no other tower.
+            rounded = tensor.to(stored.dtype).float()
+            largest.append(float((rounded - stored.float()).abs().max()))
     differing = [value for value in largest if value != 0]
+    if not differing:
+        return None
     return (
-        (
-            f"{source}: the checkpoint's own vision tower differs from {name} in {len(differing)} "
-            f"of {len(largest)} tensors (largest difference {max(differing):.2g}); "
-            f"lvlm.vision_tower is {vision_tower}"
-        )
-        if differing
-        else None
+        f"{source}: the checkpoint's own vision tower differs from {name} in {len(differing)} "
+        f"of {len(largest)} tensors (largest difference {max(differing):.2g}); "
+        f"lvlm.vision_tower is {vision_tower}"
     )

@@ -26,22 +26,25 @@ FULL_STOP = re.compile(r"\.(?!\d)")
 # The script passes re.UNICODE, 32, where a count belongs: only so many full stops go.
 FULL_STOPS_TAKEN = 32
 ORDERS = (1, 2, 3, 4)
+_BLEU_N = (
+    "nltk's sentence BLEU on {n}-grams alone, smoothing method 7, mean over reports; an exact copy "
+    "scores above 100, and one right word is enough for a third of it"
+)
 METHODS = {
-    "released_closed_accuracy": "share of closed questions whose normalised true answer is a "
-    "substring of the "
-    'normalised prediction ("no" is found in "abnormal")',
-    "released_open_recall": "per question tp / (tp + fn), where tp counts the words of the "
-    "prediction that the truth has too, as often as the prediction says them; mean over questions",
+    "released_closed_accuracy": (
+        "share of closed questions whose normalised true answer is a substring of the normalised "
+        'prediction ("no" is found in "abnormal")'
+    ),
+    "released_open_recall": (
+        "per question tp / (tp + fn), where tp counts the words of the prediction that the truth "
+        "has too, as often as the prediction says them; mean over questions"
+    ),
     "released_bleu": "mean of released_bleu_1 to released_bleu_4, as in the paper's Table 1",
-    **{
-        f"released_bleu_{n}": f"nltk's sentence BLEU on {n}-grams alone, smoothing "
-        "method 7, mean over reports; an exact copy scores above 100, and one right word is enough "
-        "for a third of it"
-        for n in ORDERS
-    },
+    **{f"released_bleu_{n}": _BLEU_N.format(n=n) for n in ORDERS},
     "released_rouge_l": "package rouge, ROUGE-L F, mean over reports",
-    "released_meteor": "nltk's METEOR on white-space tokens of the normalised texts, mean "
-    "over reports",
+    "released_meteor": (
+        "nltk's METEOR on white-space tokens of the normalised texts, mean over reports"
+    ),
 }
 
 
@@ -80,21 +83,21 @@ def word_overlap(answer: str, prediction: str) -> dict[str, float]:
     word raises the recall. ``exact_match`` is no equality: it is the number of different true words
     that the prediction has, by the number of words that it says.
     """
-    truth, said = (
-        Counter(normalised_text(answer).split()),
-        Counter(normalised_text(prediction).split()),
-    )
-    if not truth or not said:
-        return {"exact_match": 0.0, "precision": 0.0, "recall": 0.0, "f1": 0.0}
+    truth = Counter(normalised_text(answer).split())
+    said = Counter(normalised_text(prediction).split())
     common = truth.keys() & said.keys()
+    if not common:
+        return {"exact_match": 0.0, "precision": 0.0, "recall": 0.0, "f1": 0.0}
     hits = sum(said[word] for word in common)
     missed = sum(count for word, count in truth.items() if word not in common)
-    exact = len(common) / said.total()
-    if not hits:
-        return {"exact_match": exact, "precision": 0.0, "recall": 0.0, "f1": 0.0}
-    precision, recall = hits / said.total(), hits / (hits + missed)
-    f1 = 2 * precision * recall / (precision + recall)
-    return {"exact_match": exact, "precision": precision, "recall": recall, "f1": f1}
+    precision = hits / said.total()
+    recall = hits / (hits + missed)
+    return {
+        "exact_match": len(common) / said.total(),
+        "precision": precision,
+        "recall": recall,
+        "f1": 2 * precision * recall / (precision + recall),
+    }
 
 
 def bleu(answer: str, prediction: str, weights: tuple[float, ...]) -> float:
@@ -104,7 +107,8 @@ def bleu(answer: str, prediction: str, weights: tuple[float, ...]) -> float:
         weights: of the 1-grams, 2-grams and so on: (0, 1, 0, 0) is the released BLEU-2, four
             quarters the script's own summary.
     """
-    truth, said = normalised_text(answer).split(), normalised_text(prediction).split()
+    truth = normalised_text(answer).split()
+    said = normalised_text(prediction).split()
     if not truth or not said:
         return 0.0
     smoothing = SmoothingFunction().method7
@@ -119,7 +123,8 @@ def bleu_n(answer: str, prediction: str, order: int) -> float:
 
 def rouge_l(answer: str, prediction: str) -> float:
     """ROUGE-L F of the package ``rouge`` on the normalised texts, 0 to 1."""
-    truth, said = normalised_text(answer), normalised_text(prediction)
+    truth = normalised_text(answer)
+    said = normalised_text(prediction)
     # The package refuses a text of which nothing is left between its full stops.
     if not truth.strip(". ") or not said.strip(". "):
         return 0.0
@@ -135,7 +140,8 @@ def meteor(answer: str, prediction: str, wordnet: Any) -> float:
     """nltk's METEOR on white-space tokens of the normalised texts, 0 to 1; ``wordnet``: a corpus
     reader.
     """
-    truth, said = normalised_text(answer).split(), normalised_text(prediction).split()
+    truth = normalised_text(answer).split()
+    said = normalised_text(prediction).split()
     if not truth or not said:
         return 0.0
     return float(single_meteor_score(truth, said, wordnet=wordnet))

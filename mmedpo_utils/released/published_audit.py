@@ -28,6 +28,7 @@ from ..base.settings import repository_root
 
 Tables = dict[str, list[dict[str, Any]]]
 ROUNDING = 0.005  # a number printed with two decimals
+HEADLINE_ROUNDING = 0.06  # one with a single decimal, of numbers that are rounded themselves
 REPORT_SETS = {"iu_xray": "IU-Xray", "mimic_cxr": "MIMIC-CXR"}
 QUESTION_SETS = {"slake": "SLAKE", "vqa_rad": "VQA-RAD"}
 ORDERS = (1, 2, 3, 4)
@@ -114,24 +115,22 @@ def smoothing(tables: Tables) -> list[Line]:
         rest = remainders(bleu)
         for n in (2, 3, 4):
             what = f"Table {number}, {row['method']}, {REPORT_SETS[dataset]} BLEU-{n}"
+            printed = bleu[n - 1]
             least = bleu[n - 2] / 3
             rule = f"at least a third of BLEU-{n - 1}: precisions are not negative"
             # A printed number may be half a unit off, and so may the one that it is compared with.
-            holds = bleu[n - 1] + ROUNDING >= least - ROUNDING / 3
-            lines.append(
-                Line("smoothing", "arithmetic", what, rule, bleu[n - 1], _round(least), holds)
-            )
+            holds = printed + ROUNDING >= least - ROUNDING / 3
+            lines.append(_arithmetic("smoothing", what, rule, printed, least, holds))
             if n > 2:
-                # A remainder below 0 is told by the line above already.
+                # The line above says already where a remainder is below 0.
                 most = (bleu[n - 2] + max(rest[n - 3], 0.0)) / 3
                 rule = (
                     f"at most what BLEU-{n - 1} and BLEU-{n - 2} allow: {n + 1}-grams match no "
                     "more often"
                 )
-                holds = bleu[n - 1] - ROUNDING <= most + ROUNDING * 5 / 3
-                lines.append(
-                    Line("smoothing", "arithmetic", what, rule, bleu[n - 1], _round(most), holds)
-                )
+                # `most` is (4 BLEU-(n-1) - BLEU-(n-2)) / 3: up to five half units, by three.
+                holds = printed - ROUNDING <= most + ROUNDING * 5 / 3
+                lines.append(_arithmetic("smoothing", what, rule, printed, most, holds))
     return lines
 
 
@@ -184,32 +183,20 @@ def undone(tables: Tables) -> list[Line]:
 def same_numbers(tables: Tables) -> list[Line]:
     """Cells that several tables print."""
     lines = []
-    detailed = {row["method"]: row for row in tables["7"]}
-    ablation = {row["method"]: row for row in tables["8"]}
-    for row in tables["1"]:
-        other = detailed.get(row["method"])
-        if other is None:
-            continue
-        for dataset, name in REPORT_SETS.items():
-            mean = sum(bleu_cells(other, dataset)) / 4
-            what = f"Table 1, {row['method']}, {name} BLEU"
-            lines.append(
-                _equal(
-                    "tables", what, "mean of Table 7's BLEU-1 to 4", row[f"{dataset}_bleu"], mean
-                )
-            )
-            for score in ("rouge_l", "meteor"):
-                what = f"Table 1, {row['method']}, {name} {score}"
-                key = f"{dataset}_{score}"
-                lines.append(_equal("tables", what, "the cell of Table 7", row[key], other[key]))
-    main = next(row for row in tables["1"] if row["method"] == "+ MMedPO")
+    main = _by_method(tables["1"])
+    detailed = _by_method(tables["7"])
+    ablation = _by_method(tables["8"])
+    for method, row in main.items():
+        if method in detailed:
+            lines += _compare_with_table7(method, row, detailed[method])
+    # Which row of the ablation is the method as Table 1 has it? Each is tried.
     for method, row in ablation.items():
         mean = sum(bleu_cells(row, "iu_xray")) / 4
         what = "Table 1, + MMedPO, IU-Xray BLEU"
-        lines.append(
-            _equal("tables", what, f"mean of Table 8's row {method}", main["iu_xray_bleu"], mean)
-        )
-    whole, final = detailed["+ MMedPO"], ablation["Stage 1+2 (Multi-LLMs)"]
+        rule = f"mean of Table 8's row {method}"
+        lines.append(_equal("tables", what, rule, main["+ MMedPO"]["iu_xray_bleu"], mean))
+    whole = detailed["+ MMedPO"]
+    final = ablation["Stage 1+2 (Multi-LLMs)"]
     for key in whole:
         if key != "method":
             what = f"Table 7, + MMedPO, {key}"
@@ -218,11 +205,29 @@ def same_numbers(tables: Tables) -> list[Line]:
     return lines
 
 
+def _compare_with_table7(method: str, row: dict[str, Any], other: dict[str, Any]) -> list[Line]:
+    """A row of Table 1 beside the same row of Table 7."""
+    lines = []
+    for dataset, name in REPORT_SETS.items():
+        what = f"Table 1, {method}, {name} BLEU"
+        mean = sum(bleu_cells(other, dataset)) / 4
+        rule = "mean of Table 7's BLEU-1 to 4"
+        lines.append(_equal("tables", what, rule, row[f"{dataset}_bleu"], mean))
+        for score in ("rouge_l", "meteor"):
+            what = f"Table 1, {method}, {name} {score}"
+            key = f"{dataset}_{score}"
+            lines.append(_equal("tables", what, "the cell of Table 7", row[key], other[key]))
+    return lines
+
+
 def averages(tables: Tables) -> list[Line]:
     """The "average scores" of Tables 2 to 4 beside the scores that they average."""
-    table2, table3, table4, table8, table9 = (
-        {row["method"]: row for row in tables[number]} for number in ("2", "3", "4", "8", "9")
-    )
+    table2 = _by_method(tables["2"])
+    table3 = _by_method(tables["3"])
+    table4 = _by_method(tables["4"])
+    table8 = _by_method(tables["8"])
+    table9 = _by_method(tables["9"])
+    # An average: its name, its row, and the row of Tables 8 and 9 that it may be the average of.
     pairs = [
         ("Table 3, Single-LLM", table3["Single-LLM"], "Stage 1 (Single-LLM)"),
         ("Table 3, Multi-LLMs", table3["Multi-LLMs"], "Stage 1 (Multi-LLMs)"),
@@ -240,7 +245,8 @@ def averages(tables: Tables) -> list[Line]:
     for (name, row, method), (dataset, title) in product(pairs, REPORT_SETS.items()):
         lines += _report_averages(f"{name}, {title}", row[dataset], table8[method], dataset)
     for dataset, title in (QUESTION_SETS | REPORT_SETS).items():
-        what, rule = f"Table 2, Stage 2 w CRS, {title}", "the cell of Table 4, Local"
+        what = f"Table 2, Stage 2 w CRS, {title}"
+        rule = "the cell of Table 4, Local"
         printed = table2["Stage 2 w CRS"][dataset]
         lines.append(_equal("averages", what, rule, printed, table4["Local"][dataset]))
     return lines
@@ -255,10 +261,9 @@ def _report_averages(what: str, printed: float, row: dict[str, Any], dataset: st
         "mean of all six columns": (sum(bleu) + sum(others)) / 6,
     }
     lines = []
-    for rule, value in tried.items():
-        lines.append(
-            _equal("averages", what, f"{rule} of Table 8, {row['method']}", printed, value)
-        )
+    for mean, tried_value in tried.items():
+        rule = f"{mean} of Table 8, {row['method']}"
+        lines.append(_equal("averages", what, rule, printed, tried_value))
     plain = undone_bleu(bleu)
     value = None if plain is None else (plain + sum(others)) / 3
     rule = (
@@ -273,22 +278,20 @@ def _report_averages(what: str, printed: float, row: dict[str, Any], dataset: st
 
 def headlines(tables: Tables) -> list[Line]:
     """The gains in percent that the text states, beside Table 1."""
-    rows = {row["method"]: row for row in tables["1"]}
-    ours, lines = rows["+ MMedPO"], []
+    rows = _by_method(tables["1"])
+    ours = rows["+ MMedPO"]
+    lines = []
     stated = [(*headline, "the row that the text compares with") for headline in HEADLINES]
     stated += [(*headline, "the best baseline of Table 1") for headline in OTHER_BASELINE]
-    for what, baseline, columns, printed, which in stated:
-        value = mean_gain(ours, rows[baseline], _columns(ours, columns))
+    for title, baseline, kind, printed, which in stated:
+        what = f"text: {title}"
+        value = mean_gain(ours, rows[baseline], _columns(ours, kind))
         rule = f"mean over Table 1's columns of the relative gain over {baseline}, {which}"
-        lines.append(_equal("headlines", f"text: {what}", rule, printed, value, rounding=0.06))
-    baselines = [row for name, row in rows.items() if name.startswith("+ ") and name != "+ MMedPO"]
-    for what, columns, printed in ABSTRACT:
-        for name, value in _abstract_candidates(
-            ours, rows, baselines, _columns(ours, columns)
-        ).items():
-            lines.append(
-                _equal("headlines", f"abstract: {what}", name, printed, value, rounding=0.06)
-            )
+        lines.append(_equal("headlines", what, rule, printed, value, HEADLINE_ROUNDING))
+    for title, kind, printed in ABSTRACT:
+        what = f"abstract: {title}"
+        for rule, value in _abstract_candidates(rows, _columns(ours, kind)).items():
+            lines.append(_equal("headlines", what, rule, printed, value, HEADLINE_ROUNDING))
     return lines
 
 
@@ -298,16 +301,17 @@ def mean_gain(ours: dict[str, Any], other: dict[str, Any], columns: Sequence[str
 
 
 def _abstract_candidates(
-    ours: dict[str, Any],
-    rows: dict[str, Any],
-    baselines: list[dict[str, Any]],
-    columns: Sequence[str],
+    rows: dict[str, dict[str, Any]], columns: Sequence[str]
 ) -> dict[str, float]:
-    """Simple means that the abstract's gains might be."""
-    mean_row = {
-        column: sum(row[column] for row in baselines) / len(baselines) for column in columns
-    }
-    best_row = {column: max(row[column] for row in baselines) for column in columns}
+    """Simple means over ``columns`` of Table 1 that the abstract's gains might be."""
+    ours = rows["+ MMedPO"]
+    baselines = [row for name, row in rows.items() if name.startswith("+ ") and row is not ours]
+    mean_row = {}
+    best_row = {}
+    for column in columns:
+        scores = [row[column] for row in baselines]
+        mean_row[column] = sum(scores) / len(scores)
+        best_row[column] = max(scores)
     references = {
         "LLaVA-Med v1.5": rows["LLaVA-Med v1.5"],
         "+ DPO": rows["+ DPO"],
@@ -315,10 +319,11 @@ def _abstract_candidates(
         "the best baseline of each column": best_row,
     }
     candidates = {}
+    our_sum = sum(ours[column] for column in columns)
     for name, row in references.items():
         candidates[f"mean of the relative gains over {name}"] = mean_gain(ours, row, columns)
-        total = sum(ours[column] for column in columns) / sum(row[column] for column in columns)
-        candidates[f"relative gain of the mean score over {name}"] = 100 * (total - 1)
+        ratio = our_sum / sum(row[column] for column in columns)
+        candidates[f"relative gain of the mean score over {name}"] = 100 * (ratio - 1)
     return candidates
 
 
@@ -327,7 +332,7 @@ def counts(tables: Tables) -> list[Line]:
     gain?
     """
     lines = []
-    rows = {row["method"]: row for row in tables["1"]}
+    rows = _by_method(tables["1"])
     for column, total in COUNTS.items():
         if not column.endswith("closed_accuracy"):
             continue
@@ -351,15 +356,7 @@ def counts(tables: Tables) -> list[Line]:
             )
             what = f"Table 1, + MMedPO - {other}, {column}"
             lines.append(
-                Line(
-                    "counts",
-                    "arithmetic",
-                    what,
-                    rule,
-                    _round(gain),
-                    _round(gain * total / 100),
-                    True,
-                )
+                _arithmetic("counts", what, rule, _round(gain), gain * total / 100, holds=True)
             )
     return lines
 
@@ -376,22 +373,34 @@ def _columns(row: dict[str, Any], kind: str) -> list[str]:
 
 def _report_rows(tables: Tables) -> list[tuple[str, dict[str, Any], str]]:
     """Table number, row and data set of every row of Tables 7 and 8."""
-    return [
-        (number, row, dataset)
-        for number in ("7", "8")
-        for row in tables[number]
-        for dataset in REPORT_SETS
-    ]
+    found = []
+    for number in ("7", "8"):
+        for row, dataset in product(tables[number], REPORT_SETS):
+            found.append((number, row, dataset))
+    return found
+
+
+def _by_method(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The rows of a table by its first column."""
+    return {row["method"]: row for row in rows}
+
+
+def _arithmetic(
+    part: str, what: str, rule: str, printed: float, computed: float, holds: bool
+) -> Line:
+    return Line(part, "arithmetic", what, rule, printed, _round(computed), holds)
 
 
 def _equal(
     part: str, what: str, rule: str, printed: float, value: float, rounding: float = 2 * ROUNDING
 ) -> Line:
+    """A line that holds where both are one number, within the rounding of what is printed."""
     holds = abs(printed - value) <= rounding + 1e-9
-    return Line(part, "arithmetic", what, rule, printed, _round(value), holds)
+    return _arithmetic(part, what, rule, printed, value, holds)
 
 
 def _round(value: float) -> float:
+    """As the paper prints: with two decimals."""
     return round(value, 2)
 
 
