@@ -49,8 +49,10 @@ from mmedpo_utils.programs.train import (
 )
 from mmedpo_utils.relevance import training_weights
 from mmedpo_utils.run_folder import read_events, run_digest
+from mmedpo_utils.scale.fast_trainer import FastTrainer
 from mmedpo_utils.scale.nodes import check_hostfile, node_commands
 from mmedpo_utils.show.plots import training_curves
+from mmedpo_utils.trainer import MMedPOTrainer
 
 from .conftest import REPOSITORY
 from .test_trainer import tiny_lvlm, tiny_pairs
@@ -275,6 +277,27 @@ def test_a_run_that_leaves_the_finite_numbers_stops(tmp_path):
     with pytest.raises(InputError, match="step 7: chosen_logp is nan.*training.learning_rate"):
         writer.on_log(None, state, None, {"loss": 0.5, "chosen_logp": math.nan})
     assert [event["loss"] for event in read_events(tmp_path)] == [0.5]
+
+
+@pytest.mark.parametrize(
+    ("shared_prefix", "cache_reference", "kind"),
+    [
+        (True, True, FastTrainer),
+        (True, False, FastTrainer),
+        (False, True, FastTrainer),
+        (False, False, MMedPOTrainer),
+    ],
+)
+def test_a_profile_that_asks_for_no_saving_gets_the_plain_trainer(
+    workspace, tmp_path, shared_prefix, cache_reference, kind
+):
+    asked = {"training.shared_prefix": shared_prefix, "training.cache_reference": cache_reference}
+    profile = tiny_profile(workspace, **{"training.processes": 1}, **asked)
+    rows = read_manifest(manifest_path(profile, "mmedpo"))[:4]
+    arguments = training_arguments(profile, "mmedpo", 0, tmp_path, len(rows), validate=False)
+    variant = profile.training.variants["mmedpo"]
+    trainer = build_trainer(profile, variant, rows, np.zeros(len(rows), bool), arguments, [])
+    assert type(trainer) is kind
 
 
 def test_a_training_whose_weights_are_not_numbers_any_more_stops_at_its_first_log(

@@ -220,3 +220,13 @@ def test_gpu_is_refused_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> 
     assert check_device("auto") == check_device("cpu") == "cpu"
     with pytest.raises(InputError, match="lvlm.device"):
         check_device("cuda")
+
+
+def test_a_key_that_profiles_have_no_more_is_left_out_with_a_line(tmp_path, capsys):
+    profile = load_profile("phantom-smoke")
+    profile.save(tmp_path / "profile.yaml")
+    values = yaml.safe_load((tmp_path / "profile.yaml").read_text())
+    values["training"]["reuse_vision_features"] = True
+    (tmp_path / "profile.yaml").write_text(yaml.safe_dump(values))
+    assert load_profile(tmp_path / "profile.yaml") == profile
+    assert "`training.reuse_vision_features` is read no more" in capsys.readouterr().out
