@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from datasets import Dataset, List
 from datasets import Image as Picture
+from memory import peak_resident_bytes
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -50,7 +51,10 @@ from mmedpo_utils.preference_rows import answer_text, read_manifest, write_manif
 from mmedpo_utils.scale.fast_trainer import FastTrainer, PackingCollator  # noqa: E402
 from mmedpo_utils.trainer import adapter_config, preference_dataset  # noqa: E402
 
-PATCH, MAX_LENGTH, SEED, BETA = 14, 1024, 3, 0.1
+PATCH = 14  # pixels
+MAX_LENGTH = 1024
+SEED = 3
+BETA = 0.1
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>", "USER", "ASSISTANT", ":")
 TEMPLATE = (
     "{% for message in messages %}{{ 'USER: ' if message['role'] == 'user' else 'ASSISTANT: ' }}"
@@ -165,9 +169,8 @@ def save_lvlm(folder: Path, shape: Shape, device: str) -> None:
     GPU, else float32.
     """
     names = [*SPECIAL, *(word(number) for number in range(shape.vocabulary - len(SPECIAL)))]
-    words = Tokenizer(
-        models.WordLevel({name: number for number, name in enumerate(names)}, unk_token="<unk>")
-    )
+    ids = {name: number for number, name in enumerate(names)}
+    words = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=words,
@@ -191,10 +194,9 @@ def save_lvlm(folder: Path, shape: Shape, device: str) -> None:
         chat_template=TEMPLATE,
     ).save_pretrained(folder)
     set_seed(SEED)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
     with torch.device(device):
-        model = LlavaForConditionalGeneration._from_config(
-            lvlm_config(shape), dtype=torch.bfloat16 if device == "cuda" else torch.float32
-        )
+        model = LlavaForConditionalGeneration._from_config(lvlm_config(shape), dtype=dtype)
     model.save_pretrained(folder, max_shard_size="2GB")
 
 
@@ -202,43 +204,45 @@ def draw_pairs(folder: Path, job: Job, shape: Shape) -> None:
     """Write ``folder``/pairs.json, the manifest of ``job``, with its films under ``folder``/images
     and ``folder``/noised.
     """
-    rng, rows = np.random.default_rng(SEED), []
-
-    def text(low: int, high: int) -> str:
-        return " ".join(
-            word(number)
-            for number in rng.integers(0, shape.vocabulary - len(SPECIAL), rng.integers(low, high))
-        )
-
-    def film(name: str, number: int) -> None:
-        path = folder / name / f"{number}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        coarse = Image.fromarray(rng.integers(0, 255, (24, 24), dtype=np.uint8))
-        coarse.resize((shape.image_size,) * 2, Image.Resampling.BICUBIC).save(path)
-
+    rng = np.random.default_rng(SEED)
+    rows = []
     for number in range(job.pairs):
-        film("images", number)
-        film("noised", number)
-        question, visual = (
-            {"from": "human", "value": f"<image>\n{text(10, 20)}"},
-            job.data == "mixed" and number % 2 == 1,
-        )
-        length = (100, 200) if job.data == "lengths" and number % 2 else (3, 12)
-        chosen, rejected = text(*length), text(*length)
-        rows.append(
-            {
-                "id": number,
-                "image": f"{number}.png",
-                "rejected_image": f"{number}.png" if visual else None,
-                "conversations": [question, {"from": "gpt", "value": chosen}],
-                "weighted_score": 1.0,
-                "rejected_conversations": [
-                    question,
-                    {"from": "gpt", "value": chosen if visual else rejected},
-                ],
-            }
-        )
+        _draw_film(folder / "images" / f"{number}.png", shape, rng)
+        _draw_film(folder / "noised" / f"{number}.png", shape, rng)
+        odd = number % 2 == 1
+        is_visual = job.data == "mixed" and odd
+        low, high = (100, 200) if job.data == "lengths" and odd else (3, 12)
+        question = {"from": "human", "value": f"<image>\n{_draw_text(shape, rng, 10, 20)}"}
+        chosen = _draw_text(shape, rng, low, high)
+        rejected = _draw_text(shape, rng, low, high)
+        # A visual pair is one answer about two images.
+        if is_visual:
+            rejected = chosen
+        row = {
+            "id": number,
+            "image": f"{number}.png",
+            "rejected_image": f"{number}.png" if is_visual else None,
+            "conversations": [question, {"from": "gpt", "value": chosen}],
+            "weighted_score": 1.0,
+            "rejected_conversations": [question, {"from": "gpt", "value": rejected}],
+        }
+        rows.append(row)
     write_manifest(folder / "pairs.json", rows)
+
+
+def _draw_text(shape: Shape, rng: np.random.Generator, low: int, high: int) -> str:
+    """At least ``low`` and less than ``high`` words of the vocabulary."""
+    length = rng.integers(low, high)
+    numbers = rng.integers(0, shape.vocabulary - len(SPECIAL), length)
+    return " ".join(word(number) for number in numbers)
+
+
+def _draw_film(path: Path, shape: Shape, rng: np.random.Generator) -> None:
+    """Write a grey film of smooth blobs."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    coarse = Image.fromarray(rng.integers(0, 255, (24, 24), dtype=np.uint8))
+    size = (shape.image_size, shape.image_size)
+    coarse.resize(size, Image.Resampling.BICUBIC).save(path)
 
 
 class RejectedImages:
@@ -246,14 +250,17 @@ class RejectedImages:
     others there, and no more.
     """
 
-    def __init__(self, processor: LlavaProcessor, images: list[list[Image.Image]]) -> None:
-        self.processor, self.images = processor, images
+    def __init__(self, processor: Any, images: list[list[Image.Image]]) -> None:
+        self.processor = processor
+        self.images = images
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.processor, name)
 
     def __call__(self, images: list[list[Image.Image]] | None = None, **others: Any) -> Any:
-        return self.processor(images=images and images[: len(self.images)] + self.images, **others)
+        if images:
+            images = images[: len(self.images)] + self.images
+        return self.processor(images=images, **others)
 
 
 class TwoImageCollator(DataCollatorForVisionPreference):
@@ -261,18 +268,17 @@ class TwoImageCollator(DataCollatorForVisionPreference):
     images of its own.
     """
 
+    processor: Any
+
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """Collate rows that carry ``rejected_images`` beside TRL's own columns."""
-        processor, self.processor = (
-            self.processor,
-            RejectedImages(
-                self.processor, [example.pop("rejected_images") for example in examples]
-            ),
-        )
+        own = self.processor
+        rejected_images = [example.pop("rejected_images") for example in examples]
+        self.processor = RejectedImages(own, rejected_images)
         try:
             return super().torch_call(examples)
         finally:
-            self.processor = processor
+            self.processor = own
 
 
 def arguments(job: Job, folder: Path) -> DPOConfig:
@@ -320,13 +326,12 @@ def trl_dataset(rows: list[Row], folder: Path, two_images: bool) -> Dataset:
             "rejected": message("assistant", answer_text(row, True)),
         }
         if two_images:
-            pair["rejected_images"] = [
-                str(folder / "noised" / row["rejected_image"]) if row["rejected_image"] else image
-            ]
+            rejected = row["rejected_image"]
+            pair["rejected_images"] = [str(folder / "noised" / rejected) if rejected else image]
         pairs.append(pair)
-    dataset = Dataset.from_list(pairs)
-    for column in ("images", "rejected_images")[: 1 + two_images]:
-        dataset = dataset.cast_column(column, List(Picture()))
+    dataset = Dataset.from_list(pairs).cast_column("images", List(Picture()))
+    if two_images:
+        dataset = dataset.cast_column("rejected_images", List(Picture()))
     return dataset
 
 
@@ -334,33 +339,38 @@ def build(
     job: Job, lvlm: MedLVLM, rows: list[Row], folder: Path, callbacks: list[TrainerCallback]
 ) -> DPOTrainer:
     """The side's trainer over ``rows``; it writes to ``folder``."""
-    processor, data = lvlm.processor, folder.parent / job.data
-    same = {
+    processor = lvlm.processor
+    data = folder.parent / job.data
+    same: dict[str, Any] = {
         "args": arguments(job, folder / "run"),
         "processing_class": processor,
         "callbacks": callbacks,
         "peft_config": adapter_config(job.lora_rank, 2 * job.lora_rank, dropout=0.0),
     }
+    trainer: Any
     if job.side == "trl":
-        dataset = trl_dataset(rows, data, job.data == "mixed")
-        collator = (
-            TwoImageCollator(processor, max_length=MAX_LENGTH) if job.data == "mixed" else None
+        two_images = job.data == "mixed"
+        trainer = DPOTrainer(
+            lvlm.model,
+            train_dataset=trl_dataset(rows, data, two_images),
+            # None: TRL's own.
+            data_collator=TwoImageCollator(processor, max_length=MAX_LENGTH)
+            if two_images
+            else None,
+            **same,
         )
-        trainer = DPOTrainer(lvlm.model, train_dataset=dataset, data_collator=collator, **same)
     else:
-        dataset = preference_dataset(
-            rows, np.ones(len(rows)), processor, data / "images", data / "noised", MAX_LENGTH
-        )
-        collator = PackingCollator(
-            processor.tokenizer.pad_token_id, MAX_LENGTH, processor, job.shared_prefix
-        )
+        weights = [1.0] * len(rows)
+        padding = processor.tokenizer.pad_token_id
         trainer = FastTrainer(
             lvlm.model,
             projector_learning_rate=job.learning_rate,
             cache_reference=job.cache_reference,
             reference_cache=folder / "reference.json",
-            train_dataset=dataset,
-            data_collator=collator,
+            train_dataset=preference_dataset(
+                rows, weights, processor, data / "images", data / "noised", MAX_LENGTH
+            ),
+            data_collator=PackingCollator(padding, MAX_LENGTH, processor, job.shared_prefix),
             **same,
         )
         train_in_32_bits(trainer.model)
@@ -399,27 +409,28 @@ def train_once(job: Job, folder: Path, rows: list[Row]) -> dict[str, Any]:
 
     Returns:
         ``seconds``: the data set, the trainer around the loaded model, the reference where it is
-            computed ahead, all steps;
-        ``ahead_seconds`` before the first step; ``step_seconds`` and ``losses`` of every step;
-        ``initial``: a digest of the untrained model.
+        computed ahead, all steps; ``ahead_seconds`` before the first step; ``step_seconds`` and
+        ``losses`` of every step; ``initial``: a digest of the untrained model.
     """
-    cache, clock = folder / "reference.json", Clock()
-    cache.unlink(missing_ok=True)
+    clock = Clock()
+    # A reference of an earlier round would be read instead of computed.
+    (folder / "reference.json").unlink(missing_ok=True)
     lvlm = load_lvlm(folder.parent / "model", job.device, quantization=job.quantization)
-    generate(
-        lvlm, [Image.new("L", (64, 64))], [word(0)], max_new_tokens=1, batch_size=1
-    )  # a GPU loads its kernels
+    # One token, so that a GPU has loaded its kernels before the clock starts.
+    generate(lvlm, [Image.new("L", (64, 64))], [word(0)], max_new_tokens=1, batch_size=1)
     if job.attention != "sdpa":
         lvlm.llava.model.language_model.set_attn_implementation(job.attention)
     began = time.perf_counter()
     trainer = build(job, lvlm, rows, folder, [clock])
     built = time.perf_counter()
-    initial, ready = model_digest(trainer.model), time.perf_counter()
+    assert trainer.model is not None
+    initial = model_digest(trainer.model)  # not in the time of the training
+    ready = time.perf_counter()
     trainer.train()
     ended = time.perf_counter()
     ahead, *steps = (after - before for before, after in pairwise(clock.times))
     return {
-        "seconds": built - began + ended - ready,
+        "seconds": (built - began) + (ended - ready),
         "ahead_seconds": ahead,
         "step_seconds": steps,
         "initial": initial,
@@ -431,12 +442,7 @@ def peak_bytes(device: str) -> int:
     """The most memory that this process has held: tensors on a GPU, else resident memory."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
-    peak = next(
-        line
-        for line in Path("/proc/self/status").read_text().splitlines()
-        if line.startswith("VmHWM")
-    )
-    return int(peak.split()[1]) * 1024
+    return peak_resident_bytes()
 
 
 def work(job: Job, folder: Path, threads: int, pipe: Connection) -> None:
@@ -466,11 +472,12 @@ class Worker:
     """
 
     def __init__(self, name: str, job: Job, folder: Path, threads: int) -> None:
-        context = multiprocessing.get_context("spawn" if job.device == "cuda" else "forkserver")
+        context: Any = multiprocessing.get_context(
+            "spawn" if job.device == "cuda" else "forkserver"
+        )
         context.set_forkserver_preload(["common"])
-        os.environ["PYTHONPATH"] = str(
-            Path(__file__).parent
-        )  # where the preloading process finds it
+        # Where the process that preloads finds this module.
+        os.environ["PYTHONPATH"] = str(Path(__file__).parent)
         self.folder = folder / name
         self.folder.mkdir()
         self.pipe, other = context.Pipe()
@@ -488,9 +495,8 @@ class Worker:
         try:
             return self.pipe.recv()
         except EOFError as error:
-            raise RuntimeError(
-                f"{self.folder.name}: {(self.folder / 'log.txt').read_text()[-4000:]}"
-            ) from error
+            log = (self.folder / "log.txt").read_text()
+            raise RuntimeError(f"{self.folder.name}: {log[-4000:]}") from error
 
     def run(self) -> dict[str, Any]:
         """Train once."""
@@ -503,6 +509,6 @@ class Worker:
         self.process.join()
 
 
-def origin(threads: int) -> dict[str, Any]:
+def origin(threads: int | None) -> dict[str, Any]:
     """From what a benchmark's numbers come (see `provenance`)."""
     return provenance(processor=platform.machine(), system=platform.system(), cores_used=threads)

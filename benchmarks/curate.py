@@ -6,10 +6,9 @@ cost as much):
 
 - forward: the bare batched forward, on tensors that are ready in memory;
 - curation: ``curate_folder`` as a reader runs it: decoding, forward, mask, noise, PNG files,
-    journal, manifest, audit;
+  journal, manifest, audit;
 - released: the released script's way of working: one film at a time, from opening it to writing its
-    copy. Its noise and its
-  PNG compression are ours, so that only the way of working differs.
+  copy. Its noise and its PNG compression are ours, so that only the way of working differs.
 
 They take turns, round by round; the ratios are medians over the rounds. Memory is the peak of a
 process of its own.
@@ -30,6 +29,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from memory import peak_resident_bytes
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,7 +47,10 @@ from mmedpo_utils.phantom.world import films  # noqa: E402
 from mmedpo_utils.profiles import load_profile  # noqa: E402
 from mmedpo_utils.scale.resumable_curation import PNG, curate_folder  # noqa: E402
 
-CORES, BATCH_SIZE, MEMORY_SIZE, PATIENTS = 2, 32, 256, 16
+CORES = 2
+BATCH_SIZE = 32
+MEMORY_SIZE = 256  # height and width of the memory runs' films, in pixels
+PATIENTS = 16
 NOISE = load_profile("phantom").noise
 
 
@@ -56,24 +59,25 @@ def draw_films(folder: Path, count: int, size: int) -> list[Row]:
     one question about each.
     """
     folder.mkdir(parents=True)
-    rng, questions = np.random.default_rng(0), []
-    drawn = [
-        Image.fromarray(film.image).resize((size, size), Image.Resampling.BICUBIC)
-        for film in films(PATIENTS, seed=0)
-    ]
+    rng = np.random.default_rng(0)
+    drawn = []
+    for film in films(PATIENTS, seed=0):
+        resized = Image.fromarray(film.image).resize((size, size), Image.Resampling.BICUBIC)
+        drawn.append(np.asarray(resized))
+    questions = []
     for number in range(count):
-        grain = np.asarray(drawn[number % PATIENTS]) + rng.normal(0, 3, (size, size))
-        Image.fromarray(np.clip(np.round(grain), 0, 255).astype(np.uint8)).save(
-            folder / f"{number:05d}.png"
-        )
-        questions.append(
-            {
-                "question_id": number,
-                "image": f"{number:05d}.png",
-                "gpt4_answer": "yes",
-                "text": "<image>\nIs there a lesion?",
-            }
-        )
+        name = f"{number:05d}.png"
+        # Grain of its own for each: no two files are equal, and none compresses too well.
+        grainy = drawn[number % PATIENTS] + rng.normal(0, 3, (size, size))
+        pixels = np.clip(np.round(grainy), 0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / name)
+        question = {
+            "question_id": number,
+            "image": name,
+            "gpt4_answer": "yes",
+            "text": "<image>\nIs there a lesion?",
+        }
+        questions.append(question)
     return questions
 
 
@@ -81,7 +85,9 @@ def official_network() -> MedKLIP:
     """MedKLIP of the official sizes with random weights."""
     torch.manual_seed(0)
     model = MedKLIP(MedKLIPConfig(OFFICIAL_QUERIES, ()))
-    model.disease_book.normal_(0, 0.5)
+    book = model.disease_book
+    assert isinstance(book, torch.Tensor)
+    book.normal_(0, 0.5)
     return model.eval().requires_grad_(False)
 
 
@@ -119,67 +125,47 @@ def seconds(work: Callable[..., object], *arguments: object) -> float:
 
 def measure_time(count: int, size: int, rounds: int, folder: Path) -> dict[str, list[float]]:
     """Seconds of each way through ``count`` films, one value per round."""
-    questions, model = draw_films(folder / "images", count, size), official_network()
-    pixels = torch.cat(
-        [model.preprocess([open_image(folder / "images" / item["image"])]) for item in questions]
-    )
-    look, taken = medklip_tool(model), {"forward": [], "curation": [], "released": []}
-    bare_forward(model, pixels[:BATCH_SIZE])
+    images = folder / "images"
+    questions = draw_films(images, count, size)
+    model = official_network()
+    ready = [model.preprocess([open_image(images / item["image"])]) for item in questions]
+    pixels = torch.cat(ready)
+    look = medklip_tool(model)
+    taken: dict[str, list[float]] = {"forward": [], "curation": [], "released": []}
+    bare_forward(model, pixels[:BATCH_SIZE])  # to warm up
     for number in range(rounds):
         target = folder / f"round-{number}"
-        taken["forward"].append(seconds(bare_forward, model, pixels))
-        taken["curation"].append(
-            seconds(
-                curate_folder,
-                questions,
-                folder / "images",
-                target,
-                look,
-                NOISE,
-                0,
-                BATCH_SIZE,
-                "benchmark",
-            )
+        forward = seconds(bare_forward, model, pixels)
+        curation = seconds(
+            curate_folder, questions, images, target, look, NOISE, 0, BATCH_SIZE, "benchmark"
         )
-        taken["released"].append(
-            seconds(one_at_a_time, model, questions, folder / "images", target / "alone")
-        )
+        released = seconds(one_at_a_time, model, questions, images, target / "alone")
+        taken["forward"].append(forward)
+        taken["curation"].append(curation)
+        taken["released"].append(released)
     return taken
+
+
+def median_ratio(one: list[float], other: list[float]) -> float:
+    """The median over the rounds of one way's seconds by another's of the same round."""
+    return round(statistics.median(a / b for a, b in zip(one, other, strict=True)), 3)
 
 
 def measure_memory(count: int, folder: Path) -> int:
     """Peak resident bytes of a process that curates ``count`` films of 256 x 256 pixels."""
-    command = [
-        sys.executable,
-        __file__,
-        "--memory-of",
-        str(count),
-        "--folder",
-        str(folder / f"memory-{count}"),
-    ]
+    own_folder = str(folder / f"memory-{count}")
+    command = [sys.executable, __file__, "--memory-of", str(count), "--folder", own_folder]
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return int(printed.split()[-1])
 
 
 def curate_and_print_peak(count: int, folder: Path) -> None:
     """What the process of ``measure_memory`` does."""
-    questions = draw_films(folder / "images", count, MEMORY_SIZE)
-    curate_folder(
-        questions,
-        folder / "images",
-        folder / "pairs",
-        medklip_tool(official_network()),
-        NOISE,
-        0,
-        BATCH_SIZE,
-        "benchmark",
-    )
-    peak = next(
-        line
-        for line in Path("/proc/self/status").read_text().splitlines()
-        if line.startswith("VmHWM")
-    )
-    print(int(peak.split()[1]) * 1024)
+    images = folder / "images"
+    questions = draw_films(images, count, MEMORY_SIZE)
+    look = medklip_tool(official_network())
+    curate_folder(questions, images, folder / "pairs", look, NOISE, 0, BATCH_SIZE, "benchmark")
+    print(peak_resident_bytes())
 
 
 def main() -> None:
@@ -207,14 +193,13 @@ def main() -> None:
         curate_and_print_peak(arguments.memory_of, arguments.folder)
         return
     with tempfile.TemporaryDirectory() as folder:
-        few, many = (measure_memory(count, Path(folder)) for count in arguments.memory_images)
+        peaks = [measure_memory(count, Path(folder)) for count in arguments.memory_images]
         taken = measure_time(arguments.images, arguments.size, arguments.rounds, Path(folder))
-    forward, curation, released = taken["forward"], taken["curation"], taken["released"]
     result = {
-        "ratio_to_forward": round(statistics.median(a / b for a, b in zip(curation, forward)), 3),
-        "ratio_to_released": round(statistics.median(a / b for a, b in zip(curation, released)), 3),
-        "memory_ratio": round(many / few, 3),
-        "seconds": {way: [round(value, 2) for value in values] for way, values in taken.items()},
+        "ratio_to_forward": median_ratio(taken["curation"], taken["forward"]),
+        "ratio_to_released": median_ratio(taken["curation"], taken["released"]),
+        "memory_ratio": round(peaks[1] / peaks[0], 3),
+        "seconds": {way: np.round(values, 2).tolist() for way, values in taken.items()},
         "images": arguments.images,
         "size": arguments.size,
         "batch_size": BATCH_SIZE,
@@ -222,7 +207,7 @@ def main() -> None:
         "memory": {
             "images": list(arguments.memory_images),
             "size": MEMORY_SIZE,
-            "peak_bytes": [few, many],
+            "peak_bytes": peaks,
         },
         **provenance(
             processor=platform.machine(),
@@ -233,8 +218,8 @@ def main() -> None:
     write_json(arguments.output, result)
     print(
         f"curation: {result['ratio_to_forward']} times the bare forward, "
-        f"{result['ratio_to_released']} times the released "
-        f"way; peak memory {result['memory_ratio']} times; {arguments.output.name} written"
+        f"{result['ratio_to_released']} times the released way; peak memory "
+        f"{result['memory_ratio']} times; {arguments.output.name} written"
     )
 
 

@@ -7,9 +7,9 @@ does, with LoRA of rank 128 and gradient checkpointing, one pair at a time: in b
 the same pairs, each in a process of its own:
 
 - text: text pairs, the reference recomputed on both sides; ours also with FlexAttention, which
-    trains on GPUs only;
+  trains on GPUs only;
 - mixed: text and visual pairs by turns, three epochs; ours computes the reference once, and that is
-    in its time.
+  in its time.
 
 Model FLOP utilisation is what a pair needs at least (`flops.pair_flops`, the same for both sides)
 per second, over the card's dense bf16 peak. The random checkpoint takes 15 GB of the temporary
@@ -46,63 +46,65 @@ PEAKS = {
     "L4": 121,
     "RTX 4090": 165,
 }
-EPOCHS, WARM_UP = 3, 2
+EPOCHS = 3
+WARM_UP = 2  # steps
 
 
 def peak_tflops(card: str) -> int | None:
     """The card's dense bf16 peak; None where it is not known."""
-    return next((peak for name, peak in PEAKS.items() if re.search(rf"\b{name}\b", card)), None)
+    for name, peak in PEAKS.items():
+        if re.search(rf"\b{name}\b", card):
+            return peak
+    return None
 
 
 def methods(device: str, rank: int) -> dict[str, Job]:
     """Stock TRL on text pairs, by method."""
-    bf16 = Job("trl", "text", 20, 1, 1, rank, 1e-6, device=device, gradient_checkpointing=True)
-    return {
-        "bf16_lora": bf16,
-        "qlora": replace(
-            bf16,
-            quantization="nf4",
-            optimizer="paged_adamw_8bit" if device == "cuda" else "adamw_torch",
-        ),
-    }
+    bf16 = Job(
+        side="trl",
+        data="text",
+        pairs=20,
+        epochs=1,
+        batch_size=1,
+        lora_rank=rank,
+        learning_rate=1e-6,
+        device=device,
+        gradient_checkpointing=True,
+    )
+    optimizer = "paged_adamw_8bit" if device == "cuda" else "adamw_torch"
+    qlora = replace(bf16, quantization="nf4", optimizer=optimizer)
+    return {"bf16_lora": bf16, "qlora": qlora}
 
 
 def sides(text: Job) -> dict[str, dict[str, Job]]:
     """The configurations of a method, by data and side."""
-    mixed = replace(text, data="mixed", pairs=8, epochs=EPOCHS)
     ours = replace(text, side="ours")
-    flex = (
-        {"ours_flex_attention": replace(ours, attention="flex_attention")}
-        if text.device == "cuda"
-        else {}
-    )
-    return {
-        "text": {"trl": text, "ours": ours, **flex},
-        "mixed": {"trl": mixed, "ours": replace(mixed, side="ours", cache_reference=True)},
-    }
+    on_text = {"trl": text, "ours": ours}
+    if text.device == "cuda":
+        on_text["ours_flex_attention"] = replace(ours, attention="flex_attention")
+    mixed = replace(text, data="mixed", pairs=8, epochs=EPOCHS)
+    on_mixed = {"trl": mixed, "ours": replace(mixed, side="ours", cache_reference=True)}
+    return {"text": on_text, "mixed": on_mixed}
 
 
 def least_flops(job: Job, shape: Shape, folder: Path) -> float:
     """What a pair of the job's data needs at least, on average over its pairs."""
     data = folder / job.data
-    rows, processor = (
-        read_manifest(data / "pairs.json")[: job.pairs],
-        LlavaProcessor.from_pretrained(folder / "model"),
-    )
+    rows = read_manifest(data / "pairs.json")[: job.pairs]
+    processor = LlavaProcessor.from_pretrained(folder / "model")
+    weights = [1.0] * len(rows)
     pairs = preference_dataset(
-        rows, [1.0] * len(rows), processor, data / "images", data / "noised", MAX_LENGTH
+        rows, weights, processor, data / "images", data / "noised", MAX_LENGTH
     )
-    return statistics.mean(
-        pair_flops(
-            shape,
-            len(pair["prompt_ids"]),
-            (len(pair["chosen_ids"]), len(pair["rejected_ids"])),
-            pair["visual"],
-            job.lora_rank,
-            1 / job.epochs,
-        )
-        for pair in pairs
-    )
+    # The reference has to be computed once, however often a pair is seen.
+    references = 1 / job.epochs
+    needed = []
+    for pair in pairs:
+        prompt = len(pair["prompt_ids"])
+        answers = (len(pair["chosen_ids"]), len(pair["rejected_ids"]))
+        flops = pair_flops(shape, prompt, answers, pair["visual"], job.lora_rank, references)
+        needed.append(flops)
+    return statistics.mean(needed)
 
 
 def seconds_per_pair(job: Job, taken: dict[str, Any]) -> float:
@@ -125,10 +127,13 @@ def measure(name: str, job: Job, folder: Path, flops: float, peak: int | None) -
     except RuntimeError as error:
         return {"error": str(error).strip().splitlines()[-1]}
     seconds = seconds_per_pair(job, taken)
+    utilisation = None
+    if peak is not None:
+        utilisation = round(flops / seconds / (peak * 1e12), 4)
     return {
         "seconds_per_pair": round(seconds, 4),
         "peak_gib": round(taken["peak_bytes"] / 2**30, 2),
-        "model_flop_utilisation": round(flops / seconds / (peak * 1e12), 4) if peak else None,
+        "model_flop_utilisation": utilisation,
         "step_seconds": [round(step, 4) for step in taken["step_seconds"]],
         "ahead_seconds": round(taken["ahead_seconds"], 3),
         "losses": [round(loss, 5) for loss in taken["losses"]],
@@ -148,22 +153,25 @@ def measure_all(shape: Shape, device: str, rank: int, card: str, folder: Path) -
             if not (folder / data).is_dir():
                 draw_pairs(folder / data, jobs["trl"], shape)
             flops = least_flops(jobs["trl"], shape, folder)
-            found = {
-                side: measure(f"{method}-{data}-{side}", job, folder, flops, peak_tflops(card))
-                for side, job in jobs.items()
-            }
-            seconds = {
-                side: numbers.get("seconds_per_pair", numbers.get("error"))
-                for side, numbers in found.items()
-            }
-            known = "error" not in found["trl"] | found["ours"]
+            found: dict[str, dict[str, Any]] = {}
+            for side, job in jobs.items():
+                name = f"{method}-{data}-{side}"
+                found[side] = measure(name, job, folder, flops, peak_tflops(card))
+                seconds = found[side].get("seconds_per_pair", found[side].get("error"))
+                print(name, seconds, flush=True)
             results.setdefault(method, {})[data] = {
-                "ratio": round(seconds["trl"] / seconds["ours"], 3) if known else None,
+                "ratio": _ratio(found["trl"], found["ours"]),
                 "tflop_per_pair": round(flops / 1e12, 6),
                 **found,
             }
-            print(method, data, seconds, flush=True)
     return results
+
+
+def _ratio(trl: dict[str, Any], ours: dict[str, Any]) -> float | None:
+    """Stock TRL's seconds by ours; None where one of them failed."""
+    if "error" in trl or "error" in ours:
+        return None
+    return round(trl["seconds_per_pair"] / ours["seconds_per_pair"], 3)
 
 
 def main() -> None:
@@ -184,25 +192,24 @@ def main() -> None:
     shape = SHAPES[options.shape]
     with tempfile.TemporaryDirectory() as folder:
         results = measure_all(shape, options.device, options.lora_rank, card, Path(folder))
-    write_json(
-        options.output,
-        {
-            "device": card,
-            "peak_dense_bf16_tflops": peak_tflops(card),
-            "results": results,
-            "warm_up_steps": WARM_UP,
-            "model": {
-                "shape": options.shape,
-                **asdict(shape),
-                "image_tokens": shape.image_tokens,
-                "lora_rank": options.lora_rank,
-                "gradient_checkpointing": True,
-                "batch_size": 1,
-                "epochs_of_mixed": EPOCHS,
-            },
-            **origin(os.cpu_count()),
-        },
-    )
+    model = {
+        "shape": options.shape,
+        **asdict(shape),
+        "image_tokens": shape.image_tokens,
+        "lora_rank": options.lora_rank,
+        "gradient_checkpointing": True,
+        "batch_size": 1,
+        "epochs_of_mixed": EPOCHS,
+    }
+    written = {
+        "device": card,
+        "peak_dense_bf16_tflops": peak_tflops(card),
+        "results": results,
+        "warm_up_steps": WARM_UP,
+        "model": model,
+        **origin(os.cpu_count()),
+    }
+    write_json(options.output, written)
     print(f"{options.output.name} written")
 
 

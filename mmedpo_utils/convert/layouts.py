@@ -317,7 +317,7 @@ def _usable(
     Args:
         keys: what each entry must have, its id first.
         build: None leaves an entry out on purpose, an InputError because it cannot be used.
-        left_out: is told of the latter.
+        left_out: counts the latter.
         within: where in the file the list is, for the errors.
     """
     if not isinstance(entries, list) or not entries:

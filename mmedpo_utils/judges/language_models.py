@@ -361,7 +361,8 @@ def build_judges(profile: Profile, card: Card) -> tuple[Judge, list[Member]]:
 
 def speakers(profile: Profile) -> tuple[LanguageModel, dict[str, LanguageModel]]:
     """The judge and the panel's members by name, of a profile whose backend is models."""
-    judge, panel = profile.judge.judge, profile.judge.panel
+    judge = profile.judge.judge
+    panel = profile.judge.panel
     # `load_profile` refuses a profile without them.
     assert judge is not None and panel is not None
     return judge, panel

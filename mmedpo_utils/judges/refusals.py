@@ -59,11 +59,9 @@ class Refusal:
         detail = body.get("detail")
         if isinstance(detail, list) and detail and isinstance(detail[0], dict):
             return cls._of_check(detail[0])
-        names = ("message", "detail", "error", "code", "type", "param")
-        values = [body.get(name) for name in names]
-        told = [value if isinstance(value, str) else "" for value in values]
-        message, detail, error, code, kind, named = told
-        return cls(message or detail or error, code, kind, named)
+        said = {key: value for key, value in body.items() if isinstance(value, str)}
+        text = said.get("message") or said.get("detail") or said.get("error") or ""
+        return cls(text, said.get("code", ""), said.get("type", ""), said.get("param", ""))
 
     @classmethod
     def _of_check(cls, check: dict[str, Any]) -> Refusal:

@@ -87,15 +87,15 @@ def errors(question: str, answer: str, response: str) -> list[Error]:
             return []
         return [Error("polarity" if said else "evasive", asked)]
     truth = claims(answer, asked)
-    told = claims(response, asked)
-    if not truth or not told:
+    claimed = claims(response, asked)
+    if not truth or not claimed:
         return [] if answer == response else [Error("evasive", asked)]
     wrong = []
-    for name, claim in told.items():
+    for name, claim in claimed.items():
         if name not in truth and claim.present:
             wrong.append(Error("invented", name))
     for name, fact in truth.items():
-        kind = _compare(fact, told.get(name))
+        kind = _compare(fact, claimed.get(name))
         if kind:
             wrong.append(Error(kind, name))
     return wrong
