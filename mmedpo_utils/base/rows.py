@@ -290,5 +290,6 @@ def pair_images(path: str | os.PathLike) -> list[str]:
 
 
 def image_names(stored: Any) -> list[str]:
+    """The images that the rows of a JSON file name, as far as it holds rows."""
     rows = [row for row in stored if isinstance(row, dict)] if isinstance(stored, list) else []
     return [row["image"] for row in rows if isinstance(row.get("image"), str)]
