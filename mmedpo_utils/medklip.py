@@ -4,7 +4,7 @@ the curation).
 The architecture is the official one by configuration: a ResNet trunk up to its third stage, a
 two-layer projection of the 14x14 patches, and a pre-norm decoder in which one query per finding
 attends to the patches. ``MedKLIPConfig`` has the official sizes; the phantom checkpoint has smaller
-ones. State-dict keys are the official ones, but for the trunk's; ``medklip_checkpoint`` reads both.
+ones. State-dict keys are the official ones, but for the trunk's; ``medklip_official`` reads both.
 """
 
 from __future__ import annotations

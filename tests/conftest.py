@@ -18,6 +18,7 @@ import torch  # noqa: E402
 from huggingface_hub import constants  # noqa: E402
 
 from mmedpo_utils.base.errors import InputError  # noqa: E402
+from mmedpo_utils.medklip import MedKLIP, MedKLIPConfig  # noqa: E402
 from mmedpo_utils.pairs import visual_pairs  # noqa: E402
 from mmedpo_utils.scale.resumable_curation import image_batches, noised_copies
 
@@ -106,3 +107,24 @@ def curated_pairs(questions, image_root, noised_root, tool, noise, seed, batch_s
                 raise InputError(record["skipped"])
             records.append(record)
     return visual_pairs(questions, records)
+
+
+def tiny_medklip() -> MedKLIP:
+    """A MedKLIP of a few thousand weights, always the same."""
+    torch.manual_seed(0)
+    config = MedKLIPConfig(
+        queries=("nodule", "disease"),
+        locations=("right",),
+        text_width=8,
+        stem_width=8,
+        stage_widths=(8, 8, 8),
+        stage_depths=(1, 1, 1),
+        block="basic",
+        width=8,
+        layers=1,
+        heads=1,
+        feed_forward=8,
+    )
+    model = MedKLIP(config)
+    model.disease_book.normal_()
+    return model.eval()

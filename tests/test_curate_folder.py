@@ -21,14 +21,13 @@ from PIL import Image
 
 from mmedpo_utils.base.errors import InputError
 from mmedpo_utils.base.images import open_image
-from mmedpo_utils.medklip import MedKLIP, MedKLIPConfig
 from mmedpo_utils.noise import lesion_mask
 from mmedpo_utils.pairs import HeatMapTool, medklip_tool
 from mmedpo_utils.preference_rows import read_manifest
 from mmedpo_utils.profiles import load_profile
 from mmedpo_utils.scale.journal import Journal
 from mmedpo_utils.scale.resumable_curation import curate_folder, image_batches
-from tests.conftest import curated_pairs
+from tests.conftest import curated_pairs, tiny_medklip
 
 NOISE = load_profile("phantom-smoke").noise
 HEAT = np.exp(-((np.mgrid[:14, :14][0] - 4) ** 2 + (np.mgrid[:14, :14][1] - 9) ** 2) / 6) / 196
@@ -38,23 +37,7 @@ FORKSERVER.set_forkserver_preload(["mmedpo_utils.curate"])
 
 def tiny_look() -> HeatMapTool:
     """A MedKLIP of a few thousand weights, always the same."""
-    torch.manual_seed(0)
-    config = MedKLIPConfig(
-        queries=("nodule", "disease"),
-        locations=("right",),
-        text_width=8,
-        stem_width=8,
-        stage_widths=(8, 8, 8),
-        stage_depths=(1, 1, 1),
-        block="basic",
-        width=8,
-        layers=1,
-        heads=1,
-        feed_forward=8,
-    )
-    model = MedKLIP(config)
-    model.disease_book.normal_()
-    return medklip_tool(model.eval())
+    return medklip_tool(tiny_medklip())
 
 
 def still(images: list[Image.Image]) -> tuple[np.ndarray, np.ndarray]:

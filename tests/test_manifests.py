@@ -409,3 +409,10 @@ def test_questions_about_a_damaged_image_are_left_out_and_named(images: Path) ->
     assert with_images(rows, images) == rows, "the file is there"
     with pytest.raises(InputError, match="question 'q2'"):
         with_images(rows[1:2], images, decode=True)
+
+
+def test_a_list_that_lost_all_its_pairs_is_audited_and_repaired_too() -> None:
+    found = audit_manifest([])
+    assert found["rows"] == found["images"] == found["duplicate_ids"] == 0
+    assert found["sources"] == {} and found["score_mean"] is None and found["score_range"] is None
+    assert repair_manifest([], ["drop_identical"]) == ([], {"drop_identical": 0})

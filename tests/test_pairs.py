@@ -24,7 +24,7 @@ from mmedpo_utils.preference_rows import (
 )
 from mmedpo_utils.profiles import Profile, load_profile
 from mmedpo_utils.show.audit import audit_manifest
-from tests.conftest import curated_pairs
+from tests.conftest import curated_pairs, tiny_medklip
 
 NOISE = load_profile("phantom-smoke").noise
 HEAT = np.exp(-((np.mgrid[:14, :14][0] - 4) ** 2 + (np.mgrid[:14, :14][1] - 9) ** 2) / 6) / 196
@@ -212,22 +212,7 @@ def test_real_films_make_curated_pairs(
 
 
 def test_medklip_tool_has_the_shapes_and_ranges() -> None:
-    from mmedpo_utils.medklip import MedKLIP, MedKLIPConfig
-
-    config = MedKLIPConfig(
-        queries=("nodule", "disease"),
-        locations=("right",),
-        text_width=8,
-        stem_width=8,
-        stage_widths=(8, 8, 8),
-        stage_depths=(1, 1, 1),
-        block="basic",
-        width=8,
-        layers=1,
-        heads=1,
-        feed_forward=8,
-    )
-    heat, scores = medklip_tool(MedKLIP(config).eval())(
+    heat, scores = medklip_tool(tiny_medklip())(
         [Image.new("L", (50, 70)), Image.new("RGB", (224, 224))]
     )
     assert (

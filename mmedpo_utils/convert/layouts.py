@@ -1,8 +1,8 @@
 """The data sets' own folder layouts, read into questions in the format of
-``manifests.read_questions``.
+``preference_rows.read_questions``.
 
 A report is a question too: ``REPORT_QUESTION``, answered by the report. Where a layout names no
-patient, none is made up; the image's name is then taken for the patient (``metrics.patient_of``). A
+patient, none is made up; the image's name is then taken for the patient (``rows.patient_of``). A
 row that cannot be used does not stop its file: it is left out, and one warning a file counts such
 rows and names them.
 """
@@ -261,7 +261,7 @@ def _row(
     question_type: Any = None,
     **optional: Any,
 ) -> Row:
-    """One checked question, corrected as `preference_rows.corrected_question` does; yes and no are
+    """One checked question, corrected as `rows.corrected_question` does; yes and no are
     CLOSED where the type is not said.
 
     Args:

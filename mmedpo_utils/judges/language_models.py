@@ -425,7 +425,7 @@ def judge_cost(profile: Profile, questions: Sequence[Row]) -> list[dict[str, Any
     # Every candidate is compared; where none contradicts, an answer is written and compared too.
     comparisons = curation.candidates + 1
     rows: dict[LanguageModel, dict[str, Any]] = {}
-    rows[judge] = _empty_estimate(judge)
+    rows[judge] = _empty_row(judge)
     _add_role(
         rows[judge],
         least=len(questions) * curation.candidates,
@@ -435,7 +435,7 @@ def judge_cost(profile: Profile, questions: Sequence[Row]) -> list[dict[str, Any
     for member in members.values():
         # A model may have several roles: then its row is the sum of them.
         _add_role(
-            rows.setdefault(member, _empty_estimate(member)),
+            rows.setdefault(member, _empty_row(member)),
             least=len(questions),
             most=len(questions) * curation.rounds,
             prompt_tokens=rated * curation.rounds,
@@ -448,8 +448,8 @@ def judge_cost(profile: Profile, questions: Sequence[Row]) -> list[dict[str, Any
     return list(rows.values())
 
 
-def _empty_estimate(model: LanguageModel) -> dict[str, Any]:
-    """A row of `estimate` for a model that is asked nothing."""
+def _empty_row(model: LanguageModel) -> dict[str, Any]:
+    """A row of `judge_cost` for a model that is asked nothing."""
     return {
         "model": model.model,
         "requests_least": 0,
@@ -461,7 +461,7 @@ def _empty_estimate(model: LanguageModel) -> dict[str, Any]:
 
 
 def _add_role(row: dict[str, Any], least: int, most: int, prompt_tokens: int) -> None:
-    """Add what one role asks of a model to the model's row of `estimate`."""
+    """Add what one role asks of a model to the model's row of `judge_cost`."""
     row["requests_least"] += least
     row["requests_most"] += most
     row["prompt_tokens"] += prompt_tokens

@@ -1,7 +1,7 @@
 """The phantom world's judge and panel: rules that know the facts through the question and the
 reference answer.
 
-They speak the interface of ``hallucinate.Judge`` and ``relevance.Member``, as language models do
+They speak the interface of ``relevance.Judge`` and ``relevance.Member``, as language models do
 for real films.
 """
 

@@ -12,6 +12,19 @@ from ..base.rows import Row, question_text
 from ..base.words import opener
 from ..preference_rows import answer_text, is_identical, row_source
 
+COLUMNS = [
+    "source",
+    "origin",
+    "id",
+    "image",
+    "prompt",
+    "score",
+    "identical",
+    "chosen_words",
+    "rejected_words",
+    "chosen_opener",
+    "rejected_opener",
+]
 REPAIRS = ("drop_zero_weight", "drop_identical", "drop_duplicates")
 
 
@@ -41,9 +54,9 @@ def pair_table(rows: Sequence[Row]) -> pd.DataFrame:
                 "rejected_opener": opener(rejected),
             }
         )
-    table = pd.DataFrame(lines)
-    table["score"] = pd.to_numeric(table["score"])
-    return table
+    # The columns are named, so that a list without pairs has them too.
+    table = pd.DataFrame(lines, columns=COLUMNS)
+    return table.astype({"score": float, "identical": bool})
 
 
 def audit_manifest(rows: Sequence[Row]) -> dict[str, Any]:
@@ -56,9 +69,6 @@ def audit_manifest(rows: Sequence[Row]) -> dict[str, Any]:
     ``without_weight`` rows have no score. ``duplicate_prompts`` are rows after the first that ask
     the same question about the same image within a source; ``duplicate_ids`` repeat an id within a
     source.
-
-    Args:
-        rows: one or more, of `preference_rows.read_manifest`.
     """
     table = pair_table(rows)
     origins = table.loc[table["source"] == "text", "origin"]
@@ -90,7 +100,6 @@ def repair_manifest(
     """Drop what the audit found, by choice.
 
     Args:
-        rows: one or more.
         choices: any of ``drop_zero_weight`` (a weight of 0 teaches nothing under the released
             code's raw weights), ``drop_identical`` (both sides the same) and ``drop_duplicates``
             (keeps the first row of each prompt), applied in the order given.

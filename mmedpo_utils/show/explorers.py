@@ -290,11 +290,13 @@ def cases_explorer(
             model has answered the same questions. "Changed" means that the last model's answer
             scores otherwise than the first one's.
     """
-    answers: dict[str, list[dict[str, Any]]] = {}  # of each question, in the models' order
+    tables = []
     for rows in predictions.values():
-        for row in rows:
-            answers.setdefault(str(row["question_id"]), []).append(row)
-    cases = [case for case in answers.values() if len(case) == len(predictions)]
+        tables.append({str(row["question_id"]): row for row in rows})
+    cases = []
+    for question in tables[0]:
+        if all(question in table for table in tables):
+            cases.append([table[question] for table in tables])
     first = [case[0] for case in cases]
     finding = _choice("finding", _values(first, "finding"))
     kind = _choice("type", _values(first, "answer_type"))
