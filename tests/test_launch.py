@@ -5,6 +5,7 @@ every input that decides a run.
 from __future__ import annotations
 
 import _thread
+import hashlib
 import json
 import math
 import os
@@ -217,6 +218,26 @@ def test_half_a_line_of_events_is_left_for_the_next_look(tmp_path):
     assert read_events(tmp_path) == []
     (tmp_path / "events.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"ste')
     assert read_events(tmp_path) == [{"step": 1}, {"step": 2}]
+
+
+def test_a_run_from_before_a_key_was_retired_is_still_known(workspace):
+    """Its digest was made of the profile as it was then, with the key among the deciding ones."""
+    profile = tiny_profile(workspace)
+    manifest = manifest_path(profile, "dpo")
+    values = profile.as_dict()
+    then = {
+        "reuse_vision_features": True,
+        "variants": {"dpo": values["training"]["variants"]["dpo"]},
+    }
+    machine = ("logging_steps", "save_every", "report_to", "nodes", "hostfile")
+    training = {key: value for key, value in values["training"].items() if key not in machine}
+    sections = ("seed", "data", "visual_tool", "noise", "lvlm", "relevance")
+    deciding = {key: values[key] for key in sections}
+    deciding["training"] = training | then
+    deciding["training_seed"] = 3
+    deciding["manifest"] = hashlib.sha256(manifest.read_bytes()).hexdigest()
+    expected = hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
+    assert run_digest(profile, "dpo", 3, manifest) == expected
 
 
 def test_every_input_changes_the_digest(workspace, tmp_path):
