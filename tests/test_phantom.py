@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections import Counter
 
 import numpy as np
@@ -171,23 +170,6 @@ def test_write_dataset_keeps_patients_apart_and_masks_exact(tmp_path):
         with Image.open(tmp_path / "images" / f"{film.film_id}.png") as image:
             assert np.array_equal(np.asarray(image), film.image)
         assert np.array_equal(film.lesion_mask, pack_masks(film.masks) > 0)
-
-
-def test_a_film_with_its_texts_costs_no_more_than_some_hundred_arrays_of_its_size():
-    """Measured against numpy in the same run, in turns: machines differ, and others use them
-    meanwhile.
-    """
-    film, arrays, drawn = np.random.default_rng(0).random((224, 224)), 0.0, 0.0
-    for seed in range(5):
-        started = time.perf_counter()
-        for _ in range(400):
-            np.exp(film)
-        arrays += time.perf_counter() - started
-        started = time.perf_counter()
-        questions(films(8, seed=seed), np.random.default_rng(0))
-        drawn += time.perf_counter() - started
-    ratio = (drawn / 40) / (arrays / 2000)
-    assert ratio < 200, f"a film costs {ratio:.0f} arrays"
 
 
 def test_drawing_tools_are_what_they_say():
