@@ -23,7 +23,8 @@ from .base.tensors import model_digest
 from .dataset import FilmDataset
 from .lvlm import MedLVLM, generate
 from .medklip import MedKLIP
-from .pairs import medklip_tool, merge_pairs, pick_questions, text_pairs
+from .pairs import medklip_tool, merge_pairs, pick_questions, stays_true, text_pairs
+from .phantom.panel import wording
 from .preference_rows import read_manifest, row_source, rows_to_questions, write_manifest
 from .profiles import Profile
 from .relevance import Judge, Member, sample_candidates
@@ -109,6 +110,7 @@ def curate_text(
             values.conflict_threshold,
             values.rounds,
             profile.seed,
+            wording(profile.judge.whole_sentences, profile.seed),
         )
         write_json(folder / "debates.json", debates)
         write_manifest(folder / "text.json", rows)
@@ -123,7 +125,12 @@ def write_training_pairs(
     profile: Profile, text_rows: list[Row], visual_rows: list[Row]
 ) -> list[Row]:
     """Both kinds of pairs in one manifest, ``pairs/train.json``, which training reads."""
-    rows = merge_pairs(text_rows, visual_rows)
+    true_anyway = sum(map(stays_true, visual_rows))
+    keep = profile.curation.still_true == "keep"
+    if true_anyway:
+        kept = "kept" if keep else "left out"
+        print(f"{true_anyway} visual pairs say no, which stays true under noise: {kept}")
+    rows = merge_pairs(text_rows, [row for row in visual_rows if keep or not stays_true(row)])
     write_manifest(profile.output / "pairs" / "train.json", rows)
     counts = Counter(row["source"] for row in rows)
     told = ", ".join(f"{count} {source}" for source, count in counts.items())

@@ -1,4 +1,4 @@
-"""One model over a test split: predictions, attention inside the lesion, and models side by side.
+"""One model over a test split: predictions, and what they depend on.
 
 `predict` writes JSON lines that anyone can read, score or replace; every score comes from such a
 file (metrics.py).
@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from PIL import Image
 
 from .base.errors import InputError, first_line
 from .base.files import read_or_compute, read_text, write_json_lines
@@ -22,8 +21,7 @@ from .base.images import open_image, resolve_image, with_images
 from .base.rows import ANSWER_TYPES, Row, check_prediction, patient_of, question_text, row_sha
 from .base.tensors import model_digest
 from .dataset import FilmDataset
-from .lvlm import MedLVLM, generate, image_attention, load_profile_lvlm
-from .phantom.texts import read_masks
+from .lvlm import MedLVLM, generate, load_profile_lvlm
 from .profiles import Profile
 
 T = TypeVar("T")
@@ -116,7 +114,7 @@ def _inputs_digest(
     return digest.hexdigest()
 
 
-def _parts(items: Sequence[T], batch_size: int) -> list[Sequence[T]]:
+def in_parts(items: Sequence[T], batch_size: int) -> list[Sequence[T]]:
     """Sixteen batches at a time: neighbours share an image, which is encoded once, and memory stays
     bounded.
     """
@@ -124,7 +122,8 @@ def _parts(items: Sequence[T], batch_size: int) -> list[Sequence[T]]:
     return [items[start : start + size] for start in range(0, len(items), size)]
 
 
-def _known(row: dict[str, Any]) -> dict[str, Any]:
+def known_keys(row: dict[str, Any]) -> dict[str, Any]:
+    """The keys of a question that its predictions keep."""
     return {key: row[key] for key in ROW_KEYS if key in row}
 
 
@@ -162,7 +161,7 @@ def _answers(
     for kind in ANSWER_TYPES:
         places = [place for place, row in enumerate(questions) if row["answer_type"] == kind]
         tokens = decoding.report_tokens if kind == "REPORT" else decoding.answer_tokens
-        for part in _parts(places, batch_size):
+        for part in in_parts(places, batch_size):
             texts = generate(
                 lvlm,
                 [open_image(images[place]) for place in part],
@@ -208,7 +207,7 @@ def predict(
         answers = _answers(lvlm, questions, images, batch_size, decoding)
         rows = []
         for question, answer, image in zip(questions, answers, shown, strict=True):
-            row = _known(question)
+            row = known_keys(question)
             row["question"] = question_text(question)
             row["answer"] = question["gpt4_answer"]
             row["prediction"] = answer
@@ -219,59 +218,6 @@ def predict(
 
     read_or_compute(path, _inputs_digest(lvlm, questions, images, decoding, batch_size), compute)
     return read_predictions(path)
-
-
-def attention_share(attention: np.ndarray, lesion_mask: np.ndarray) -> float:
-    """Share (0 to 1) of an attention map inside a mask; a cell counts by the part of its area that
-    the mask covers.
-
-    Args:
-        attention: Non-negative, any scale. Shape: [grid, grid].
-        lesion_mask: Bool or 0 to 1. Shape: [H, W].
-    """
-    cover = Image.fromarray(np.asarray(lesion_mask, np.float32)).resize(
-        attention.shape[::-1], Image.Resampling.BOX
-    )
-    return float((attention * np.asarray(cover)).sum() / attention.sum())
-
-
-def lesion_attention(
-    lvlm: MedLVLM,
-    questions: Sequence[Row],
-    image_root: str | Path,
-    mask_root: str | Path | None,
-    batch_size: int,
-) -> list[Row]:
-    """How much of the answer's attention to the image falls inside the lesion that the question
-    asks about.
-
-    Only questions whose ``finding`` has a mask in ``mask_root`` (`<film stem>.png`) count; none
-    where it is None.
-
-    Returns:
-        Rows with the question's keys, ``share`` (0 to 1) and ``chance``, the mask's share of the
-        image's area.
-    """
-    if mask_root is None:
-        return []
-    asked: list[Row] = []
-    masks: list[np.ndarray] = []
-    for row in questions:
-        path = Path(mask_root) / f"{Path(row['image']).stem}.png"
-        if row.get("finding") and path.is_file():
-            mask = read_masks(path).get(row["finding"])
-            if mask is not None:
-                asked.append(row)
-                masks.append(mask)
-    rows = []
-    for part in _parts(list(zip(asked, masks, strict=True)), batch_size):
-        images = [open_image(resolve_image(image_root, row["image"])) for row, _ in part]
-        texts = [question_text(row) for row, _ in part]
-        maps = image_attention(lvlm, images, texts, batch_size).numpy()
-        for attention, (row, mask) in zip(maps, part, strict=True):
-            share = attention_share(attention, mask)
-            rows.append({**_known(row), "share": share, "chance": float(mask.mean())})
-    return rows
 
 
 def asked_questions(profile: Profile, dataset: FilmDataset) -> list[Row]:
@@ -310,17 +256,4 @@ def predict_test_split(
         profile.evaluation.batch_size,
         decoding,
         seed,
-    )
-
-
-def lesion_attention_of_test_split(
-    profile: Profile, dataset: FilmDataset, adapter: str | Path | None
-) -> list[Row]:
-    """One model's attention to the lesion on the open questions of the test split (see
-    `lesion_attention`).
-    """
-    lvlm = load_profile_lvlm(profile, adapter, template=profile_decoding(profile).template)
-    rows = [row for row in asked_questions(profile, dataset) if row["answer_type"] == "OPEN"]
-    return lesion_attention(
-        lvlm, rows, dataset.image_root, dataset.masks_root, profile.evaluation.batch_size
     )

@@ -14,11 +14,13 @@ import torch
 from PIL import Image
 
 from .base.rows import Row, question_text
+from .base.words import opener
 from .medklip import MedKLIP, confidence, heat_map
-from .preference_rows import pair_row, row_source
+from .preference_rows import answer_text, pair_row, row_source
 from .relevance import Judge, Member, choose_rejected, debate
 
 SMALLEST_BATCH = 8
+Wording = Callable[[str, str, str], str]
 HeatMapTool = Callable[[Sequence[Image.Image]], tuple[np.ndarray, np.ndarray]]
 
 
@@ -56,6 +58,7 @@ def text_pairs(
     threshold: float,
     rounds: int,
     seed: int,
+    wording: Wording | None = None,
 ) -> tuple[list[Row], list[dict[str, Any]]]:
     """D_t: same image; preferred is the reference answer, rejected a hallucinated response scored
     by the panel.
@@ -66,6 +69,8 @@ def text_pairs(
         threshold: conflict from which a sampled response is taken.
         seed: with the question's id it decides what the judge writes, whatever the order of the
             questions.
+        wording: called with a question's id, its text and the rejected answer; what it returns is
+            judged and kept. None leaves the answer as it is.
 
     Returns:
         preference rows (``origin``: sampled or written), and per row the debate with its history.
@@ -77,15 +82,18 @@ def text_pairs(
         answer = question["gpt4_answer"]
         rng = generator(seed, str(question["question_id"]))
         rejected = choose_rejected(text, answer, responses, judge, threshold, rng)
-        result = debate(text, answer, rejected.text, members, rounds)
-        row = pair_row(question, rejected.text, result.score, source="text", origin=rejected.origin)
+        said = rejected.text
+        if wording is not None:
+            said = wording(str(question["question_id"]), text, said)
+        result = debate(text, answer, said, members, rounds)
+        row = pair_row(question, said, result.score, source="text", origin=rejected.origin)
         rows.append(row)
         debates.append(
             {
                 "id": question["question_id"],
                 "question": text,
                 "answer": answer,
-                "rejected": rejected.text,
+                "rejected": said,
                 "origin": rejected.origin,
                 "conflict": rejected.conflict,
                 **result.as_dict(),
@@ -127,6 +135,13 @@ def visual_pairs(questions: Sequence[Row], records: Sequence[Row]) -> list[Row]:
             )
             rows.append(row)
     return rows
+
+
+def stays_true(row: Row) -> bool:
+    """Whether noise cannot make a visual pair's answer untrue: it says "no", and noise adds nothing
+    that could be seen.
+    """
+    return row_source(row) == "visual" and opener(answer_text(row)) == "no"
 
 
 def merge_pairs(text_rows: Sequence[Row], visual_rows: Sequence[Row]) -> list[Row]:

@@ -41,6 +41,11 @@ from .base.settings import (
 )
 
 RETIRED_KEYS = [("training", "reuse_vision_features")]
+# What older profiles do not say, and what they did; a digest leaves these values out.
+ADDED_KEYS: dict[tuple[str, str], Any] = {
+    ("curation", "still_true"): "keep",
+    ("judge", "whole_sentences"): 0.0,
+}
 PROFILE_FOLDER = Path(__file__).with_suffix("")
 
 
@@ -94,6 +99,9 @@ class Profile:
     def digest(self, *sections: str) -> str:
         """SHA-256 (hexadecimal) of the named sections or keys, of all of them without arguments."""
         values = self.as_dict()
+        for (outer, key), before in ADDED_KEYS.items():
+            if values[outer][key] == before:
+                del values[outer][key]
         chosen = {key: values[key] for key in sections or values}
         return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
 
@@ -128,7 +136,7 @@ def load_profile(
     root = os.environ.get("MMEDPO_DATA_ROOT")
     if root and isinstance(data, dict) and str(data.get("source")) in IMAGE_FOLDERS:
         data["root"] = root
-    _drop_retired(values, path.name)
+    _bring_up_to_date(values, path.name)
     return build_section(Profile, values, path.name)
 
 
@@ -152,12 +160,18 @@ def _read_profile(name_or_path: str | os.PathLike) -> tuple[Path, dict[str, Any]
     return path, _merged(_read_profile(parent)[1], values)
 
 
-def _drop_retired(values: dict[str, Any], file: str) -> None:
-    """Leave out keys that profiles have no more, and say so: older run folders still hold them."""
+def _bring_up_to_date(values: dict[str, Any], file: str) -> None:
+    """Leave out keys that profiles have no more, and add those that they had not yet, and say so:
+    older run folders hold such profiles.
+    """
     for outer, key in RETIRED_KEYS:
         if isinstance(values.get(outer), dict) and key in values[outer]:
             del values[outer][key]
             print(f"{file}: key `{outer}.{key}` is read no more, and left out")
+    for (outer, key), before in ADDED_KEYS.items():
+        if isinstance(values.get(outer), dict) and key not in values[outer]:
+            values[outer][key] = before
+            print(f"{file}: key `{outer}.{key}` is new, and taken as {before}, as it was before")
 
 
 def _merged(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:

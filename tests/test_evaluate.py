@@ -20,6 +20,7 @@ from mmedpo_utils.phantom.texts import read_masks, write_dataset
 from mmedpo_utils.preference_rows import read_questions
 from mmedpo_utils.profiles import load_profile
 from mmedpo_utils.show import comparison
+from mmedpo_utils.show.lesion_attention import attention_share, lesion_attention
 from mmedpo_utils.trainer import adapter_config
 
 from .test_trainer import tiny_lvlm
@@ -182,19 +183,17 @@ def test_shuffling_without_patient_names_goes_by_image():
 def test_attention_share_closed_forms():
     mask = np.zeros((224, 224), bool)
     mask[:112, :50] = True
-    assert evaluate.attention_share(np.ones((14, 14)), mask) == pytest.approx(mask.mean())
+    assert attention_share(np.ones((14, 14)), mask) == pytest.approx(mask.mean())
     inside = np.zeros((14, 14))
     inside[2, 1] = 5.0
-    assert evaluate.attention_share(inside, mask) == pytest.approx(1)
+    assert attention_share(inside, mask) == pytest.approx(1)
     border = np.zeros((14, 14))
     border[0, 3] = 1.0
-    assert evaluate.attention_share(border, mask) == pytest.approx(2 / 16, abs=1e-6)
+    assert attention_share(border, mask) == pytest.approx(2 / 16, abs=1e-6)
 
 
 def test_lesion_attention_asks_only_where_the_finding_has_a_mask(world):
-    rows = evaluate.lesion_attention(
-        world["model"], world["questions"], world["images"], world["masks"], 4
-    )
+    rows = lesion_attention(world["model"], world["questions"], world["images"], world["masks"], 4)
     masks = {row["image"]: read_masks(world["masks"] / row["image"]) for row in world["questions"]}
     expected = [
         row["question_id"]
@@ -204,10 +203,7 @@ def test_lesion_attention_asks_only_where_the_finding_has_a_mask(world):
     assert [row["question_id"] for row in rows] == expected and expected
     assert all(0 <= row["share"] <= 1 for row in rows)
     assert rows[0]["chance"] == pytest.approx(masks[rows[0]["image"]][rows[0]["finding"]].mean())
-    assert (
-        evaluate.lesion_attention(world["model"], world["questions"], world["images"], None, 4)
-        == []
-    )
+    assert lesion_attention(world["model"], world["questions"], world["images"], None, 4) == []
     table = comparison.compare({"base": [rows]}, 50, ["attention_in_lesion"])
     assert table["base"]["attention_in_lesion"]["mean"] == pytest.approx(
         100 * np.mean([row["share"] for row in rows])

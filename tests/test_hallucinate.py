@@ -12,15 +12,23 @@ from PIL import Image
 
 from mmedpo_utils.base.errors import InputError
 from mmedpo_utils.base.rows import question_text
-from mmedpo_utils.phantom.panel import FactJudge, claims, errors, fact_panel
+from mmedpo_utils.phantom.panel import (
+    FactJudge,
+    as_sentence,
+    claims,
+    errors,
+    fact_panel,
+    wording,
+)
 from mmedpo_utils.phantom.texts import questions
 from mmedpo_utils.phantom.world import films
 from mmedpo_utils.relevance import choose_rejected, debate, sample_candidates
 
 JUDGE = FactJudge()
-WHERE, IS_THERE, WHAT = (
+WHERE, IS_THERE, ON_RIGHT, WHAT = (
     "Where is the nodule?",
     "Is there a nodule?",
+    "Is the nodule on the right?",
     "What is seen in the right upper zone?",
 )
 REPORT = (
@@ -43,6 +51,9 @@ def asked() -> list[dict]:
         (IS_THERE, "no", "There is no nodule", []),
         (IS_THERE, "yes", "right upper", ["evasive"]),
         (IS_THERE, "yes", "", ["evasive"]),
+        (ON_RIGHT, "yes", "no", ["polarity"]),
+        (ON_RIGHT, "no", "The nodule is on the left side.", []),
+        (ON_RIGHT, "yes", "The nodule is on the left side.", ["polarity"]),
         (WHERE, "right upper", "right upper", []),
         (WHERE, "right upper", "left upper", ["side"]),
         (WHERE, "right upper", "right lower", ["level"]),
@@ -178,3 +189,49 @@ def test_relevance_orders_errors_as_a_clinician_would() -> None:
     ]
     assert missed == sorted(missed, reverse=True) and missed[0] > missed[-1]
     assert score(WHERE, "right upper", "left upper") > score(WHERE, "right upper", "right lower")
+
+
+def test_a_whole_sentence_makes_the_same_claim(asked: list[dict]) -> None:
+    rng = np.random.default_rng(5)
+    longer = 0
+    for question in asked:
+        text, answer = question_text(question), question["gpt4_answer"]
+        wrong = JUDGE.write(text, answer, rng)
+        sentence = as_sentence(text, wrong)
+        if question["answer_type"] == "REPORT":
+            assert sentence == wrong
+            continue
+        assert claims(sentence, question["finding"]), (text, wrong, sentence)
+        assert sentence.endswith(".")
+        longer += len(sentence.split()) > len(wrong.split())
+        assert errors(text, answer, sentence) == errors(text, answer, wrong)
+        assert errors(text, answer, as_sentence(text, answer)) == []
+    assert longer > 100
+
+
+@pytest.mark.parametrize(
+    ("question", "response", "sentence"),
+    [
+        (IS_THERE, "yes", "The film shows a nodule."),
+        (IS_THERE, "no", "There is no nodule."),
+        (ON_RIGHT, "yes", "The nodule is on the right side."),
+        (ON_RIGHT, "no", "The nodule is on the left side."),
+        (WHERE, "left upper", "The nodule is in the left upper zone."),
+        ("On which side is the effusion?", "left", "The effusion is on the left side."),
+        (WHAT, "opacity", "There is an opacity in the right upper zone."),
+        ("What is the abnormality?", "opacity", "The film shows an opacity."),
+        (WHERE, "banana", "banana"),
+    ],
+)
+def test_sentences_by_hand(question: str, response: str, sentence: str) -> None:
+    assert as_sentence(question, response) == sentence
+
+
+def test_a_larger_share_rewords_the_same_answers_and_more() -> None:
+    def reworded(share: float) -> set[int]:
+        word = wording(share, seed=3)
+        return {number for number in range(400) if word(str(number), IS_THERE, "no") != "no"}
+
+    none, some, more, every = (reworded(share) for share in (0.0, 0.3, 0.7, 1.0))
+    assert not none and some < more < every == set(range(400))
+    assert 0.2 < len(some) / 400 < 0.4

@@ -11,9 +11,16 @@ from PIL import Image
 
 from mmedpo_utils.base.errors import InputError
 from mmedpo_utils.base.images import open_image
+from mmedpo_utils.base.rows import question_text
 from mmedpo_utils.noise import lesion_mask, noise_mask, noised_pixels
-from mmedpo_utils.pairs import medklip_tool, merge_pairs, pick_questions, text_pairs
-from mmedpo_utils.phantom.panel import FactJudge, fact_panel
+from mmedpo_utils.pairs import (
+    medklip_tool,
+    merge_pairs,
+    pick_questions,
+    stays_true,
+    text_pairs,
+)
+from mmedpo_utils.phantom.panel import FactJudge, as_sentence, fact_panel, wording
 from mmedpo_utils.phantom.texts import write_dataset
 from mmedpo_utils.preference_rows import (
     answer_text,
@@ -85,6 +92,31 @@ def test_text_rows_do_not_depend_on_the_order(profile: Profile) -> None:
     turned, _ = curate(questions[::-1])
     assert turned[::-1] == rows
     assert curate(questions, seed=1)[0] != rows
+
+
+def test_what_is_worded_is_what_the_panel_judges_and_the_row_keeps(profile: Profile) -> None:
+    questions = asked(profile)
+    plain, _ = curate(questions)
+    rows, debates = curate(questions, wording=wording(1.0, seed=0))
+    short = [row for row in plain if row["question_type"] != "report"]
+    for row, before, record in zip(rows, plain, debates, strict=True):
+        text = answer_text(row, rejected=True)
+        assert (
+            text
+            == record["rejected"]
+            == as_sentence(question_text(row), answer_text(before, rejected=True))
+        )
+        assert row["weighted_score"] == before["weighted_score"], "the claim is the same"
+    assert short and all("." in answer_text(row, rejected=True) for row in rows)
+
+
+def test_a_visual_pair_that_says_no_stays_true(profile: Profile, tmp_path: Path) -> None:
+    questions = asked(profile)
+    visual = curated_pairs(questions, profile.image_root, tmp_path / "noised", look, NOISE, seed=0)
+    text, _ = curate(questions)
+    assert not any(map(stays_true, text)), "a text pair has no noise"
+    assert [stays_true(row) for row in visual] == [answer_text(row) == "no" for row in visual]
+    assert 0 < sum(map(stays_true, visual)) < len(visual)
 
 
 def test_visual_rows_noise_the_lesion_only(profile: Profile, tmp_path: Path) -> None:

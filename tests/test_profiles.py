@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -15,7 +16,7 @@ from mmedpo_utils.base import settings
 from mmedpo_utils.base.environment import check_device
 from mmedpo_utils.base.errors import InputError
 from mmedpo_utils.base.settings import repository_root
-from mmedpo_utils.profiles import load_profile, profile_names
+from mmedpo_utils.profiles import ADDED_KEYS, load_profile, profile_names
 from mmedpo_utils.scale import estimate
 
 PHANTOM = profiles.PROFILE_FOLDER / "phantom.yaml"
@@ -164,6 +165,7 @@ def test_each_missing_key_is_named(tmp_path: Path) -> None:
         key
         for key in _keys(yaml.safe_load(text))
         if not (key.startswith(named_freely) and key.count(".") == 2)
+        and tuple(key.split(".")) not in ADDED_KEYS
     ]
     for key in keys:
         values = yaml.load(text, Loader=settings._Loader)
@@ -177,6 +179,33 @@ def test_each_missing_key_is_named(tmp_path: Path) -> None:
         with pytest.raises(InputError, match="broken.yaml: missing key") as caught:
             load_profile(file)
         assert f"`{key}`" in str(caught.value)
+
+
+def test_a_profile_of_before_a_key_loads_as_it_was(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    values = yaml.load(PHANTOM.read_text(encoding="utf-8"), Loader=settings._Loader)
+    for (outer, key), before in ADDED_KEYS.items():
+        values[outer][key] = before
+    today = tmp_path / "today.yaml"
+    today.write_text(yaml.safe_dump(values), encoding="utf-8")
+    for outer, key in ADDED_KEYS:
+        del values[outer][key]
+    older = tmp_path / "older.yaml"
+    older.write_text(yaml.safe_dump(values), encoding="utf-8")
+    assert load_profile(older) == load_profile(today)
+    said = capsys.readouterr().out
+    for (outer, key), before in ADDED_KEYS.items():
+        assert f"older.yaml: key `{outer}.{key}` is new, and taken as {before}" in said
+    # What was curated then is known by its digest still, and another value makes another one.
+    changed = load_profile(today, {"judge.whole_sentences": 0.5})
+    resolved = load_profile(older).as_dict()
+    sections = {key: resolved[key] for key in ("curation", "judge")}
+    for outer, key in ADDED_KEYS:
+        del sections[outer][key]
+    before = hashlib.sha256(json.dumps(sections, sort_keys=True).encode()).hexdigest()
+    assert load_profile(older).digest("curation", "judge") == before
+    assert changed.digest("curation", "judge") != before
 
 
 def test_exponent_without_a_point_is_a_number(tmp_path: Path) -> None:

@@ -83,7 +83,7 @@ class LVLM:
 @section
 class Curation:
     """Text pairs: how many, how many sampled answers each, and when a sampled answer counts as a
-    conflict.
+    conflict; and what becomes of visual pairs whose answer stays true on the noised film.
     """
 
     text_pairs: Count
@@ -91,6 +91,7 @@ class Curation:
     temperature: Annotated[StrictFloat, Field(ge=0, le=10)]
     conflict_threshold: Share
     rounds: Count
+    still_true: Literal["keep", "leave_out"]
 
 
 @section
@@ -133,10 +134,13 @@ class Judges:
     max_requests: Annotated[StrictInt, Field(ge=0)]
     max_cost: Amount
     agreement: StrictStr | None
+    whole_sentences: Share
 
     @model_validator(mode="after")
     def _there_are_models(self) -> Self:
         rules = self.backend == "phantom"
+        own_words = "0: language models word their answers themselves"
+        require(rules or not self.whole_sentences, "whole_sentences", own_words)
         require(rules or self.judge, "judge", "a language model, for the backend models")
         several = "one language model or more, by name, for the backend models"
         require(rules or self.panel, "panel", several)

@@ -8,7 +8,8 @@ for real films.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+import zlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -82,7 +83,7 @@ def errors(question: str, answer: str, response: str) -> list[Error]:
     answer = answer.strip().lower()
     response = response.strip().lower()
     if answer in ("yes", "no"):
-        said = _polarity(response)
+        said = _said_of_side(question, response, asked) or _polarity(response)
         if said == answer:
             return []
         return [Error("polarity" if said else "evasive", asked)]
@@ -99,6 +100,15 @@ def errors(question: str, answer: str, response: str) -> list[Error]:
         if kind:
             wrong.append(Error(kind, name))
     return wrong
+
+
+def _said_of_side(question: str, response: str, asked: str) -> str | None:
+    """The yes or no that a named side is: "on the left side" says no to "Is it on the right?"."""
+    claim = claims(response, asked).get(asked)
+    side = claims(question, asked)[asked].side if asked else None
+    if not side or claim is None or not claim.present or not claim.side:
+        return None
+    return "yes" if claim.side == side else "no"
 
 
 def _compare(fact: Claim, claim: Claim | None) -> str:
@@ -185,6 +195,62 @@ def _turns(answer: str) -> dict[str, list[str]]:
         turns[f"shows {with_article(name)}"] = [f"shows {with_article(other)}" for other in others]
         turns[f"is no {name}"] = [f"is {with_article(name)}"]
     return turns
+
+
+def as_sentence(question: str, response: str) -> str:
+    """What a short response claims, in a whole sentence, as language models word their
+    hallucinations; a report, and what claims nothing, stay as they are.
+    """
+    asked = next(iter(claims(question)), "")
+    said = claims(response, asked)
+    zone = _zone(question)
+    if "." in response or not (said or _polarity(response)):
+        return response
+    if _polarity(response) and not said:
+        return _closed_sentence(question, asked, _polarity(response) == "yes")
+    name, claim = next(iter(said.items()))
+    if not claim.present:
+        return f"There is no {name}."
+    if claim.side and claim.level:
+        return f"The {name} is in the {claim.side} {claim.level} zone."
+    if claim.side:
+        return f"The {name} is on the {claim.side} side."
+    if zone:
+        return f"There is {with_article(name)} in the {zone} zone."
+    return f"The film shows {with_article(name)}."
+
+
+def wording(share: float, seed: int) -> Callable[[str, str, str], str]:
+    """How the judge words the rejected answers of a set of pairs: a share of them as whole
+    sentences, whatever they claim.
+
+    Returns:
+        called with a question's id, its text and the rejected answer, it gives the answer as it is
+        worded. A larger share rewords the same answers and more.
+    """
+
+    def word(question_id: str, question: str, response: str) -> str:
+        rng = np.random.default_rng([seed, zlib.crc32(f"wording {question_id}".encode())])
+        return as_sentence(question, response) if rng.random() < share else response
+
+    return word
+
+
+def _closed_sentence(question: str, asked: str, yes: bool) -> str:
+    """A yes or a no to a question about a finding, or about its side, in a whole sentence."""
+    side = claims(question, asked)[asked].side if asked else None
+    if not asked:
+        return "Yes." if yes else "No."
+    if side:
+        where = side if yes else SIDES[1 - SIDES.index(side)]
+        return f"The {asked} is on the {where} side."
+    return f"The film shows {with_article(asked)}." if yes else f"There is no {asked}."
+
+
+def _zone(question: str) -> str:
+    """The zone that a question names ("right upper"), or an empty text."""
+    found = re.search(rf"({'|'.join(SIDES)}) ({'|'.join(LEVELS)})", question)
+    return found[0] if found else ""
 
 
 @dataclass(frozen=True)

@@ -469,7 +469,7 @@ def score(folder: Path) -> dict[str, Any]:
     by_type = {}
     for kind, entry in scores_by(table, "question_type").items():
         if kind != "report":
-            asked = [name for name in TYPE_OF_METRIC if entry[name]["n"]]
+            asked = [name for name in TYPE_OF_METRIC if entry.get(name, {}).get("n")]
             by_type[kind] = {name: round(entry[name]["score"], 1) for name in asked}
     return {**kept, "by_question_type": by_type}
 

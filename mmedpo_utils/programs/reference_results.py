@@ -17,11 +17,12 @@ from ..base.environment import provenance
 from ..base.files import write_json
 from ..base.settings import SPLITS, repository_root
 from ..dataset import FilmDataset, prepare_dataset
-from ..evaluate import lesion_attention_of_test_split, predict_test_split
+from ..evaluate import predict_test_split
 from ..launch import train
 from ..medklip import load_medklip
 from ..profiles import Profile, load_profile
 from ..show.comparison import compare_pair, score_table
+from ..show.lesion_attention import lesion_attention_of_test_split
 from ..show.medklip_scores import score_medklip
 from . import run_notebooks
 from .export import add_scores

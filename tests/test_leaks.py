@@ -1,0 +1,56 @@
+"""The leak of a pair file: known ones are found, and none where there is none."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from mmedpo_utils.preference_rows import pair_row
+from mmedpo_utils.show.leaks import leak
+
+
+def rows(count: int, rejected_of) -> list[dict]:
+    """Text pairs with answers drawn from yes and no, one image each."""
+    draw = random.Random(0)
+    made = []
+    for number in range(count):
+        answer = draw.choice(("yes", "no"))
+        question = {
+            "question_id": str(number),
+            "image": f"{number}.png",
+            "text": "Is it there?\n<image>",
+            "gpt4_answer": answer,
+            "answer_type": "CLOSED",
+        }
+        made.append(pair_row(question, rejected_of(answer, draw), 0.5, source="text"))
+    return made
+
+
+def test_a_balanced_turn_of_yes_and_no_leaks_nothing():
+    found = leak(rows(400, lambda answer, draw: "no" if answer == "yes" else "yes"))
+    assert 40 < found["ranked_right"] < 60
+    assert found["rejected_longer"] == 0 and found["pairs"] == 200
+
+
+def test_longer_rejected_answers_are_won_without_an_image():
+    found = leak(rows(400, lambda answer, draw: f"It is {draw.choice('abcd')} here."))
+    assert found["ranked_right"] == 100 and found["rejected_longer"] == 100
+
+
+def test_a_share_of_leaking_pairs_is_won_and_the_rest_is_a_coin():
+    def half(answer: str, draw: random.Random) -> str:
+        if draw.random() < 0.5:
+            return "There is none of it."
+        return "no" if answer == "yes" else "yes"
+
+    found = leak(rows(2000, half))
+    assert 65 < found["ranked_right"] < 85
+
+
+def test_visual_pairs_do_not_count_and_one_image_is_refused():
+    visual = [
+        row | {"rejected_image": "x.png", "source": "visual"} for row in rows(4, lambda *_: "a")
+    ]
+    with pytest.raises(ValueError, match="two images or more"):
+        leak(visual)
