@@ -9,7 +9,7 @@ TORCH_INDEX ?=
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: run check test test-all lab results base-models bench
+.PHONY: run check test test-all lab results arena base-models bench
 
 run: .venv/installed
 	$(BIN)/mmedpo notebooks --profile $(PROFILE)
@@ -30,6 +30,9 @@ lab: .venv/installed
 
 results: .venv/installed
 	$(BIN)/mmedpo results
+
+arena: .venv/installed
+	$(BIN)/mmedpo arena
 
 base-models: .venv/installed
 	$(BIN)/mmedpo build-medklip

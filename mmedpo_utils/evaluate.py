@@ -220,15 +220,15 @@ def predict(
     return read_predictions(path)
 
 
-def asked_questions(profile: Profile, dataset: FilmDataset) -> list[Row]:
-    """The test split's questions, ``evaluation.questions`` at most, spread over the whole split.
+def asked_questions(profile: Profile, dataset: FilmDataset, split: str = "test") -> list[Row]:
+    """A split's questions, ``evaluation.questions`` at most, spread over the whole split.
 
     A question whose image cannot be opened is left out, with a warning.
     """
-    rows = dataset.questions["test"]
+    rows = dataset.questions[split]
     if profile.evaluation.questions is not None:
         rows = rows[:: max(1, -(-len(rows) // profile.evaluation.questions))]
-    return with_images(rows, dataset.image_root, "test", decode=True)
+    return with_images(rows, dataset.image_root, split, decode=True)
 
 
 def predict_test_split(

@@ -13,6 +13,7 @@ PROGRAMS = {
     "train": ("train", "one training process; launch starts as many as a profile asks for"),
     "export": ("export", "merge an adapter into a plain Hugging Face folder"),
     "baselines": ("baselines", "build and train the pairs of the paper's baselines"),
+    "arena": ("arena", "change one condition, keep the others: when does which part help?"),
     "results": ("reference_results", "recompute the committed reference results"),
     "audit": ("audit", "recompute the audit of the published numbers"),
     "build-medklip": ("build_phantom_medklip", "train the shipped MedKLIP"),

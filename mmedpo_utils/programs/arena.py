@@ -1,0 +1,431 @@
+"""When does which part of the method help? ``mmedpo arena [--only NAME ...]``.
+
+Each experiment changes one condition and keeps all others; its results go into
+``figures``/reference/arena.json as soon as it is done.
+
+Three budgets are fair in three ways: passes over a variant's own pairs (the paper's, 3), equal
+optimiser steps, and equal text pairs seen. The first is the default; `dose` shows all three.
+Learning rate, beta and passes of each variant are chosen on the validation patients by one rule,
+with one number of trials (`tune`); the test patients are asked once, after that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ..base.errors import InputError, exit_status
+from ..base.files import atomic_write, load_json
+from ..base.rows import Row, question_text
+from ..base.settings import nearest
+from ..evaluate import asked_questions
+from ..lvlm import load_profile_lvlm
+from ..medklip import load_medklip
+from ..metrics import score
+from ..noise import noise_mask, noised_pixels
+from ..pairs import generator, medklip_tool, merge_pairs, stays_true
+from ..phantom.panel import wording
+from ..preference_rows import row_source
+from ..profiles import load_profile
+from ..show.comparison import COMPARED, compare, compare_pair
+from ..show.leaks import leak
+from ..show.premise import (
+    asked_about_lesions,
+    asked_region,
+    elsewhere,
+    measure_premise,
+    premise_table,
+)
+from .baselines import Ingredients, build_manifests
+from .recipes import Arena, Job, Question, Recipe, adapter_of, keep_result, results_path
+
+MAIN_SEEDS = (0, 1, 2, 3, 4)
+SEEDS = (0, 1, 2)
+RATES = (1e-4, 3e-4)
+BETAS = (0.1, 0.5)
+PASSES = (1.5, 3.0)
+LEAKS = (0.0, 0.25, 0.5, 0.75, 0.94, 1.0)
+COUNTS = (45, 90, 180, 360, 720)
+DOSES = (1.0, 2.0, 3.0, 4.0, 6.0)
+NOISE_PLACES = ("lesion", "elsewhere", "another_film", "global", "released")
+SCORES = ("closed_accuracy", "open_recall", "rouge_l")  # whose mean chooses a trial
+
+VARIANTS = ("sft", "dpo", "stage1", "stage2", "mmedpo")
+
+
+def tune(arena: Arena) -> dict[str, Any]:
+    """Choose each variant's learning rate, beta and passes on the validation patients.
+
+    Every variant gets the same trials, with seed 0; the highest mean of closed accuracy, open
+    recall and ROUGE-L wins, the first of equals.
+    """
+    build_manifests(arena.profile, arena.dataset)
+    trials: dict[str, list[Recipe]] = {}
+    for name in VARIANTS:
+        recipe = Recipe(arena.profile.training.variants[name])
+        trials[name] = [
+            replace(recipe, learning_rate=rate, beta=beta, passes=passes)
+            for rate, beta, passes in product(RATES, BETAS, PASSES)
+        ]
+    question = Question("validation")
+    jobs = [Job(recipe, 0, question) for recipes in trials.values() for recipe in recipes]
+    answers = arena.answers(jobs, "tune")
+    found: dict[str, Any] = {}
+    for name, recipes in trials.items():
+        scored = []
+        for recipe in recipes:
+            rows = answers[Job(recipe, 0, question)]
+            values = {metric: score(rows, metric) for metric in SCORES}
+            chosen = {key: getattr(recipe, key) for key in ("learning_rate", "beta", "passes")}
+            scored.append({**chosen, **values, "mean": _mean(values.values())})
+        best = max(scored, key=lambda trial: trial["mean"])
+        found[name] = {"trials": scored, "chosen": best}
+    return {"variants": found, "patients": "validation", "seeds": [0]}
+
+
+def _mean(values: Any) -> float:
+    return float(np.mean([value for value in values if value is not None]))
+
+
+def tuned(arena: Arena, name: str) -> Recipe:
+    """A variant with the values that `tune` chose for it.
+
+    Raises:
+        InputError: the experiment `tune` has not run.
+    """
+    path = results_path(arena.profile)
+    kept = load_json(path, "the results of the arena") if path.is_file() else {"experiments": {}}
+    if "tune" not in kept["experiments"]:
+        raise InputError(f"{path}: has no result of tune; run mmedpo arena --only tune first")
+    chosen = kept["experiments"]["tune"]["variants"][name]["chosen"]
+    values = {key: chosen[key] for key in ("learning_rate", "beta", "passes")}
+    return Recipe(arena.profile.training.variants[name], **values)
+
+
+def main_table(arena: Arena) -> dict[str, Any]:
+    """Base, the variants as tuned, and those that begin from the supervised model; the control for
+    each is the same questions on other patients' films.
+    """
+    build_manifests(arena.profile, arena.dataset)
+    models: dict[str, Recipe | None] = {"base": None}
+    models |= {name: tuned(arena, name) for name in VARIANTS}
+    supervised = tuned(arena, "sft")
+    for name in ("dpo", "mmedpo"):
+        models[f"sft_{name}"] = replace(tuned(arena, name), start=supervised)
+    pairs = [("mmedpo", name) for name in models if name != "mmedpo"] + [("sft_mmedpo", "sft_dpo")]
+    return compared(arena, "main", models, MAIN_SEEDS, pairs, shuffled=True)
+
+
+def dose(arena: Arena) -> dict[str, Any]:
+    """More and fewer passes: to be drawn against passes, steps and text pairs seen."""
+    build_manifests(arena.profile, arena.dataset)
+    points = []
+    for name in ("sft", "dpo", "stage2", "mmedpo"):
+        recipe = tuned(arena, name)
+        models = {f"{passes:g}": replace(recipe, passes=passes) for passes in DOSES}
+        table = compared(arena, f"dose of {name}", models, SEEDS)["models"]
+        for passes in DOSES:
+            point = {"variant": name, "passes": passes, **seen(arena, recipe, passes)}
+            points.append(point | {"scores": table[f"{passes:g}"]})
+    return {"points": points}
+
+
+def seen(arena: Arena, recipe: Recipe, passes: float) -> dict[str, float]:
+    """How many pairs, text pairs among them, a number of passes is, before a tenth of the patients
+    is held out.
+    """
+    rows = load_json(arena.profile.output / "pairs" / f"{recipe.variant.pairs}.json", "pairs")
+    own = [row_source(row) for row in rows if row_source(row) in recipe.variant.sources]
+    return {"pairs_seen": passes * len(own), "text_pairs_seen": passes * own.count("text")}
+
+
+def leaks(arena: Arena) -> dict[str, Any]:
+    """MMedPO minus DPO against the share of rejected answers that are whole sentences."""
+    plain = plain_text_rows(arena)
+    _, visual = base_rows(arena)
+    points = []
+    for share in LEAKS:
+        reworded = reword(plain, share, arena.profile.seed)
+        name = arena.write_pairs(f"leak-{share:g}", merge_pairs(reworded, visual))
+        difference = two_variants(arena, f"leak {share:g}", name)
+        points.append({"share": share, "won_blind": leak(reworded)["ranked_right"], **difference})
+    return {"points": points}
+
+
+def counts(arena: Arena) -> dict[str, Any]:
+    """The same against the number of questions that pairs are made of, at the default wording."""
+    text, visual = base_rows(arena)
+    order = np.random.default_rng(arena.profile.seed).permutation(len(text))
+    points = []
+    for count in COUNTS:
+        if count > len(text):
+            continue
+        kept = {text[index]["id"] for index in order[:count]}
+        rows = [row for row in merge_pairs(text, visual) if row["id"] in kept]
+        name = arena.write_pairs(f"count-{count}", rows)
+        points.append({"text_pairs": count, **two_variants(arena, f"count {count}", name)})
+    return {"points": points}
+
+
+def two_variants(arena: Arena, told: str, pairs: str) -> dict[str, Any]:
+    """DPO and MMedPO as tuned, on another manifest, and their difference."""
+    models = {name: tuned(arena, name).on(pairs) for name in ("dpo", "mmedpo")}
+    result = compared(arena, told, models, SEEDS, [("mmedpo", "dpo")])
+    return {**result["models"], "difference": result["differences"]["mmedpo - dpo"]}
+
+
+def masks(arena: Arena) -> dict[str, Any]:
+    """Which visual pairs: by where the noise lies, and only those whose answer it makes untrue."""
+    text, visual = base_rows(arena)
+    kinds = {"tool": visual, "untrue": [row for row in visual if not stays_true(row)]}
+    for kind in NOISE_PLACES:
+        kinds[kind] = noised_elsewhere(arena, visual, kind)
+    models = {}
+    for kind, rows in kinds.items():
+        name = arena.write_pairs(f"mask-{kind}", merge_pairs(text, rows))
+        models[kind] = tuned(arena, "mmedpo").on(name)
+    pairs = [("tool", kind) for kind in kinds if kind != "tool"]
+    return compared(arena, "masks", models, SEEDS, pairs)
+
+
+def weights(arena: Arena) -> dict[str, Any]:
+    """The weights as they are, permuted among the pairs of a source, reversed, and none."""
+    rows = merge_pairs(*base_rows(arena))
+    rng = np.random.default_rng(arena.profile.seed)
+    permuted: list[Row] = []
+    turned: list[Row] = []
+    for source in ("text", "visual"):
+        own = [row for row in rows if row["source"] == source]
+        scores = np.array([row["weighted_score"] for row in own])
+        for target, changed in (
+            (permuted, rng.permutation(scores)),
+            (turned, scores.min() + scores.max() - scores),
+        ):
+            for row, value in zip(own, changed, strict=True):
+                target.append(row | {"weighted_score": round(float(value), 6)})
+    recipe = tuned(arena, "mmedpo")
+    models = {
+        "as_they_are": recipe,
+        "permuted": recipe.on(arena.write_pairs("weights-permuted", permuted)),
+        "reversed": recipe.on(arena.write_pairs("weights-reversed", turned)),
+        "none": replace(recipe, variant=replace(recipe.variant, weights="uniform")),
+    }
+    pairs = [("as_they_are", name) for name in models if name != "as_they_are"]
+    return compared(arena, "weights", models, SEEDS, pairs)
+
+
+def rates(arena: Arena) -> dict[str, Any]:
+    """LoRA's learning rate against the projector's, and beta."""
+    build_manifests(arena.profile, arena.dataset)
+    recipe = tuned(arena, "mmedpo")
+    models: dict[str, Recipe | None] = {}
+    # The paper's LoRA learns at a two-hundredth of the projector's rate.
+    for share in (200.0, 20.0, 1.0, 0.25):
+        rate = recipe.learning_rate if share <= 1 else recipe.learning_rate / share
+        models[f"projector {share:g} times"] = replace(
+            recipe, learning_rate=rate, projector_share=share
+        )
+    for beta in (0.05, 0.1, 0.25, 0.5, 1.0):
+        models[f"beta {beta:g}"] = replace(recipe, beta=beta)
+    return compared(arena, "rates", models, SEEDS)
+
+
+def compared(
+    arena: Arena,
+    told: str,
+    models: Mapping[str, Recipe | None],
+    seeds: Sequence[int],
+    pairs: Sequence[tuple[str, str]] = (),
+    shuffled: bool = False,
+) -> dict[str, Any]:
+    """Scores of models on the test patients with 95% intervals over patients and seeds, and paired
+    differences.
+
+    Args:
+        shuffled: ask each model about other patients' films too, as ``NAME_shuffled``.
+    """
+    questions = {"": Question()}
+    if shuffled:
+        questions["_shuffled"] = Question(shuffled=True)
+    jobs: dict[str, list[Job]] = {}
+    for name, recipe in models.items():
+        for suffix, question in questions.items():
+            own = seeds if recipe is not None else seeds[:1]
+            jobs[name + suffix] = [Job(recipe, seed, question) for seed in own]
+    answers = arena.answers([job for own in jobs.values() for job in own], told)
+    predictions = {name: [answers[job] for job in own] for name, own in jobs.items()}
+    samples = arena.profile.evaluation.bootstrap_samples
+    differences = {}
+    for one, other in pairs:
+        difference = compare_pair(predictions[one], predictions[other], samples)
+        differences[f"{one} - {other}"] = difference
+    return {
+        "models": compare(predictions, samples, COMPARED),
+        "differences": differences,
+        "seeds": list(seeds),
+    }
+
+
+def base_rows(arena: Arena) -> tuple[list[Row], list[Row]]:
+    """The profile's text and visual pairs, curated once."""
+    ingredients = Ingredients(arena.profile, arena.dataset)
+    return ingredients.text_rows, ingredients.visual_rows
+
+
+def plain_text_rows(arena: Arena) -> list[Row]:
+    """The profile's text pairs without a sentence of the judge's, from a folder of their own."""
+    judge = replace(arena.profile.judge, whole_sentences=0.0)
+    profile = replace(arena.profile, judge=judge, output=arena.profile.output / "plain")
+    return Ingredients(profile, arena.dataset).text_rows
+
+
+def reword(rows: Sequence[Row], share: float, seed: int) -> list[Row]:
+    """Text pairs with a share of their rejected answers as whole sentences, claims unchanged."""
+    word = wording(share, seed)
+    changed = []
+    for row in rows:
+        asked, said = row["rejected_conversations"]
+        text = word(str(row["id"]), question_text(row), said["value"])
+        changed.append(row | {"rejected_conversations": [asked, said | {"value": text}]})
+    return changed
+
+
+def noised_elsewhere(arena: Arena, rows: Sequence[Row], kind: str) -> list[Row]:
+    """Visual pairs with the noise at another place.
+
+    Args:
+        kind: ``lesion``, the true mask of the finding that is asked about (of a report: of all);
+            ``elsewhere``, a region of the same shape that touches no lesion; ``another_film``, the
+            visual tool's mask of the next film; ``global``; ``released``, the authors' mask and
+            noise.
+
+    Returns:
+        as many rows. One that asks about nothing that is there keeps the visual tool's mask under
+        ``lesion`` and ``elsewhere``.
+    """
+    profile = arena.profile
+    root = profile.output / "pairs" / "noised"
+    tool = medklip_tool(load_medklip(profile.visual_tool.checkpoint), profile.visual_tool.query)
+    names = list(dict.fromkeys(row["image"] for row in rows))
+    films = {name: arena.dataset.image(name).convert("L") for name in names}
+    heat = {name: tool([film])[0][0] for name, film in films.items()}
+    following = dict(zip(names, names[1:] + names[:1], strict=True))
+    changed = []
+    for row in rows:
+        rng = generator(profile.seed, f"{kind} {row['id']}")
+        pixels = np.asarray(films[row["image"]])
+        size = pixels.shape
+        if kind in ("lesion", "elsewhere"):
+            masks = arena.dataset.masks(row["image"])
+            mask = asked_region(masks, row["finding"])
+            if mask is None:
+                changed.append(row)
+                continue
+            if kind == "elsewhere":
+                mask = elsewhere(mask, np.any(list(masks.values()), axis=0), rng)
+        else:
+            name = following[row["image"]] if kind == "another_film" else row["image"]
+            where = kind if kind in ("global", "released") else "localized"
+            mask = noise_mask(heat[name], size, where, profile.noise.mask, profile.noise.quantile)
+        way = "released" if kind == "released" else "localized"
+        noised = noised_pixels(pixels, mask, way, profile.noise.signal, rng)
+        copy = f"{kind}/{row['id']}.png"
+        with atomic_write(root / copy) as temporary:
+            Image.fromarray(noised).save(temporary, format="PNG", compress_level=1)
+        changed.append(row | {"rejected_image": copy})
+    return changed
+
+
+def premise(arena: Arena) -> dict[str, Any]:
+    """What noise on the lesion, on the visual tool's mask and elsewhere takes away from each model
+    (`show.premise`).
+    """
+    build_manifests(arena.profile, arena.dataset)
+    tool = medklip_tool(load_medklip(arena.profile.visual_tool.checkpoint))
+    questions = asked_questions(arena.profile, arena.dataset)
+    heat = {}
+    for name in dict.fromkeys(row["image"] for row in questions):
+        heat[name] = tool([arena.dataset.image(name)])[0][0]
+    asked = asked_about_lesions(questions, arena.dataset, heat)
+    signal = arena.profile.noise.signal
+    batch_size = arena.profile.evaluation.batch_size
+    recipes = {name: tuned(arena, name) for name in VARIANTS}
+    arena.answers([Job(recipe, SEEDS[0]) for recipe in recipes.values()], "premise")
+    adapters: dict[str, Path | None] = {"base": None}
+    for name, recipe in recipes.items():
+        adapters[name] = adapter_of(arena.profile, recipe, SEEDS[0])
+    models = {}
+    for name, adapter in adapters.items():
+        lvlm = load_profile_lvlm(arena.profile, adapter)
+        models[name] = [measure_premise(lvlm, asked, signal, batch_size)]
+    samples = arena.profile.evaluation.bootstrap_samples
+    return {"models": premise_table(models, samples), "questions": len(asked), "seeds": [SEEDS[0]]}
+
+
+def baselines(arena: Arena) -> dict[str, Any]:
+    """The baselines of the paper's tables, each at the values that `tune` chose for DPO or MMedPO,
+    as it has text pairs alone or both kinds.
+    """
+    build_manifests(arena.profile, arena.dataset)
+    models: dict[str, Recipe | None] = {}
+    for name, variant in arena.profile.training.variants.items():
+        like = tuned(arena, "mmedpo" if "visual" in variant.sources else "dpo")
+        models[name] = replace(like, variant=variant)
+    return compared(arena, "baselines", models, SEEDS)
+
+
+EXPERIMENTS: dict[str, Callable[[Arena], dict[str, Any]]] = {
+    "tune": tune,
+    "main": main_table,
+    "leak": leaks,
+    "masks": masks,
+    "weights": weights,
+    "dose": dose,
+    "count": counts,
+    "premise": premise,
+    "baselines": baselines,
+    "rates": rates,
+}
+
+
+def main() -> int:
+    """Command line: run the experiments, or those that are named."""
+    parser = argparse.ArgumentParser(description="When does which part of the method help?")
+    parser.add_argument(
+        "--profile", default="arena", help="a profile's name, or the path of a YAML file"
+    )
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAME", help=f"some of {', '.join(EXPERIMENTS)}"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count(), help="processes, one thread each"
+    )
+    options = parser.parse_args()
+
+    def action() -> None:
+        for name in options.only or ():
+            if name not in EXPERIMENTS:
+                raise InputError(f"--only {name}: no such experiment{nearest(name, EXPERIMENTS)}")
+        profile = load_profile(options.profile)
+        arena = Arena(profile, options.workers)
+        for name in options.only or EXPERIMENTS:
+            began = time.monotonic()
+            result = EXPERIMENTS[name](arena)
+            keep_result(profile, name, result, time.monotonic() - began)
+            print(f"{name}: written to {results_path(profile)}", flush=True)
+
+    return exit_status(action)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
