@@ -60,8 +60,9 @@ def test_log_probabilities_are_those_of_one_answer_at_a_time(lvlm):
     films = [Image.fromarray(draw_film(number, 0).image) for number in range(3)]
     questions = ["Is there a nodule?", "Where is the opacity?", "Write the report."]
     answers = ["yes", "right upper", "The heart is enlarged."]
-    found = answer_logps(lvlm, films, questions, answers, batch_size=3)
-    for film, question, answer, logp in zip(films, questions, answers, found, strict=True):
+    logps, tokens = answer_logps(lvlm, films, questions, answers, batch_size=3)
+    told = zip(films, questions, answers, logps, tokens, strict=True)
+    for film, question, answer, logp, count in told:
         asked = prompt(lvlm.processor, question)
         whole = f"{asked} {answer}</s>"
         batch = lvlm.processor(
@@ -72,7 +73,7 @@ def test_log_probabilities_are_those_of_one_answer_at_a_time(lvlm):
         labels[:, :-said] = -100
         with torch.inference_mode():
             loss = lvlm.model(**batch, labels=labels).loss
-        assert logp == pytest.approx(-float(loss) * said, abs=1e-4)
+        assert logp == pytest.approx(-float(loss) * said, abs=1e-4) and count == said
 
 
 def test_a_model_that_sees_loses_its_answer_under_noise_on_the_lesion_alone(lvlm):

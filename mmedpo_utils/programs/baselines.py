@@ -29,7 +29,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from trl.data_utils import apply_chat_template
 
 from ..base.cards import load_card
 from ..base.environment import provenance
@@ -48,6 +47,7 @@ from ..pairs import generator, merge_pairs
 from ..preference_rows import answer_text, pair_row, write_manifest
 from ..profiles import Profile, load_profile
 from ..relevance import CHUNK, Judge, Member, debate, sample_candidates
+from ..show.premise import answer_logps
 from .reference_results import evaluate_seeds
 from .run_notebooks import scores_as_text
 
@@ -141,7 +141,6 @@ class Ingredients:
         return scores
 
 
-@torch.inference_mode()
 def likelihood(
     lvlm: MedLVLM,
     images: Sequence[Image.Image],
@@ -152,57 +151,8 @@ def likelihood(
     """Mean log-probability per token of each response, its end mark included, given image and
     question. Shape: [N].
     """
-    means: list[float] = []
-    for start in range(0, len(questions), batch_size):
-        part = slice(start, start + batch_size)
-        batch, lengths = _encode(lvlm, images[part], questions[part], responses[part])
-        longest = max(lengths)
-        # The logits that predict a token lie one place to its left: one more than the answers need.
-        logits = lvlm.model(**batch, logits_to_keep=longest + 1).logits.float()
-        all_logps = torch.log_softmax(logits[:, :-1], -1)
-        answer_ids = batch["input_ids"][:, -longest:, None]
-        logps = all_logps.gather(-1, answer_ids)[..., 0]
-        # Padding is on the left, so that each answer is the end of its row.
-        for row, length in zip(logps, lengths, strict=True):
-            means.append(float(row[-length:].mean()))
-    return np.array(means)
-
-
-def _encode(
-    lvlm: MedLVLM,
-    images: Sequence[Image.Image],
-    questions: Sequence[str],
-    responses: Sequence[str],
-) -> tuple[dict[str, torch.Tensor], list[int]]:
-    """The model's inputs for questions with their responses, and how many tokens each response has.
-
-    Returns:
-        ``input_ids`` and ``attention_mask`` [B, T], padded on the left, and ``pixel_values``
-        [B, 3, H, W]; B lengths, the end mark counted.
-    """
-    prompts: list[str] = []
-    completions: list[str] = []
-    for question, response in zip(questions, responses, strict=True):
-        asked = [{"type": "image"}, {"type": "text", "text": question}]
-        said = [{"type": "text", "text": response}]
-        conversation: dict[str, list[dict[str, Any]]] = {
-            "prompt": [{"role": "user", "content": asked}],
-            "completion": [{"role": "assistant", "content": said}],
-        }
-        turns = apply_chat_template(conversation, lvlm.processor)
-        prompts.append(turns["prompt"])
-        completions.append(turns["completion"])
-    tokenizer = lvlm.processor.tokenizer
-    pictures = [image.convert("RGB") for image in images]
-    # The template has written the special tokens already.
-    inputs = lvlm.processor(images=pictures, text=prompts, add_special_tokens=False)
-    answers = tokenizer(completions, add_special_tokens=False)["input_ids"]
-    whole = [list(ids) + answer for ids, answer in zip(inputs["input_ids"], answers, strict=True)]
-    padded = tokenizer.pad({"input_ids": whole}, padding_side="left", return_tensors="pt")
-    batch = dict(padded.to(lvlm.device))
-    pixels = torch.as_tensor(np.stack(inputs["pixel_values"]))
-    batch["pixel_values"] = pixels.to(lvlm.device, lvlm.llava.dtype)
-    return batch, [len(answer) for answer in answers]
+    logps, tokens = answer_logps(lvlm, images, questions, responses, batch_size)
+    return logps / tokens
 
 
 def visual_evidence(

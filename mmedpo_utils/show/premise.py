@@ -93,13 +93,17 @@ def answer_logps(
     questions: Sequence[str],
     answers: Sequence[str],
     batch_size: int,
-) -> np.ndarray:
-    """Log-probability of each answer, the sum over its tokens and the end mark, given image and
-    question. Shape: [N], in nats.
+) -> tuple[np.ndarray, np.ndarray]:
+    """Log-probability of each answer given image and question.
+
+    Returns:
+        the sum over the answer's tokens and the end mark, in nats, and how many tokens these are.
+        Shape: [N] each.
     """
     processor = lvlm.processor
     marks = processor.image_token * image_token_count(processor)
     logps: list[float] = []
+    tokens: list[int] = []
     for start in range(0, len(images), batch_size):
         part = slice(start, start + batch_size)
         rows = []
@@ -132,7 +136,8 @@ def answer_logps(
         each = logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
         for row, size, length in zip(each, sizes.tolist(), lengths, strict=True):
             logps.append(float(row[size - 1 - length : size - 1].sum()))
-    return np.array(logps)
+            tokens.append(length)
+    return np.array(logps), np.array(tokens)
 
 
 @dataclass(frozen=True)
@@ -211,7 +216,7 @@ def measure_premise(
     for name, films in shown.items():
         if not films:
             continue
-        logps = answer_logps(lvlm, films, texts, answers, batch_size)
+        logps, _ = answer_logps(lvlm, films, texts, answers, batch_size)
         for row, logp in zip(rows, logps, strict=True):
             row["logp"][name] = float(logp)
         said = generate(
