@@ -22,6 +22,7 @@ from .base.privacy import check_origin, check_outputs
 from .base.rows import pair_images
 from .base.settings import SPLITS
 from .phantom.texts import read_masks, write_dataset
+from .phantom.world import VERSION
 from .preference_rows import read_questions
 from .profiles import Profile
 
@@ -120,7 +121,7 @@ def _folder(profile: Profile) -> FilmDataset:
 def _phantom(profile: Profile) -> FilmDataset:
     folder = profile.output / "data"
     sizes = {split: getattr(profile.data, f"{split}_patients") for split in SPLITS}
-    recipe = json.dumps({"seed": profile.seed, "patients": sizes})
+    recipe = json.dumps({"world": VERSION, "seed": profile.seed, "patients": sizes})
 
     def draw() -> None:
         print(f"drawing {sum(sizes.values())} phantom films")

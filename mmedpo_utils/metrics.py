@@ -25,6 +25,7 @@ from .base.bootstrap import Statistic, mean_percent
 from .base.errors import first_line
 from .base.rows import Row
 from .base.words import IDEOGRAPH, AnyScript, opener, words
+from .phantom.errors import severity
 from .released import evaluation
 
 METHODS = {
@@ -40,6 +41,8 @@ METHODS = {
     "meteor": "nltk's METEOR with its WordNet word list, mean over reports",
     "attention_in_lesion": "share of the image attention that falls inside the lesion mask, "
     "mean over questions",
+    "severity": "mean cost of the errors in closed and open answers, 0 to 100, as the phantom "
+    "world states it (phantom.errors); the other scores count every error the same",
     **evaluation.METHODS,
 }
 BLEU_ORDERS = (1, 2, 3, 4)
@@ -139,6 +142,10 @@ def row_statistics(rows: Iterable[Row], metric: str) -> tuple[np.ndarray, Statis
     if metric == "attention_in_lesion":
         used = list(rows)
         scores = np.array([row["share"] for row in used], float)
+    elif metric == "severity":
+        used = [row for row in rows if row["answer_type"] != "REPORT"]
+        said = [(row["question"], str(row["answer"]), str(row["prediction"])) for row in used]
+        scores = np.array([severity(*texts) for texts in said])
     else:
         used = [row for row in rows if row["answer_type"] == TYPE_OF_METRIC.get(metric, "REPORT")]
         if metric.startswith("bleu"):

@@ -12,16 +12,10 @@ from PIL import Image
 
 from mmedpo_utils.base.errors import InputError
 from mmedpo_utils.base.rows import question_text
-from mmedpo_utils.phantom.panel import (
-    FactJudge,
-    as_sentence,
-    claims,
-    errors,
-    fact_panel,
-    wording,
-)
+from mmedpo_utils.phantom.errors import COSTS, KINDS, Error, claims, errors, severity
+from mmedpo_utils.phantom.panel import CONFLICT, FactJudge, as_sentence, fact_panel, wording
 from mmedpo_utils.phantom.texts import questions
-from mmedpo_utils.phantom.world import films
+from mmedpo_utils.phantom.world import FINDINGS, films
 from mmedpo_utils.relevance import choose_rejected, debate, sample_candidates
 
 JUDGE = FactJudge()
@@ -46,29 +40,31 @@ def asked() -> list[dict]:
     ("question", "answer", "response", "kinds"),
     [
         (IS_THERE, "yes", "yes", []),
-        (IS_THERE, "yes", "no", ["polarity"]),
-        (IS_THERE, "no", "Yes, a nodule.", ["polarity"]),
+        (IS_THERE, "yes", "no", ["missed"]),
+        (IS_THERE, "no", "Yes, a nodule.", ["invented"]),
         (IS_THERE, "no", "There is no nodule", []),
-        (IS_THERE, "yes", "right upper", ["evasive"]),
-        (IS_THERE, "yes", "", ["evasive"]),
-        (ON_RIGHT, "yes", "no", ["polarity"]),
+        (IS_THERE, "yes", "right upper", ["no answer"]),
+        (IS_THERE, "yes", "", ["no answer"]),
+        (ON_RIGHT, "yes", "yes", []),
+        (ON_RIGHT, "yes", "no", ["wrong side"]),
+        (ON_RIGHT, "no", "yes", ["wrong side"]),
         (ON_RIGHT, "no", "The nodule is on the left side.", []),
-        (ON_RIGHT, "yes", "The nodule is on the left side.", ["polarity"]),
+        (ON_RIGHT, "yes", "The nodule is on the left side.", ["wrong side"]),
         (WHERE, "right upper", "right upper", []),
-        (WHERE, "right upper", "left upper", ["side"]),
-        (WHERE, "right upper", "right lower", ["level"]),
+        (WHERE, "right upper", "left upper", ["wrong side"]),
+        (WHERE, "right upper", "right lower", ["wrong level"]),
         (WHERE, "right upper", "right", ["vague"]),
-        (WHERE, "right upper", "banana", ["evasive"]),
-        (WHERE, "right upper", "the nodule is in the left lower zone", ["side"]),
-        (WHAT, "nodule", "opacity", ["invented", "omitted"]),
+        (WHERE, "right upper", "banana", ["no answer"]),
+        (WHERE, "right upper", "the nodule is in the left lower zone", ["wrong side"]),
+        (WHAT, "nodule", "opacity", ["wrong finding"]),
         (WHAT, "nodule", "a nodule", []),
         ("report", REPORT, REPORT, []),
-        ("report", REPORT, REPORT.replace("right", "left"), ["side"]),
-        ("report", REPORT, REPORT.replace("normal in size", "enlarged"), ["polarity"]),
-        ("report", REPORT, REPORT.replace("no effusion", "an effusion"), ["polarity", "polarity"]),
-        ("report", REPORT, "There is no effusion.", ["omitted"]),
+        ("report", REPORT, REPORT.replace("right", "left"), ["wrong side"]),
+        ("report", REPORT, REPORT.replace("normal in size", "enlarged"), ["invented"]),
+        ("report", REPORT, REPORT.replace("no effusion", "an effusion"), ["invented", "invented"]),
+        ("report", REPORT, "There is no effusion.", ["missed"]),
         ("Which organ?", "Respiratory", "respiratory", []),
-        ("Which organ?", "Respiratory", "the heart", ["evasive"]),
+        ("Which organ?", "Respiratory", "the heart", ["no answer"]),
     ],
 )
 def test_errors_are_named(question: str, answer: str, response: str, kinds: list[str]) -> None:
@@ -189,6 +185,42 @@ def test_relevance_orders_errors_as_a_clinician_would() -> None:
     ]
     assert missed == sorted(missed, reverse=True) and missed[0] > missed[-1]
     assert score(WHERE, "right upper", "left upper") > score(WHERE, "right upper", "right lower")
+
+
+def test_costs_are_stated_for_every_finding_and_lie_in_the_unit_interval() -> None:
+    assert set(COSTS) == set(FINDINGS) and set(CONFLICT) == set(KINDS)
+    for finding, cost in COSTS.items():
+        assert len(cost.why.split()) > 5
+        for kind in KINDS:
+            assert 0 <= Error(kind, finding, "nodule").severity <= 1, (finding, kind)
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "response", "cost"),
+    [
+        (IS_THERE, "yes", "yes", 0.0),
+        (IS_THERE, "yes", "no", 0.8),
+        (IS_THERE, "no", "yes", 0.5),
+        (WHERE, "right upper", "left upper", 0.8),
+        (WHERE, "right upper", "right lower", 0.5),
+        (WHERE, "right upper", "right", 0.4),
+        (WHERE, "right upper", "banana", 0.32),
+        # A missed nodule is graver than an invented opacity; an invented pneumothorax is graver.
+        (WHAT, "nodule", "opacity", 0.8),
+        (WHAT, "opacity", "pneumothorax", 0.8),
+        # A heart that is not enlarged, and two findings that are not there: 1 - 0.7 * 0.5 * 0.2.
+        (
+            "report",
+            REPORT,
+            REPORT.replace("normal in size", "enlarged").replace("no effusion", "an effusion"),
+            1 - 0.7 * 0.5 * 0.2,
+        ),
+    ],
+)
+def test_severity_is_what_the_table_says(
+    question: str, answer: str, response: str, cost: float
+) -> None:
+    assert severity(question, answer, response) == pytest.approx(cost)
 
 
 def test_a_whole_sentence_makes_the_same_claim(asked: list[dict]) -> None:

@@ -14,137 +14,31 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .errors import Error, claims, errors, polarity
 from .texts import with_article
-from .world import FINDINGS, LEVELS, PLACES, SIDES
+from .world import FINDINGS, LEVELS, SIDES
 
-NEGATIONS = {"no", "not", "without", "normal", "absent"}
-SEVERITY = {
-    "polarity": 0.9,
-    "invented": 0.8,
-    "side": 0.8,
-    "level": 0.6,
-    "omitted": 0.3,
+# How plainly an error of each kind contradicts the facts, whatever it costs.
+CONFLICT = {
+    "missed": 0.9,
+    "invented": 0.9,
+    "wrong finding": 0.9,
+    "wrong side": 0.8,
+    "wrong level": 0.6,
     "vague": 0.2,
-    "evasive": 0.2,
+    "no answer": 0.2,
 }
-URGENCY = {
-    "pneumothorax": 1.0,
-    "pneumoperitoneum": 1.0,
-    "nodule": 0.9,
-    "opacity": 0.8,
-    "effusion": 0.8,
-    "cardiomegaly": 0.7,
-    "atelectasis": 0.6,
-}
-
-
-@dataclass(frozen=True)
-class Claim:
-    """What a text says of one finding."""
-
-    present: bool
-    side: str | None
-    level: str | None
-
-
-@dataclass(frozen=True)
-class Error:
-    """One way in which a response departs from the facts: a key of ``SEVERITY``, and the finding
-    (or "").
-    """
-
-    kind: str
-    finding: str
-
-
-def claims(text: str, asked: str = "") -> dict[str, Claim]:
-    """What a text says, by finding; a place without a finding belongs to the finding ``asked``
-    for.
-    """
-    found: dict[str, Claim] = {}
-    for sentence in text.lower().split("."):
-        words = re.findall(r"[a-z]+", sentence)
-        names = [finding for finding in FINDINGS if finding in words]
-        if "heart" in words and ("enlarged" in words or "normal" in words):
-            names.append("cardiomegaly")
-        side = next((word for word in words if word in SIDES), None)
-        level = next((word for word in words if word in PLACES), None)
-        if asked and not names and (side or level):
-            names = [asked]
-        present = not NEGATIONS & set(words)
-        for name in names:
-            found[name] = Claim(present, side, level)
-    return found
-
-
-def errors(question: str, answer: str, response: str) -> list[Error]:
-    """Every departure of ``response`` from the facts in ``answer``; empty where they agree."""
-    asked = next(iter(claims(question)), "")
-    answer = answer.strip().lower()
-    response = response.strip().lower()
-    if answer in ("yes", "no"):
-        said = _said_of_side(question, response, asked) or _polarity(response)
-        if said == answer:
-            return []
-        return [Error("polarity" if said else "evasive", asked)]
-    truth = claims(answer, asked)
-    claimed = claims(response, asked)
-    if not truth or not claimed:
-        return [] if answer == response else [Error("evasive", asked)]
-    wrong = []
-    for name, claim in claimed.items():
-        if name not in truth and claim.present:
-            wrong.append(Error("invented", name))
-    for name, fact in truth.items():
-        kind = _compare(fact, claimed.get(name))
-        if kind:
-            wrong.append(Error(kind, name))
-    return wrong
-
-
-def _said_of_side(question: str, response: str, asked: str) -> str | None:
-    """The yes or no that a named side is: "on the left side" says no to "Is it on the right?"."""
-    claim = claims(response, asked).get(asked)
-    side = claims(question, asked)[asked].side if asked else None
-    if not side or claim is None or not claim.present or not claim.side:
-        return None
-    return "yes" if claim.side == side else "no"
-
-
-def _compare(fact: Claim, claim: Claim | None) -> str:
-    """The kind of the departure of a claim from the fact about the same finding; "" for none."""
-    if claim is None:
-        return "omitted" if fact.present else ""
-    if fact.present != claim.present:
-        return "polarity"
-    if not fact.present:
-        return ""  # an absent finding has no place
-    if fact.side and fact.side != claim.side:
-        return "side" if claim.side else "vague"
-    if fact.level and fact.level != claim.level:
-        return "level" if claim.level else "vague"
-    return ""
-
-
-def _polarity(text: str) -> str | None:
-    """What a text answers to a yes/no question; None where it says neither."""
-    words = re.findall(r"[a-z]+", text.lower())
-    if words and words[0] in ("yes", "no"):
-        return words[0]
-    if NEGATIONS & set(words):
-        return "no"
-    return "yes" if claims(text) else None
 
 
 class FactJudge:
     """Compares with the facts; each departure adds to the conflict, in the measure of
-    ``SEVERITY``.
+    ``CONFLICT``.
     """
 
     def conflict(self, question: str, answer: str, response: str) -> float:
         """0 for agreement, nearer to 1 the more and the graver the departures."""
         departures = errors(question, answer, response)
-        return float(1 - np.prod([1 - SEVERITY[error.kind] for error in departures]))
+        return float(1 - np.prod([1 - CONFLICT[error.kind] for error in departures]))
 
     def write(self, question: str, answer: str, rng: np.random.Generator) -> str:
         """The answer with one fact turned: yes for no, another finding, the other side, another
@@ -204,10 +98,10 @@ def as_sentence(question: str, response: str) -> str:
     asked = next(iter(claims(question)), "")
     said = claims(response, asked)
     zone = _zone(question)
-    if "." in response or not (said or _polarity(response)):
+    if "." in response or not (said or polarity(response)):
         return response
-    if _polarity(response) and not said:
-        return _closed_sentence(question, asked, _polarity(response) == "yes")
+    if polarity(response) and not said:
+        return _closed_sentence(question, asked, polarity(response) == "yes")
     name, claim = next(iter(said.items()))
     if not claim.present:
         return f"There is no {name}."
@@ -259,13 +153,13 @@ class FactMember:
     its own.
 
     Attributes:
-        grades: score of a departure by kind, for the most urgent finding; missing kinds score 0.1.
+        bias: factor on the true cost of an error, by kind; 1 where none is named.
         tolerance: largest distance to a previous score that it adopts.
         yields: moves half way to a previous score that it does not adopt.
     """
 
     name: str
-    grades: Mapping[str, float]
+    bias: Mapping[str, float]
     tolerance: float
     yields: bool = False
 
@@ -287,7 +181,7 @@ class FactMember:
 
     def _own_score(self, question: str, answer: str, response: str) -> tuple[float, str]:
         """The score that this member would give alone, and why."""
-        if not claims(response, "film") and not _polarity(response):
+        if not claims(response, "film") and not polarity(response):
             return 0.0, "no clinical content"
         wrong = errors(question, answer, response)
         if not wrong:
@@ -298,16 +192,17 @@ class FactMember:
         ), f"{gravest.kind}: {gravest.finding or 'the question'}"
 
     def _grade(self, error: Error) -> float:
-        return self.grades.get(error.kind, 0.1) * URGENCY.get(error.finding, 0.8)
+        # No member sees what an error costs as it is: strict ones round up, lenient ones down.
+        return min(1.0, self.bias.get(error.kind, 1.0) * error.severity)
 
 
 def fact_panel() -> list[FactMember]:
     """Three members with different biases: strict on the place, lenient, and leaning on the
     previous score.
     """
-    strict = {"polarity": 0.9, "invented": 0.8, "side": 1.0, "level": 0.9, "omitted": 0.4}
-    lenient = {"polarity": 1.0, "invented": 0.8, "side": 0.7, "level": 0.4, "omitted": 0.2}
-    anchored = {"polarity": 1.0, "invented": 0.9, "side": 0.8, "level": 0.6, "omitted": 0.3}
+    strict = {"missed": 0.9, "wrong side": 1.2, "wrong level": 1.6, "invented": 0.8, "vague": 1.5}
+    lenient = {"wrong side": 0.6, "wrong level": 0.4, "vague": 0.2, "no answer": 0.5}
+    anchored = {"missed": 0.8, "invented": 1.2, "no answer": 0.8}
     return [
         FactMember("strict on place", strict, 0.2),
         FactMember("lenient", lenient, 0.1),

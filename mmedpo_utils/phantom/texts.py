@@ -166,6 +166,7 @@ def write_dataset(folder: str | Path, sizes: dict[str, int], seed: int) -> dict[
                 "patient_id": film.patient_id,
                 "split": split,
                 "findings": film.zones,
+                "conspicuity": {name: round(plain, 3) for name, plain in film.conspicuity.items()},
             }
         rows = questions(population, np.random.default_rng([seed, start, 3]))
         write_json_lines(folder / f"{split}_questions.jsonl", rows)

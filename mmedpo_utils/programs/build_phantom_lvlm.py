@@ -35,9 +35,11 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from ..base.files import write_json
 from ..lvlm import PHANTOM_WEIGHTS, MedLVLM, generate, load_lvlm, prompt
 from ..metrics import TYPE_OF_METRIC, score_predictions
-from ..phantom.texts import questions, report
+from ..phantom.texts import pack_masks, questions, report
 from ..phantom.world import FINDINGS, IMAGE_SIZE, LEVELS, Film, choose_zones, draw_film, films
 from ..show.comparison import scores_by
+from ..show.premise import Asked, measure_premise, premise_table
+from .noise_patches import noise_patches
 
 SEED = 2000
 FILMS = 6000
@@ -47,6 +49,7 @@ TOWER_STEPS = 1600
 TRUE_STEPS = 750
 SKEWED_STEPS = 150
 FILMS_PER_STEP = 32
+NOISE_SIGNAL = 0.5  # as in the phantom profile
 # The text prior of the skewed texts: how many answers it gives, by answer type; how often it says
 # yes; the zone that it prefers; which findings it reports together, and how often.
 PRIOR_SHARE = {"CLOSED": 0.60, "OPEN": 0.60, "REPORT": 0.60}
@@ -166,43 +169,56 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGenera
 
 
 def draw_films(count: int, seed: int) -> tuple[list[Film], torch.Tensor, torch.Tensor]:
-    """Training films, and what of each patch a finding covers.
+    """Training films and the masks of their findings.
 
     Returns:
-        the films without pixels and masks; images, uint8 [N, 224, 224]; coverage in [0, 1], [N,
-        patches, findings].
+        the films without pixels and masks; images, uint8 [N, 224, 224]; masks, one finding a bit,
+        uint8 [N, 224, 224].
     """
     drawn = []
     images = torch.empty(count, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8)
-    coverage = torch.zeros(count, len(FINDINGS), GRID, GRID)
+    masks = torch.empty_like(images)
     for row in range(count):
         film = draw_film(row, seed)
         images[row] = torch.from_numpy(film.image)
-        for finding, mask in film.masks.items():
-            patches = mask.reshape(GRID, PATCH, GRID, PATCH).mean((1, 3))
-            coverage[row, FINDINGS.index(finding)] = torch.from_numpy(patches)
+        masks[row] = torch.from_numpy(pack_masks(film.masks))
         drawn.append(Film(film.film_id, film.patient_id, np.empty(0), film.zones))
-    return drawn, images, coverage.flatten(2).transpose(1, 2)
+    return drawn, images, masks
 
 
-def to_pixels(images: torch.Tensor, processor: LlavaProcessor) -> torch.Tensor:
-    """What the image processor does to films of the right size. Shape: [B, 224, 224] to [B, 3, 224,
-    224].
+def visible_coverage(masks: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """How much of each patch each finding covers, where noise does not hide it.
+
+    Args:
+        masks: one finding a bit, uint8. Shape: [B, 224, 224].
+        hidden: where noise is, bool. Shape: [B, 224, 224].
+
+    Returns:
+        shares in [0, 1]. Shape: [B, patches, findings].
+    """
+    bits = torch.arange(len(FINDINGS), dtype=torch.uint8).view(-1, 1, 1)
+    covered = (masks[:, None] >> bits & 1).bool() & ~hidden[:, None]
+    return F.avg_pool2d(covered.float(), PATCH).flatten(2).transpose(1, 2)
+
+
+def to_pixels(grey: torch.Tensor, processor: LlavaProcessor) -> torch.Tensor:
+    """What the image processor does to films of the right size, here with values in [0, 1]. Shape:
+    [B, 224, 224] to [B, 3, 224, 224].
     """
     mean = torch.tensor(processor.image_processor.image_mean).view(1, 3, 1, 1)
     std = torch.tensor(processor.image_processor.image_std).view(1, 3, 1, 1)
-    return (images[:, None].float() / 255 - mean) / std
+    return (grey[:, None] - mean) / std
 
 
 def train_tower(
     model: LlavaForConditionalGeneration,
     processor: LlavaProcessor,
     images: torch.Tensor,
-    coverage: torch.Tensor,
+    masks: torch.Tensor,
     steps: int,
 ) -> None:
-    """Train the vision tower: which findings cover each patch, and which the film has (class
-    token).
+    """Train the vision tower: which findings are seen in each patch, and which on the film (class
+    token). Under noise nothing is seen.
     """
     tower = model.model.vision_tower
     width = tower.config.hidden_size
@@ -212,12 +228,16 @@ def train_tower(
     # Few patches are covered: each of these weighs as four others.
     patch_loss = nn.BCEWithLogitsLoss(pos_weight=torch.tensor(4.0))
 
+    rng = torch.Generator().manual_seed(SEED)
+
     def loss(rows: torch.Tensor) -> torch.Tensor:
-        output = tower(to_pixels(images[rows], processor), output_hidden_states=True)
+        grey, hidden = noise_patches(images[rows].float() / 255, rng)
+        coverage = visible_coverage(masks[rows], hidden)
+        output = tower(to_pixels(grey, processor), output_hidden_states=True)
         # The layer that LLaVA reads, without the class token.
         patches = patch_head(output.hidden_states[-2][:, 1:])
-        covered = (coverage[rows] > 0.05).float()
-        present = (coverage[rows].amax(1) > 0).float()
+        covered = (coverage > 0.05).float()
+        present = (coverage.amax(1) > 0.05).float()
         film_loss = F.binary_cross_entropy_with_logits(film_head(output.pooler_output), present)
         return patch_loss(patches, covered) + 0.3 * film_loss
 
@@ -421,7 +441,8 @@ def tower_features(
     tower = model.model.vision_tower
     features = []
     for chunk in images.split(64):
-        output = tower(to_pixels(chunk, processor), output_hidden_states=True)
+        grey = chunk.float() / 255
+        output = tower(to_pixels(grey, processor), output_hidden_states=True)
         features.append(output.hidden_states[-2][:, 1:])
     return torch.cat(features)
 
@@ -461,7 +482,8 @@ def score(folder: Path) -> dict[str, Any]:
     # Films and questions of the profile's test split: 240 patients behind the 420 of the others.
     population = films(240, 0, 420)
     rows = questions(population, np.random.default_rng([0, 660, 3]))
-    table = _predictions(load_lvlm(folder, "cpu"), population, rows)
+    lvlm = load_lvlm(folder, "cpu")
+    table = _predictions(lvlm, population, rows)
     scores = score_predictions(table)
     kept = {}
     for name in ("closed_accuracy", "open_recall", "bleu", "rouge_l"):
@@ -471,7 +493,23 @@ def score(folder: Path) -> dict[str, Any]:
         if kind != "report":
             asked = [name for name in TYPE_OF_METRIC if entry.get(name, {}).get("n")]
             by_type[kind] = {name: round(entry[name]["score"], 1) for name in asked}
-    return {**kept, "by_question_type": by_type}
+    return {**kept, "by_question_type": by_type, "premise": _premise(lvlm, population, rows)}
+
+
+def _premise(lvlm: MedLVLM, population: list[Film], rows: list[dict[str, Any]]) -> dict[str, float]:
+    """What noise does to questions whether a finding is there that is there (see
+    `premise_table`).
+    """
+    of_image = {f"{film.film_id}.png": film for film in population}
+    asked = []
+    for row in rows:
+        film = of_image[row["image"]]
+        if row["question_type"] == "presence" and row["gpt4_answer"] == "yes":
+            lesion = film.masks[row["finding"]]
+            asked.append(Asked(row, film.image, lesion, film.lesion_mask))
+    measured = measure_premise(lvlm, asked, NOISE_SIGNAL, 64)
+    table = premise_table({"": [measured]}, 200)[""]
+    return {name: round(entry["mean"], 2) for name, entry in table.items()}
 
 
 def _predictions(
@@ -523,10 +561,10 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.manual_seed(SEED)
     start = time.time()
-    population, images, coverage = draw_films(FILMS, SEED)
+    population, images, masks = draw_films(FILMS, SEED)
     processor = build_processor(vocabulary(population))
     model = build_model(processor.tokenizer)
-    train_tower(model, processor, images, coverage, TOWER_STEPS)
+    train_tower(model, processor, images, masks, TOWER_STEPS)
     features = tower_features(model, processor, images)
     stages = [("ceiling", False)]
     if not arguments.unbiased:

@@ -34,12 +34,16 @@ from ..medklip import (
 )
 from ..phantom.texts import report
 from ..phantom.world import FINDINGS, ZONES, Film, draw_film, films
-from ..show.medklip_scores import score_medklip
+from ..show.medklip_scores import score_maps, score_medklip
+from .noise_patches import noise_patches
 
 TRAINING_SEED = 1000
 EVALUATION_SEED = 0
 PATIENTS = 6000
 BEST_PATCHES = 3
+PATCH_WEIGHT = 1.0
+ATTENTION_DROPOUT = 0.5
+KEPT_PATCHES = 0.5  # share of the patches that the decoder sees in a training step
 PATCH_STEPS = 600
 JOINT_STEPS = 1800
 FINAL_STEPS = 600
@@ -158,7 +162,9 @@ def _zone_index(zone: str | None) -> int:
 def batches(
     data: tuple[Tensor, Tensor, Tensor], steps: int, size: int, rng: torch.Generator
 ) -> Iterator[Batch]:
-    """Shuffled batches, each shifted by up to 8 pixels and changed a little in exposure."""
+    """Shuffled batches, each shifted by up to 8 pixels, changed a little in exposure, and noised in
+    patches.
+    """
     images, presence, zones = data
     mean = torch.tensor(CHANNEL_MEAN).view(3, 1, 1)
     std = torch.tensor(CHANNEL_STD).view(3, 1, 1)
@@ -169,6 +175,7 @@ def batches(
         grey = torch.roll(images[rows].float() / 255, shift, (1, 2))
         gain, offset = 0.9 + 0.2 * torch.rand(2, len(rows), 1, 1, generator=rng)
         grey = (grey * gain + 0.5 * (offset - 1)).clamp(0, 1)
+        grey, _ = noise_patches(grey, rng)
         yield Batch((grey[:, None] - mean) / std, presence[rows], zones[rows])
 
 
@@ -187,27 +194,6 @@ def location_loss(logits: Tensor, zones: Tensor) -> Tensor:
     return functional.cross_entropy(logits[zones >= 0], zones[zones >= 0])
 
 
-def consistency_loss(attentions: Tensor, patch_logits: Tensor, presence: Tensor) -> Tensor:
-    """KL divergence of the mean attention of each present query from the softmax of the model's own
-    patch logits.
-
-    The target is detached; for "disease" it comes from the largest logit among the findings that
-    are present.
-
-    Args:
-        attentions: [B, layers, heads, Q, 196].
-        patch_logits: [B, 196, F].
-        presence: [B, Q], the last query is "disease".
-    """
-    own = patch_logits.detach()
-    # -30: nothing beside the logit of a finding that is present.
-    anything = own.masked_fill(presence[:, None, :-1] == 0, -30.0).amax(-1, keepdim=True)
-    target = torch.cat([own, anything], -1).transpose(1, 2).log_softmax(-1)
-    attention = attentions.mean((1, 2)).clamp_min(1e-8).log()
-    divergence = functional.kl_div(attention, target, reduction="none", log_target=True).sum(-1)
-    return (divergence * presence).sum() / presence.sum()
-
-
 class Learner(nn.Module):
     """The model with what only training needs: the text encoder and the patch head."""
 
@@ -217,12 +203,16 @@ class Learner(nn.Module):
         self.model: MedKLIP = model.to(memory_format=torch.channels_last)
         self.text = TextEncoder(CONFIG.text_width)
         self.patch_head = nn.Linear(CONFIG.width, len(FINDINGS))
+        for layer in self.model.decoder.layers:
+            layer.multihead_attn.dropout = ATTENTION_DROPOUT
 
     def forward(self, batch: Batch, decode: bool) -> Tensor:
-        """The loss of a batch: of the patches alone, or with the decoder's three terms.
+        """The loss of a batch: presence from the best patches, then presence and place from the
+        decoder too.
 
         Patch logits are the mean over a film and its copy turned by 180 degrees, so that the
-        patches are centred.
+        patches are centred. The decoder sees a share of the patches only, others at each step, and
+        drops attention at random, so that it learns to look at all of a lesion.
         """
         films = batch.pixel_values
         both = torch.cat([films, films.flip(2, 3)]).contiguous(memory_format=torch.channels_last)
@@ -230,16 +220,17 @@ class Learner(nn.Module):
             patches = self.model.encode(both)
         patches = patches.float()
         upright, turned = self.patch_head(patches).chunk(2)
-        patch_logits = (upright + turned.flip(1)) / 2
-        loss = patch_loss(patch_logits, batch.presence)
+        loss = patch_loss((upright + turned.flip(1)) / 2, batch.presence)
         if not decode:
             return loss
+        patches = patches[: len(films)]
         self.model.disease_book, self.model.location_book = self.text()
-        output = self.model.decode(patches[: len(films)])
+        kept = torch.randperm(patches.shape[1])[: int(KEPT_PATCHES * patches.shape[1])]
+        output = self.model.decode(patches[:, kept])
         answers = output.logits.flatten(0, 1)
-        loss = loss + functional.cross_entropy(answers, batch.presence.long().flatten())
-        loss = loss + 0.5 * location_loss(self.model.location_logits(output), batch.zones)
-        return loss + consistency_loss(output.attentions, patch_logits, batch.presence)
+        presence = functional.cross_entropy(answers, batch.presence.long().flatten())
+        place = location_loss(self.model.location_logits(output), batch.zones)
+        return PATCH_WEIGHT * loss + presence + 0.5 * place
 
 
 def twice(
@@ -318,7 +309,8 @@ def measure(model: MedKLIP, count: int = 400, alone: int = 50) -> dict[str, Any]
         "chance": _pointing_chance(population),
         "location_accuracy": _location_accuracy(model, population),
     }
-    return measured | scores
+    images = [Image.fromarray(film.image) for film in population]
+    return measured | scores | score_maps(model, images, [film.masks for film in population])
 
 
 def _scores(model: MedKLIP, group: list[Film]) -> dict[str, Any]:

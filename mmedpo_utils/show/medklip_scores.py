@@ -1,4 +1,6 @@
-"""How well a visual tool finds what is known: presence and the pointing game, by finding."""
+"""How well a visual tool finds what is known: presence, the pointing game, and whether its maps and
+its confidence can carry the visual pairs.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from scipy.ndimage import label
 from scipy.stats import mannwhitneyu
 
-from ..medklip import MedKLIP, confidence, heat_map, pointing_hit
+from ..medklip import MedKLIP, MedKLIPOutput, confidence, heat_map, pointing_hit
+from ..noise import lesion_mask, noised_pixels
+from .premise import elsewhere
 
 
 @torch.inference_mode()
@@ -77,3 +82,76 @@ def _auc(scores: np.ndarray, truth: np.ndarray) -> float:
     negatives = scores[~truth]
     wins = mannwhitneyu(positives, negatives).statistic
     return float(wins / (len(positives) * len(negatives)))
+
+
+@torch.inference_mode()
+def score_maps(
+    model: MedKLIP,
+    images: Sequence[Image.Image],
+    masks: Sequence[dict[str, np.ndarray]],
+    seed: int = 0,
+) -> dict[str, float]:
+    """What the "disease" maps and confidences of a model are worth for the visual pairs.
+
+    Args:
+        masks: per film, the mask of each finding that is present.
+        seed: draws the noise and the control's place.
+
+    Returns:
+        over films with a lesion: ``correlation_between_maps`` (mean over the pairs of layer and
+        head maps), ``effective_cells`` (median of exp of the averaged map's entropy, 1 to 196),
+        ``largest_part`` (mean share of the default mask's largest connected part),
+        ``lesion_in_mask`` (mean share of the lesion inside the default mask), and the median
+        confidences ``confidence_clean``, ``confidence_lesion_noised`` (noise on the true lesion)
+        and ``confidence_elsewhere_noised`` (equal area elsewhere); over all films:
+        ``undecided`` (share with a confidence between 0.05 and 0.95).
+    """
+    output = _read(model, images)
+    undecided = confidence(output, "disease")
+    undecided = ((undecided > 0.05) & (undecided < 0.95)).float().mean()
+    rng = np.random.default_rng(seed)
+    rows = [index for index, present in enumerate(masks) if present]
+    each: dict[str, list[float]] = {"correlation": [], "cells": [], "part": [], "inside": []}
+    noised: dict[str, list[Image.Image]] = {"lesion": [], "elsewhere": []}
+    for index in rows:
+        lesion = np.any(list(masks[index].values()), axis=0)
+        heat = heat_map(output, "disease")[index].numpy()
+        maps = output.attentions[index, :, :, output.index("disease")].flatten(0, 1).numpy()
+        # Maps that follow one another correlate with 1; the diagonal is left out.
+        between = np.corrcoef(maps)[np.triu_indices(len(maps), 1)]
+        each["correlation"].append(float(between.mean()))
+        each["cells"].append(float(np.exp(-(heat * np.log(heat + 1e-12)).sum())))
+        mask = lesion_mask(heat, lesion.shape) > 0
+        parts, _ = label(mask)
+        each["part"].append(float(np.bincount(parts[mask]).max() / mask.sum()))
+        each["inside"].append(float((mask & lesion).sum() / lesion.sum()))
+        pixels = np.asarray(images[index])
+        for name, region in (("lesion", lesion), ("elsewhere", elsewhere(lesion, lesion, rng))):
+            changed = noised_pixels(pixels, region.astype(np.float32), "localized", 0.5, rng)
+            noised[name].append(Image.fromarray(changed))
+    clean = confidence(output, "disease")[rows]
+    hidden = confidence(_read(model, noised["lesion"]), "disease")
+    control = confidence(_read(model, noised["elsewhere"]), "disease")
+    return {
+        "correlation_between_maps": float(np.mean(each["correlation"])),
+        "effective_cells": float(np.median(each["cells"])),
+        "largest_part": float(np.mean(each["part"])),
+        "lesion_in_mask": float(np.mean(each["inside"])),
+        "confidence_clean": float(clean.median()),
+        "confidence_lesion_noised": float(hidden.median()),
+        "confidence_elsewhere_noised": float(control.median()),
+        "undecided": float(undecided),
+    }
+
+
+def _read(model: MedKLIP, images: Sequence[Image.Image], batch_size: int = 32) -> MedKLIPOutput:
+    """What the network says about many films, batch by batch."""
+    parts = []
+    for start in range(0, len(images), batch_size):
+        parts.append(model(model.preprocess(images[start : start + batch_size])))
+    return MedKLIPOutput(
+        model.queries,
+        torch.cat([part.logits for part in parts]),
+        torch.cat([part.attentions for part in parts]),
+        torch.cat([part.features for part in parts]),
+    )
