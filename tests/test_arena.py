@@ -11,11 +11,13 @@ import pytest
 from PIL import Image
 
 from mmedpo_utils.base.errors import InputError
+from mmedpo_utils.phantom.panel import reworded
 from mmedpo_utils.preference_rows import answer_text, read_manifest
 from mmedpo_utils.profiles import load_profile
 from mmedpo_utils.programs import arena as experiments
 from mmedpo_utils.programs import recipes
-from mmedpo_utils.programs.recipes import Arena, Job, Question, Recipe, keep_result
+from mmedpo_utils.programs.baselines import Ingredients
+from mmedpo_utils.programs.recipes import Arena, Job, QuestionSet, Recipe, keep_result
 
 SMALL = {
     "data.train_patients": 12,
@@ -44,7 +46,6 @@ def chosen(arena) -> Arena:
     values = {"learning_rate": 1e-4, "beta": 0.5, "passes": 1.0}
     found = {name: {"chosen": values} for name in experiments.VARIANTS}
     keep_result(arena.profile, "tune", {"variants": found}, 1.0)
-    experiments.build_manifests(arena.profile, arena.dataset)
     return arena
 
 
@@ -68,7 +69,7 @@ def test_each_model_is_trained_once_and_one_that_starts_from_another_after_it(ch
     monkeypatch.setattr(Arena, "_finished", finished)
     supervised = experiments.tuned(chosen, "sft")
     later = replace(experiments.tuned(chosen, "dpo"), start=supervised)
-    jobs = [Job(later, 0), Job(later, 0, Question(shuffled=True)), Job(None, 0)]
+    jobs = [Job(later, 0), Job(later, 0, QuestionSet(shuffled=True)), Job(None, 0)]
     answers = chosen.answers(jobs, "test")
     assert [len(group) for group in trained] == [1, 1, 2], "base, sft, then dpo from sft"
     assert trained[1][0].recipe == supervised and trained[2][0].recipe == later
@@ -89,6 +90,19 @@ def test_another_manifest_of_the_same_name_is_another_model(chosen):
     assert recipes.recipe_digest(chosen.profile, recipe) != before
 
 
+def test_answers_of_another_profile_or_another_model_are_not_read(chosen, monkeypatch):
+    recipe = experiments.tuned(chosen, "dpo")
+    jobs = [Job(None, 0), Job(recipe, 0)]
+    before = [recipes.predictions_path(chosen.profile, job) for job in jobs]
+    values = replace(chosen.profile.training, lora_rank=8)
+    other = replace(chosen.profile, training=values)
+    monkeypatch.setattr(recipes, "_BASES", {})
+    monkeypatch.setattr(recipes, "model_digest", lambda model: "other weights")
+    after = [recipes.predictions_path(chosen.profile, job) for job in jobs]
+    assert not set(before) & set(after)
+    assert not set(after) & {recipes.predictions_path(other, job) for job in jobs}
+
+
 def test_a_recipe_trains_with_its_own_values(chosen):
     recipe = Recipe(
         chosen.profile.training.variants["mmedpo"],
@@ -106,11 +120,15 @@ def test_a_recipe_trains_with_its_own_values(chosen):
 
 def test_more_leaking_pairs_are_won_blind_more_often_with_the_same_claims(chosen):
     plain = experiments.plain_text_rows(chosen)
-    reworded = experiments.reword(plain, 1.0, 0)
-    assert [answer_text(row) for row in plain] == [answer_text(row) for row in reworded]
-    assert [row["weighted_score"] for row in plain] == [row["weighted_score"] for row in reworded]
-    longer = [len(answer_text(row, rejected=True)) for row in reworded]
+    sentences = reworded(plain, 1.0, 0)
+    assert [answer_text(row) for row in plain] == [answer_text(row) for row in sentences]
+    assert [row["weighted_score"] for row in plain] == [row["weighted_score"] for row in sentences]
+    longer = [len(answer_text(row, rejected=True)) for row in sentences]
     assert sum(longer) > sum(len(answer_text(row, rejected=True)) for row in plain)
+    # What curation writes where the profile asks for sentences.
+    judge = replace(chosen.profile.judge, whole_sentences=1.0)
+    profile = replace(chosen.profile, judge=judge, output=chosen.profile.output / "sentences")
+    assert Ingredients(profile, chosen.dataset).text_rows == sentences
 
 
 @pytest.mark.parametrize("kind", experiments.NOISE_PLACES)

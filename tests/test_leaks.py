@@ -48,6 +48,17 @@ def test_a_share_of_leaking_pairs_is_won_and_the_rest_is_a_coin():
     assert 65 < found["ranked_right"] < 85
 
 
+def test_what_can_only_be_learnt_by_heart_is_no_leak():
+    numbers = iter(range(10_000))
+    found = leak(rows(200, lambda answer, draw: f"word{next(numbers)}"))
+    turned = []
+    for row in rows(200, lambda answer, draw: f"other{next(numbers)}"):
+        said = {"from": "gpt", "value": f"word{next(numbers)}"}
+        turned.append(row | {"conversations": [row["conversations"][0], said]})
+    assert leak(turned)["ranked_right"] == 50, "both sides have words that no other pair has"
+    assert found["ranked_right"] == 100, "yes and no are on one side alone"
+
+
 def test_visual_pairs_do_not_count_and_one_image_is_refused():
     visual = [
         row | {"rejected_image": "x.png", "source": "visual"} for row in rows(4, lambda *_: "a")

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from ..base.rows import Row, question_text
 from .errors import Error, claims, errors, polarity
 from .texts import with_article
 from .world import FINDINGS, LEVELS, SIDES
@@ -128,6 +129,17 @@ def wording(share: float, seed: int) -> Callable[[str, str, str], str]:
         return as_sentence(question, response) if rng.random() < share else response
 
     return word
+
+
+def reworded(rows: Sequence[Row], share: float, seed: int) -> list[Row]:
+    """Text pairs with a share of their rejected answers as whole sentences (see `wording`)."""
+    word = wording(share, seed)
+    changed = []
+    for row in rows:
+        asked, said = row["rejected_conversations"]
+        text = word(str(row["id"]), question_text(row), said["value"])
+        changed.append(row | {"rejected_conversations": [asked, said | {"value": text}]})
+    return changed
 
 
 def _closed_sentence(question: str, asked: str, yes: bool) -> str:

@@ -26,7 +26,7 @@ from PIL import Image
 
 from ..base.errors import InputError, exit_status
 from ..base.files import atomic_write, load_json
-from ..base.rows import Row, question_text
+from ..base.rows import Row
 from ..base.settings import nearest
 from ..evaluate import asked_questions
 from ..lvlm import load_profile_lvlm
@@ -34,7 +34,7 @@ from ..medklip import load_medklip
 from ..metrics import score
 from ..noise import noise_mask, noised_pixels
 from ..pairs import generator, medklip_tool, merge_pairs, stays_true
-from ..phantom.panel import wording
+from ..phantom.panel import reworded
 from ..preference_rows import row_source
 from ..profiles import load_profile
 from ..show.comparison import COMPARED, compare, compare_pair
@@ -46,8 +46,8 @@ from ..show.premise import (
     measure_premise,
     premise_table,
 )
-from .baselines import Ingredients, build_manifests
-from .recipes import Arena, Job, Question, Recipe, adapter_of, keep_result, results_path
+from .baselines import Ingredients
+from .recipes import Arena, Job, QuestionSet, Recipe, adapter_of, keep_result, results_path
 
 MAIN_SEEDS = (0, 1, 2, 3, 4)
 SEEDS = (0, 1, 2)
@@ -69,7 +69,6 @@ def tune(arena: Arena) -> dict[str, Any]:
     Every variant gets the same trials, with seed 0; the highest mean of closed accuracy, open
     recall and ROUGE-L wins, the first of equals.
     """
-    build_manifests(arena.profile, arena.dataset)
     trials: dict[str, list[Recipe]] = {}
     for name in VARIANTS:
         recipe = Recipe(arena.profile.training.variants[name])
@@ -77,7 +76,7 @@ def tune(arena: Arena) -> dict[str, Any]:
             replace(recipe, learning_rate=rate, beta=beta, passes=passes)
             for rate, beta, passes in product(RATES, BETAS, PASSES)
         ]
-    question = Question("validation")
+    question = QuestionSet("validation")
     jobs = [Job(recipe, 0, question) for recipes in trials.values() for recipe in recipes]
     answers = arena.answers(jobs, "tune")
     found: dict[str, Any] = {}
@@ -113,10 +112,9 @@ def tuned(arena: Arena, name: str) -> Recipe:
 
 
 def main_table(arena: Arena) -> dict[str, Any]:
-    """Base, the variants as tuned, and those that begin from the supervised model; the control for
-    each is the same questions on other patients' films.
+    """Base, the variants as tuned, and those that begin from the supervised model, on the pairs of
+    the base model; the control for each is the same questions on other patients' films.
     """
-    build_manifests(arena.profile, arena.dataset)
     models: dict[str, Recipe | None] = {"base": None}
     models |= {name: tuned(arena, name) for name in VARIANTS}
     supervised = tuned(arena, "sft")
@@ -128,7 +126,6 @@ def main_table(arena: Arena) -> dict[str, Any]:
 
 def dose(arena: Arena) -> dict[str, Any]:
     """More and fewer passes: to be drawn against passes, steps and text pairs seen."""
-    build_manifests(arena.profile, arena.dataset)
     points = []
     for name in ("sft", "dpo", "stage2", "mmedpo"):
         recipe = tuned(arena, name)
@@ -155,10 +152,10 @@ def leaks(arena: Arena) -> dict[str, Any]:
     _, visual = base_rows(arena)
     points = []
     for share in LEAKS:
-        reworded = reword(plain, share, arena.profile.seed)
-        name = arena.write_pairs(f"leak-{share:g}", merge_pairs(reworded, visual))
+        text = reworded(plain, share, arena.profile.seed)
+        name = arena.write_pairs(f"leak-{share:g}", merge_pairs(text, visual))
         difference = two_variants(arena, f"leak {share:g}", name)
-        points.append({"share": share, "won_blind": leak(reworded)["ranked_right"], **difference})
+        points.append({"share": share, "won_blind": leak(text)["ranked_right"], **difference})
     return {"points": points}
 
 
@@ -226,7 +223,6 @@ def weights(arena: Arena) -> dict[str, Any]:
 
 def rates(arena: Arena) -> dict[str, Any]:
     """LoRA's learning rate against the projector's, and beta."""
-    build_manifests(arena.profile, arena.dataset)
     recipe = tuned(arena, "mmedpo")
     models: dict[str, Recipe | None] = {}
     # The paper's LoRA learns at a two-hundredth of the projector's rate.
@@ -254,9 +250,9 @@ def compared(
     Args:
         shuffled: ask each model about other patients' films too, as ``NAME_shuffled``.
     """
-    questions = {"": Question()}
+    questions = {"": QuestionSet()}
     if shuffled:
-        questions["_shuffled"] = Question(shuffled=True)
+        questions["_shuffled"] = QuestionSet(shuffled=True)
     jobs: dict[str, list[Job]] = {}
     for name, recipe in models.items():
         for suffix, question in questions.items():
@@ -289,15 +285,16 @@ def plain_text_rows(arena: Arena) -> list[Row]:
     return Ingredients(profile, arena.dataset).text_rows
 
 
-def reword(rows: Sequence[Row], share: float, seed: int) -> list[Row]:
-    """Text pairs with a share of their rejected answers as whole sentences, claims unchanged."""
-    word = wording(share, seed)
-    changed = []
-    for row in rows:
-        asked, said = row["rejected_conversations"]
-        text = word(str(row["id"]), question_text(row), said["value"])
-        changed.append(row | {"rejected_conversations": [asked, said | {"value": text}]})
-    return changed
+def heat_maps(arena: Arena, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """The visual tool's map of each film, by name. Shape: [14, 14] each."""
+    values = arena.profile.visual_tool
+    look = medklip_tool(load_medklip(values.checkpoint), values.query)
+    maps: dict[str, np.ndarray] = {}
+    for start in range(0, len(names), values.batch_size):
+        part = names[start : start + values.batch_size]
+        heat, _ = look([arena.dataset.image(name) for name in part])
+        maps |= dict(zip(part, heat, strict=True))
+    return maps
 
 
 def noised_elsewhere(arena: Arena, rows: Sequence[Row], kind: str) -> list[Row]:
@@ -315,10 +312,9 @@ def noised_elsewhere(arena: Arena, rows: Sequence[Row], kind: str) -> list[Row]:
     """
     profile = arena.profile
     root = profile.output / "pairs" / "noised"
-    tool = medklip_tool(load_medklip(profile.visual_tool.checkpoint), profile.visual_tool.query)
     names = list(dict.fromkeys(row["image"] for row in rows))
     films = {name: arena.dataset.image(name).convert("L") for name in names}
-    heat = {name: tool([film])[0][0] for name, film in films.items()}
+    heat = heat_maps(arena, names)
     following = dict(zip(names, names[1:] + names[:1], strict=True))
     changed = []
     for row in rows:
@@ -350,12 +346,8 @@ def premise(arena: Arena) -> dict[str, Any]:
     """What noise on the lesion, on the visual tool's mask and elsewhere takes away from each model
     (`show.premise`).
     """
-    build_manifests(arena.profile, arena.dataset)
-    tool = medklip_tool(load_medklip(arena.profile.visual_tool.checkpoint))
     questions = asked_questions(arena.profile, arena.dataset)
-    heat = {}
-    for name in dict.fromkeys(row["image"] for row in questions):
-        heat[name] = tool([arena.dataset.image(name)])[0][0]
+    heat = heat_maps(arena, list(dict.fromkeys(row["image"] for row in questions)))
     asked = asked_about_lesions(questions, arena.dataset, heat)
     signal = arena.profile.noise.signal
     batch_size = arena.profile.evaluation.batch_size
@@ -376,7 +368,6 @@ def baselines(arena: Arena) -> dict[str, Any]:
     """The baselines of the paper's tables, each at the values that `tune` chose for DPO or MMedPO,
     as it has text pairs alone or both kinds.
     """
-    build_manifests(arena.profile, arena.dataset)
     models: dict[str, Recipe | None] = {}
     for name, variant in arena.profile.training.variants.items():
         like = tuned(arena, "mmedpo" if "visual" in variant.sources else "dpo")

@@ -40,14 +40,11 @@ from .noise_patches import noise_patches
 TRAINING_SEED = 1000
 EVALUATION_SEED = 0
 PATIENTS = 6000
-BEST_PATCHES = 3
-PATCH_WEIGHT = 1.0
+BEST_PATCHES = 4
 ATTENTION_DROPOUT = 0.5
-KEPT_PATCHES = 0.5  # share of the patches that the decoder sees in a training step
-PATCH_STEPS = 600
-JOINT_STEPS = 1800
-FINAL_STEPS = 600
-SMALL = ("nodule", "atelectasis")
+KEPT_PATCHES = 0.2  # share of the patches that the decoder sees in a training step
+PATCH_STEPS = 500
+JOINT_STEPS = 2400
 QUERIES = (*FINDINGS, "disease")
 DESCRIPTIONS = {
     "opacity": "a hazy white cloud in a lung",
@@ -230,65 +227,40 @@ class Learner(nn.Module):
         answers = output.logits.flatten(0, 1)
         presence = functional.cross_entropy(answers, batch.presence.long().flatten())
         place = location_loss(self.model.location_logits(output), batch.zones)
-        return PATCH_WEIGHT * loss + presence + 0.5 * place
+        return loss + presence + 0.5 * place
 
 
-def twice(
-    data: tuple[Tensor, Tensor, Tensor], findings: tuple[str, ...]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The training set with every film twice whose report names one of ``findings``."""
-    images, presence, zones = data
-    columns = [QUERIES.index(finding) for finding in findings]
-    named = presence[:, columns].any(1).nonzero()[:, 0]
-    rows = torch.cat([torch.arange(len(presence)), named])
-    return images[rows], presence[rows], zones[rows]
-
-
-def optimise(
-    learner: Learner,
-    stream: Iterator[Batch],
-    steps: int,
-    learning_rate: float,
-    patch_steps: int = 0,
-) -> None:
-    """AdamW with a warm-up: ``patch_steps`` on the patches alone at a constant rate, the rest on
-    all terms on a cosine.
+def optimise(learner: Learner, stream: Iterator[Batch]) -> None:
+    """AdamW with a warm-up for each stage: the patches alone at a constant rate, then all terms on
+    a cosine.
     """
-    parameters = [parameter for parameter in learner.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, learning_rate, weight_decay=1e-2)
+    optimizer = torch.optim.AdamW(learner.parameters(), 2e-3, weight_decay=1e-2)
 
     def rate(step: int) -> float:
-        if step < patch_steps:
+        if step < PATCH_STEPS:
             return min(1.0, (step + 1) / 50)
-        step = step - patch_steps
-        return min(1.0, (step + 1) / 50) * (1 + np.cos(np.pi * step / (steps - patch_steps))) / 2
+        step = step - PATCH_STEPS
+        return min(1.0, (step + 1) / 50) * (1 + np.cos(np.pi * step / JOINT_STEPS)) / 2
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     for step, batch in enumerate(stream):
-        loss = learner(batch, decode=step >= patch_steps)
+        loss = learner(batch, decode=step >= PATCH_STEPS)
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
+        nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         if step % 100 == 99:
-            print(f"step {step + 1} of {steps}: loss {loss.item():.3f}", flush=True)
+            print(f"step {step + 1} of {PATCH_STEPS + JOINT_STEPS}: {loss.item():.3f}", flush=True)
 
 
 def train(patients: int, batch_size: int = 16) -> MedKLIP:
-    """Train from scratch: the patches alone, all terms, then more of the films with the small
-    findings.
-    """
+    """Train from scratch: first the patches alone, then all terms."""
     torch.manual_seed(0)
     learner = Learner().train()
-    data = training_set(patients)
     rng = torch.Generator().manual_seed(0)
     steps = PATCH_STEPS + JOINT_STEPS
-    optimise(learner, batches(data, steps, batch_size, rng), steps, 2e-3, PATCH_STEPS)
-    # The text encoder stays as it is from here on.
-    learner.text.requires_grad_(False)
-    more = batches(twice(data, SMALL), FINAL_STEPS, batch_size, rng)
-    optimise(learner, more, FINAL_STEPS, 7e-4)
+    optimise(learner, batches(training_set(patients), steps, batch_size, rng))
     with torch.no_grad():
         learner.model.disease_book, learner.model.location_book = learner.text()
     return learner.model.eval()

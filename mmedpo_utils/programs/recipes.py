@@ -21,14 +21,16 @@ import torch
 
 from ..base.environment import provenance
 from ..base.files import load_json, write_json
-from ..base.rows import Row
+from ..base.rows import Row, row_sha
 from ..base.sections import Variant
+from ..base.tensors import model_digest
 from ..dataset import FilmDataset, prepare_dataset
 from ..evaluate import asked_questions, predict, profile_decoding, read_predictions
 from ..launch import folder_of
 from ..lvlm import load_profile_lvlm
 from ..preference_rows import write_manifest
 from ..profiles import Profile
+from .baselines import build_manifests
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,8 @@ class Recipe:
         variant: objective, pairs, weights, and what learns.
         passes: over the variant's pairs (the paper's 3).
         projector_share: the projector's learning rate over that of LoRA.
-        start: the recipe of a model that is trained first, with the same seed; the reference is
-            that model.
+        start: the recipe of a model that is trained first, with the same seed, and starts from the
+            base model itself; the reference is that model.
     """
 
     variant: Variant
@@ -56,7 +58,7 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class Question:
+class QuestionSet:
     """What is asked of a model: the questions of a split, or those about another patient's film."""
 
     split: str = "test"
@@ -69,11 +71,12 @@ class Job:
 
     recipe: Recipe | None
     seed: int
-    question: Question = Question()
+    question: QuestionSet = QuestionSet()
 
 
 class Arena:
-    """The models that were trained so far, and their answers.
+    """The models that were trained so far, and their answers; the manifests of the profile's
+    variants are built first.
 
     Args:
         profile: its values hold where a recipe says nothing.
@@ -84,6 +87,7 @@ class Arena:
         self.profile = profile
         self.dataset: FilmDataset = prepare_dataset(profile)
         self.workers = workers
+        build_manifests(profile, self.dataset)
 
     def write_pairs(self, name: str, rows: Sequence[Row]) -> str:
         """Keep a manifest for the recipes that name it. Returns the name."""
@@ -142,9 +146,28 @@ def _begin_worker() -> None:
     torch.set_num_threads(1)
 
 
+_BASES: dict[str, str] = {}  # by the profile's digest: weights and questions are read once
+
+
+def base_digest(profile: Profile) -> str:
+    """All that every model of an arena shares: the base model's weights, the questions, and the
+    profile, whose values hold where a recipe says nothing.
+    """
+    whole = profile.digest()
+    if whole not in _BASES:
+        questions = prepare_dataset(profile).questions
+        asked = [row_sha(questions[split]) for split in sorted(questions)]
+        text = f"{whole} {model_digest(load_profile_lvlm(profile).model)} {asked}"
+        _BASES[whole] = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return _BASES[whole]
+
+
 def recipe_digest(profile: Profile, recipe: Recipe) -> str:
-    """What names a recipe's run: its values, and the bytes of the manifests that it trains on."""
-    digest = hashlib.sha256(json.dumps(asdict(recipe), sort_keys=True).encode())
+    """What names a recipe's run: `base_digest`, the recipe's values, and the bytes of the manifests
+    that it trains on.
+    """
+    digest = hashlib.sha256(base_digest(profile).encode())
+    digest.update(json.dumps(asdict(recipe), sort_keys=True).encode())
     part: Recipe | None = recipe
     while part is not None:
         manifest = profile.output / "pairs" / f"{part.variant.pairs}.json"
@@ -180,7 +203,7 @@ def adapter_of(profile: Profile, recipe: Recipe, seed: int) -> Path:
 
 def predictions_path(profile: Profile, job: Job) -> Path:
     """Where a job's answers lie, or will lie."""
-    model = "base"
+    model = f"base-{base_digest(profile)}"
     if job.recipe is not None:
         model = f"{recipe_digest(profile, job.recipe)}-seed{job.seed}"
     shuffled = "-shuffled" if job.question.shuffled else ""

@@ -179,7 +179,7 @@ def asked_about_lesions(
     found = []
     for row in questions:
         masks = dataset.masks(row["image"])
-        lesion = asked_region(masks, row["finding"])
+        lesion = asked_region(masks, row.get("finding", ""))
         if lesion is None:
             continue
         lesions = np.any(list(masks.values()), axis=0)
