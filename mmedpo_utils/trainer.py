@@ -360,7 +360,8 @@ class MMedPOTrainer(DPOTrainer):
         """Add pairs to what the next log averages, over all and over each source.
 
         A reward is ``beta * (policy - reference)``, in nats times beta; a pair is ranked right
-        where the chosen answer's is the greater.
+        where the chosen answer's is the greater, and by half where the two are equal, as before the
+        first step.
         """
         chosen_reward = self.beta * (pairs["chosen_logp"] - pairs["reference_chosen_logp"])
         rejected_reward = self.beta * (pairs["rejected_logp"] - pairs["reference_rejected_logp"])
@@ -370,7 +371,7 @@ class MMedPOTrainer(DPOTrainer):
             "chosen_reward": chosen_reward,
             "rejected_reward": rejected_reward,
             "margin": chosen_reward - rejected_reward,
-            "accuracy": (chosen_reward > rejected_reward).float(),
+            "accuracy": (1 + torch.sign(chosen_reward - rejected_reward)) / 2,
         }
         metrics = self._metrics[mode]
         metrics["weight"] += pairs["weight"].tolist()

@@ -37,6 +37,7 @@ from ..pairs import generator, medklip_tool, merge_pairs, stays_true
 from ..phantom.panel import reworded
 from ..preference_rows import row_source
 from ..profiles import load_profile
+from ..run_folder import read_events
 from ..show.comparison import COMPARED, compare, compare_pair
 from ..show.leaks import leak
 from ..show.premise import (
@@ -47,7 +48,16 @@ from ..show.premise import (
     premise_table,
 )
 from .baselines import Ingredients
-from .recipes import Arena, Job, QuestionSet, Recipe, adapter_of, keep_result, results_path
+from .recipes import (
+    Arena,
+    Job,
+    QuestionSet,
+    Recipe,
+    adapter_of,
+    keep_result,
+    results_path,
+    run_folder_of,
+)
 
 MAIN_SEEDS = (0, 1, 2, 3, 4)
 SEEDS = (0, 1, 2)
@@ -59,6 +69,9 @@ COUNTS = (45, 90, 180, 360, 720)
 DOSES = (1.0, 2.0, 3.0, 4.0, 6.0)
 NOISE_PLACES = ("lesion", "elsewhere", "another_film", "global", "released")
 SCORES = ("closed_accuracy", "open_recall", "rouge_l")  # whose mean chooses a trial
+REPORTED = (*COMPARED, "severity")
+LOOK_EVERY = 20  # steps, in the experiment on when to stop
+LOOKED_AT = ("validation_loss", "validation_chosen_logp", "validation_accuracy")
 
 VARIANTS = ("sft", "dpo", "stage1", "stage2", "mmedpo")
 
@@ -112,16 +125,39 @@ def tuned(arena: Arena, name: str) -> Recipe:
 
 
 def main_table(arena: Arena) -> dict[str, Any]:
-    """Base, the variants as tuned, and those that begin from the supervised model, on the pairs of
-    the base model; the control for each is the same questions on other patients' films.
+    """Base, the variants as tuned, and those that begin from the supervised model; the control for
+    each is the same questions on other patients' films.
+
+    ``sft_dpo`` and ``sft_mmedpo`` train on pairs sampled from the supervised model (the lower half
+    of Table 1), ``sft_dpo_old`` and ``sft_mmedpo_old`` on those of the base model.
     """
     models: dict[str, Recipe | None] = {"base": None}
     models |= {name: tuned(arena, name) for name in VARIANTS}
     supervised = tuned(arena, "sft")
+    own_pairs = supervised_pairs(arena, supervised)
     for name in ("dpo", "mmedpo"):
-        models[f"sft_{name}"] = replace(tuned(arena, name), start=supervised)
-    pairs = [("mmedpo", name) for name in models if name != "mmedpo"] + [("sft_mmedpo", "sft_dpo")]
-    return compared(arena, "main", models, MAIN_SEEDS, pairs, shuffled=True)
+        after = replace(tuned(arena, name), start=supervised)
+        models[f"sft_{name}"] = after.on(own_pairs)
+        models[f"sft_{name}_old"] = after
+    pairs = [("mmedpo", name) for name in VARIANTS if name != "mmedpo"]
+    pairs += [("dpo", "sft"), ("stage1", "dpo"), ("stage2", "base")]
+    pairs += [("sft_mmedpo", "sft_dpo"), ("sft_dpo", "sft"), ("sft_mmedpo", "sft")]
+    pairs += [("sft_mmedpo", "sft_mmedpo_old"), ("sft_dpo", "sft_dpo_old")]
+    pairs += [(name, "base") for name in models if name != "base"]
+    return compared(arena, "main", models, MAIN_SEEDS, list(dict.fromkeys(pairs)), shuffled=True)
+
+
+def supervised_pairs(arena: Arena, supervised: Recipe) -> str:
+    """The manifest whose text pairs the supervised model of the first seed has sampled; the visual
+    pairs hold true answers, and stay as they are.
+    """
+    arena.answers([Job(supervised, MAIN_SEEDS[0])], "supervised")
+    adapter = str(adapter_of(arena.profile, supervised, MAIN_SEEDS[0]))
+    lvlm = replace(arena.profile.lvlm, base_adapter=adapter)
+    folder = arena.profile.output / "supervised"
+    profile = replace(arena.profile, lvlm=lvlm, output=folder)
+    text = Ingredients(profile, arena.dataset).text_rows
+    return arena.write_pairs("supervised", merge_pairs(text, base_rows(arena)[1]))
 
 
 def dose(arena: Arena) -> dict[str, Any]:
@@ -131,19 +167,53 @@ def dose(arena: Arena) -> dict[str, Any]:
         recipe = tuned(arena, name)
         models = {f"{passes:g}": replace(recipe, passes=passes) for passes in DOSES}
         table = compared(arena, f"dose of {name}", models, SEEDS)["models"]
-        for passes in DOSES:
-            point = {"variant": name, "passes": passes, **seen(arena, recipe, passes)}
-            points.append(point | {"scores": table[f"{passes:g}"]})
-    return {"points": points}
+        for key, run in models.items():
+            point = {"variant": name, "passes": run.passes, **seen(arena, run)}
+            points.append(point | {"scores": table[key]})
+    return {"points": points, "seeds": list(SEEDS)}
 
 
-def seen(arena: Arena, recipe: Recipe, passes: float) -> dict[str, float]:
-    """How many pairs, text pairs among them, a number of passes is, before a tenth of the patients
-    is held out.
+def seen(arena: Arena, recipe: Recipe) -> dict[str, float]:
+    """The optimiser steps of a recipe's first run, the pairs it has seen, and the text pairs among
+    them.
     """
     rows = load_json(arena.profile.output / "pairs" / f"{recipe.variant.pairs}.json", "pairs")
     own = [row_source(row) for row in rows if row_source(row) in recipe.variant.sources]
-    return {"pairs_seen": passes * len(own), "text_pairs_seen": passes * own.count("text")}
+    folder = run_folder_of(arena.profile, recipe, SEEDS[0])
+    result = load_json(folder / "result.json", "the result of a run")
+    pairs = recipe.passes * result["pairs"]
+    return {
+        "steps": result["last"]["step"],
+        "pairs_seen": round(pairs),
+        "text_pairs_seen": round(pairs * own.count("text") / len(own)),
+    }
+
+
+def curves(arena: Arena) -> dict[str, Any]:
+    """When to stop: the looks of one run per variant at its held-out pairs, and the scores on the
+    validation patients after each number of passes (each a run of its own, with its own schedule).
+    """
+    seed = SEEDS[0]
+    question = QuestionSet("validation")
+    found = {}
+    for name in VARIANTS:
+        recipe = tuned(arena, name)
+        runs = {passes: replace(recipe, passes=passes) for passes in DOSES}
+        longest = replace(runs[max(DOSES)], validation_every=LOOK_EVERY)
+        jobs = [Job(run, seed, question) for run in (*runs.values(), longest)]
+        answers = arena.answers(jobs, f"curve of {name}")
+        looks = []
+        for event in read_events(run_folder_of(arena.profile, longest, seed)):
+            values = {key: event[key] for key in LOOKED_AT if key in event}
+            if values:
+                looks.append({"step": event["step"], **values})
+        points = []
+        for passes, run in runs.items():
+            rows = answers[Job(run, seed, question)]
+            scores = {metric: score(rows, metric) for metric in (*SCORES, "severity")}
+            points.append({"passes": passes, **scores})
+        found[name] = {"looks": looks, "validation": points}
+    return {"variants": found, "patients": "validation", "seeds": [seed]}
 
 
 def leaks(arena: Arena) -> dict[str, Any]:
@@ -263,10 +333,10 @@ def compared(
     samples = arena.profile.evaluation.bootstrap_samples
     differences = {}
     for one, other in pairs:
-        difference = compare_pair(predictions[one], predictions[other], samples)
+        difference = compare_pair(predictions[one], predictions[other], samples, REPORTED)
         differences[f"{one} - {other}"] = difference
     return {
-        "models": compare(predictions, samples, COMPARED),
+        "models": compare(predictions, samples, REPORTED),
         "differences": differences,
         "seeds": list(seeds),
     }
@@ -384,6 +454,7 @@ EXPERIMENTS: dict[str, Callable[[Arena], dict[str, Any]]] = {
     "dose": dose,
     "count": counts,
     "premise": premise,
+    "curves": curves,
     "baselines": baselines,
     "rates": rates,
 }

@@ -41,6 +41,7 @@ class Recipe:
         variant: objective, pairs, weights, and what learns.
         passes: over the variant's pairs (the paper's 3).
         projector_share: the projector's learning rate over that of LoRA.
+        validation_every: steps between two looks at the held-out pairs; None: none but the last.
         start: the recipe of a model that is trained first, with the same seed, and starts from the
             base model itself; the reference is that model.
     """
@@ -50,6 +51,7 @@ class Recipe:
     learning_rate: float = 1e-4
     projector_share: float = 0.25
     beta: float = 0.5
+    validation_every: int | None = None
     start: Recipe | None = None
 
     def on(self, pairs: str) -> Recipe:
@@ -187,6 +189,7 @@ def recipe_profile(profile: Profile, recipe: Recipe, seed: int) -> Profile:
         learning_rate=recipe.learning_rate,
         projector_learning_rate=recipe.learning_rate * recipe.projector_share,
         beta=recipe.beta,
+        validation_every=recipe.validation_every or values.validation_every,
     )
     lvlm = profile.lvlm
     if recipe.start is not None:
@@ -194,11 +197,16 @@ def recipe_profile(profile: Profile, recipe: Recipe, seed: int) -> Profile:
     return replace(profile, training=training, lvlm=lvlm)
 
 
-def adapter_of(profile: Profile, recipe: Recipe, seed: int) -> Path:
-    """Where a recipe's adapter lies, or will lie."""
+def run_folder_of(profile: Profile, recipe: Recipe, seed: int) -> Path:
+    """Where a recipe's run lies, or will lie."""
     own = recipe_profile(profile, recipe, seed)
     (name,) = own.training.variants
-    return folder_of(own, name, seed) / "adapter"
+    return folder_of(own, name, seed)
+
+
+def adapter_of(profile: Profile, recipe: Recipe, seed: int) -> Path:
+    """Where a recipe's adapter lies, or will lie."""
+    return run_folder_of(profile, recipe, seed) / "adapter"
 
 
 def predictions_path(profile: Profile, job: Job) -> Path:

@@ -37,6 +37,7 @@ METRIC_NAMES = {
     "rouge_l": "ROUGE-L",
     "meteor": "METEOR",
     "attention_in_lesion": "attention in the lesion",
+    "severity": "severity (less is better)",
 }
 
 
