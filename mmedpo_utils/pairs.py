@@ -94,6 +94,7 @@ def text_pairs(
                 "question": text,
                 "answer": answer,
                 "rejected": said,
+                "claim": rejected.text,  # before it was worded
                 "origin": rejected.origin,
                 "conflict": rejected.conflict,
                 **result.as_dict(),

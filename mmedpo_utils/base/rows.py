@@ -141,6 +141,12 @@ def has_weight(row: Row) -> bool:
     return row.get("weighted_score") is not None
 
 
+def with_rejected(row: Row, text: str) -> Row:
+    """The preference row with another rejected answer."""
+    asked, said = row["rejected_conversations"]
+    return row | {"rejected_conversations": [asked, said | {"value": text}]}
+
+
 def question_text(item: Row | str) -> str:
     """The question of a preference row, a question or a text, without the image mark."""
     if isinstance(item, str):

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..base.rows import Row, question_text
+from ..base.rows import Row, question_text, with_rejected
 from .errors import Error, claims, errors, polarity
 from .texts import with_article
 from .world import FINDINGS, LEVELS, SIDES
@@ -136,9 +136,8 @@ def reworded(rows: Sequence[Row], share: float, seed: int) -> list[Row]:
     word = wording(share, seed)
     changed = []
     for row in rows:
-        asked, said = row["rejected_conversations"]
-        text = word(str(row["id"]), question_text(row), said["value"])
-        changed.append(row | {"rejected_conversations": [asked, said | {"value": text}]})
+        text = word(str(row["id"]), question_text(row), row["rejected_conversations"][-1]["value"])
+        changed.append(with_rejected(row, text))
     return changed
 
 
