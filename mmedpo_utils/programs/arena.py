@@ -28,12 +28,10 @@ from ..base.errors import InputError, exit_status
 from ..base.files import atomic_write, load_json
 from ..base.rows import Row
 from ..base.settings import nearest
-from ..evaluate import asked_questions
 from ..lvlm import load_profile_lvlm
-from ..medklip import load_medklip
 from ..metrics import score
 from ..noise import noise_mask, noised_pixels
-from ..pairs import generator, medklip_tool, merge_pairs, stays_true
+from ..pairs import generator, merge_pairs, stays_true
 from ..phantom.panel import reworded
 from ..preference_rows import row_source
 from ..profiles import load_profile
@@ -41,9 +39,10 @@ from ..run_folder import read_events
 from ..show.comparison import COMPARED, compare, compare_pair
 from ..show.leaks import leak
 from ..show.premise import (
-    asked_about_lesions,
+    asked_of_split,
     asked_region,
     elsewhere,
+    heat_maps,
     measure_premise,
     premise_table,
 )
@@ -355,18 +354,6 @@ def plain_text_rows(arena: Arena) -> list[Row]:
     return Ingredients(profile, arena.dataset).text_rows
 
 
-def heat_maps(arena: Arena, names: Sequence[str]) -> dict[str, np.ndarray]:
-    """The visual tool's map of each film, by name. Shape: [14, 14] each."""
-    values = arena.profile.visual_tool
-    look = medklip_tool(load_medklip(values.checkpoint), values.query)
-    maps: dict[str, np.ndarray] = {}
-    for start in range(0, len(names), values.batch_size):
-        part = names[start : start + values.batch_size]
-        heat, _ = look([arena.dataset.image(name) for name in part])
-        maps |= dict(zip(part, heat, strict=True))
-    return maps
-
-
 def noised_elsewhere(arena: Arena, rows: Sequence[Row], kind: str) -> list[Row]:
     """Visual pairs with the noise at another place.
 
@@ -384,7 +371,7 @@ def noised_elsewhere(arena: Arena, rows: Sequence[Row], kind: str) -> list[Row]:
     root = profile.output / "pairs" / "noised"
     names = list(dict.fromkeys(row["image"] for row in rows))
     films = {name: arena.dataset.image(name).convert("L") for name in names}
-    heat = heat_maps(arena, names)
+    heat = heat_maps(profile, arena.dataset, names)
     following = dict(zip(names, names[1:] + names[:1], strict=True))
     changed = []
     for row in rows:
@@ -416,9 +403,7 @@ def premise(arena: Arena) -> dict[str, Any]:
     """What noise on the lesion, on the visual tool's mask and elsewhere takes away from each model
     (`show.premise`).
     """
-    questions = asked_questions(arena.profile, arena.dataset)
-    heat = heat_maps(arena, list(dict.fromkeys(row["image"] for row in questions)))
-    asked = asked_about_lesions(questions, arena.dataset, heat)
+    asked = asked_of_split(arena.profile, arena.dataset, "test")
     signal = arena.profile.noise.signal
     batch_size = arena.profile.evaluation.batch_size
     recipes = {name: tuned(arena, name) for name in VARIANTS}

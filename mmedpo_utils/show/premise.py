@@ -20,9 +20,12 @@ from trl.data_utils import apply_chat_template
 from ..base.bootstrap import bootstrap_interval, mean_percent
 from ..base.rows import Row, patient_of, question_text
 from ..dataset import FilmDataset
+from ..evaluate import asked_questions
 from ..lvlm import MedLVLM, generate, image_token_count
+from ..medklip import load_medklip
 from ..noise import lesion_mask, noised_pixels
-from ..pairs import generator
+from ..pairs import generator, medklip_tool
+from ..profiles import Profile
 
 CONDITIONS = ("clean", "lesion", "tool", "elsewhere")
 TRIED_PLACES = 64
@@ -187,6 +190,32 @@ def asked_about_lesions(
         tool_mask = lesion_mask(heat[row["image"]], lesion.shape)
         found.append(Asked(row, pixels, lesion, lesions, tool_mask))
     return found
+
+
+def heat_maps(
+    profile: Profile, dataset: FilmDataset, names: Sequence[str]
+) -> dict[str, np.ndarray]:
+    """The visual tool's map of each film, by name. Shape: [14, 14] each."""
+    values = profile.visual_tool
+    look = medklip_tool(load_medklip(values.checkpoint), values.query)
+    maps: dict[str, np.ndarray] = {}
+    for start in range(0, len(names), values.batch_size):
+        part = names[start : start + values.batch_size]
+        heat, _ = look([dataset.image(name) for name in part])
+        maps |= dict(zip(part, heat, strict=True))
+    return maps
+
+
+def asked_of_split(profile: Profile, dataset: FilmDataset, split: str) -> list[Asked]:
+    """The questions of a split that ask about a lesion on their film; none where no lesion is
+    known.
+    """
+    questions = []
+    for row in asked_questions(profile, dataset, split):
+        if asked_region(dataset.masks(row["image"]), row.get("finding", "")) is not None:
+            questions.append(row)
+    names = list(dict.fromkeys(row["image"] for row in questions))
+    return asked_about_lesions(questions, dataset, heat_maps(profile, dataset, names))
 
 
 def measure_premise(
