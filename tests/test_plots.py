@@ -13,7 +13,7 @@ from matplotlib import pyplot
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from mmedpo_utils.show import plots
+from mmedpo_utils.show import conditions, plots
 
 DATA_MANIFESTS = Path(__file__).resolve().parents[1] / "data_manifests"
 RNG = np.random.default_rng(0)
@@ -44,7 +44,42 @@ TURNS = [
     {"round": 1, "member": name, "score": score, "agrees": False, "reason": ""}
     for name, score in (("a $x", 0.2), ("b", 0.4), ("c", 0.4))
 ]
+ENTRY = {"mean": 50.0, "low": 45.0, "high": 60.0, "seeds": 3}
+BOTH = {"closed_accuracy": ENTRY, "severity": {**ENTRY, "mean": 48.0}}
+APART = {"closed_accuracy": {"mean": 3.0, "low": 1.0, "high": 5.0}, "severity": ENTRY}
+TOUCHING = {"closed_accuracy": {"mean": 3.0, "low": -1.0, "high": 5.0}}
+LEAK_POINTS = [
+    {"share": share, "dpo": BOTH, "mmedpo": BOTH, "difference": APART} for share in (0.0, 0.5, 1.0)
+]
+DOSE_POINTS = [
+    {
+        "variant": variant,
+        "passes": passes,
+        "steps": 27 * passes,
+        "text_pairs_seen": seen * passes,
+        "scores": BOTH,
+    }
+    for variant, seen in (("dpo", 650), ("stage2", 0))
+    for passes in (1, 3)
+]
+CURVES = {
+    "dpo": {
+        "looks": [
+            {"step": step, "validation_accuracy": 0.6, "validation_chosen_logp": -step / 10}
+            for step in (20, 40)
+        ],
+        "validation": [{"passes": n, "closed_accuracy": 60.0 + n} for n in (1, 3)],
+    }
+}
 FIGURES = {
+    "condition_lines": lambda: conditions.condition_lines(
+        LEAK_POINTS, "share", "share of sentences", list(BOTH), [LEAK_POINTS[1]]
+    ),
+    "dose_lines": lambda: conditions.dose_lines(DOSE_POINTS, list(BOTH)),
+    "difference_dots": lambda: conditions.difference_dots(
+        {"a - b": APART, "a - $c": TOUCHING}, list(BOTH)
+    ),
+    "stop_curves": lambda: conditions.stop_curves(CURVES, ["closed_accuracy"]),
     "film_grid": lambda: plots.film_grid([FILM] * 5, ["a $b$ c"] * 5, [{"nodule": MASK}] * 5),
     "film_grid_plain": lambda: plots.film_grid([FILM], ["one"], columns=1),
     "attention_overlay": lambda: plots.attention_overlay(
@@ -94,6 +129,20 @@ def test_threshold_hides_the_map_below_it():
     overlay = plots.attention_overlay(FILM, HEAT, threshold=0.7, opacity=0.4).axes[1].images[1]
     heat = plots.upsampled(HEAT, FILM.shape)
     assert np.array_equal(np.asarray(overlay.get_alpha()) > 0, heat >= 0.7)
+
+
+def test_a_difference_is_filled_where_its_interval_leaves_out_zero():
+    figure = conditions.difference_dots({"a": APART, "b": TOUCHING}, ["closed_accuracy"])
+    marks = [line for line in figure.axes[0].lines if line.get_marker() == "o"]
+    assert [mark.get_markerfacecolor() == "white" for mark in marks] == [False, True]
+    assert [mark.get_xdata()[0] for mark in marks] == [3.0, 3.0]
+
+
+def test_a_dose_is_drawn_against_what_was_seen_and_visual_pairs_alone_see_no_text():
+    by_passes, by_steps, by_text = conditions.dose_lines(DOSE_POINTS, ["closed_accuracy"]).axes
+    assert [len(axes.lines) for axes in (by_passes, by_steps, by_text)] == [2, 2, 1]
+    assert by_text.lines[0].get_xdata().tolist() == [650, 1950]
+    assert by_steps.lines[0].get_xdata().tolist() == [27, 81]
 
 
 def test_training_curves_tell_the_time_left_and_hold_the_numbers():

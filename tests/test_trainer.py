@@ -636,6 +636,8 @@ def test_the_first_loss_is_the_mean_weight_times_ln_2(tiny, tmp_path):
     event = run.state.log_history[0]
     assert event["weight"] == pytest.approx(1.0) and event["margin"] == pytest.approx(0, abs=1e-6)
     assert event["chosen_logp"] < 0 and {"text_accuracy", "visual_accuracy"} <= set(event)
+    # Policy and reference are one model: no pair is ranked right, and none wrong.
+    assert event["accuracy"] == pytest.approx(0.5, abs=0.25)
 
 
 def test_with_the_adapter_off_the_trained_model_is_the_one_before_training(tiny, tmp_path):

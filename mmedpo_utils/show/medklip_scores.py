@@ -104,13 +104,16 @@ def score_maps(
         ``lesion_in_mask`` (mean share of the lesion inside the default mask), and the median
         confidences ``confidence_clean``, ``confidence_lesion_noised`` (noise on the true lesion)
         and ``confidence_elsewhere_noised`` (equal area elsewhere); over all films:
-        ``undecided`` (share with a confidence between 0.05 and 0.95).
+        ``undecided`` (share with a confidence between 0.05 and 0.95), and this alone where no film
+        shows a lesion.
     """
     output = _read(model, images)
     undecided = confidence(output, "disease")
     undecided = ((undecided > 0.05) & (undecided < 0.95)).float().mean()
     rng = np.random.default_rng(seed)
     rows = [index for index, present in enumerate(masks) if present]
+    if not rows:
+        return {"undecided": float(undecided)}
     each: dict[str, list[float]] = {"correlation": [], "cells": [], "part": [], "inside": []}
     noised: dict[str, list[Image.Image]] = {"lesion": [], "elsewhere": []}
     for index in rows:
