@@ -93,7 +93,9 @@ def dose_lines(points: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> F
                 places = [point[dose] for point in own]
                 entries = [point["scores"][metric] for point in own]
                 _band(axes, places, entries, OKABE_ITO[number], variant)
-            _tidy(axes, xlabel=label if row is grid[-1] else "")
+            _tidy(axes)
+            if metric == metrics[-1]:
+                axes.set_xlabel(label, fontsize=9)
         row[0].set_ylabel(METRIC_NAMES.get(metric, metric), fontsize=8)
     grid[0][0].legend(fontsize=8, frameon=False)
     return figure
