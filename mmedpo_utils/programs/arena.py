@@ -60,9 +60,10 @@ from .recipes import (
 
 MAIN_SEEDS = (0, 1, 2, 3, 4)
 SEEDS = (0, 1, 2)
-RATES = (1e-4, 3e-4)
-BETAS = (0.1, 0.5)
 PASSES = (1.5, 3.0)
+RATES_AND_BETAS = tuple(product((1e-4, 3e-4), (0.1, 0.5)))
+# Supervised training has no beta: its trials try more rates, so that each variant has as many.
+RATES_OF_SFT = ((3e-5, 0.1), (1e-4, 0.1), (3e-4, 0.1), (1e-3, 0.1))
 LEAKS = (0.0, 0.25, 0.5, 0.75, 0.94, 1.0)
 COUNTS = (45, 90, 180, 360, 720)
 DOSES = (1.0, 2.0, 3.0, 4.0, 6.0)
@@ -84,9 +85,10 @@ def tune(arena: Arena) -> dict[str, Any]:
     trials: dict[str, list[Recipe]] = {}
     for name in VARIANTS:
         recipe = Recipe(arena.profile.training.variants[name])
+        tried = RATES_OF_SFT if recipe.variant.objective == "sft" else RATES_AND_BETAS
         trials[name] = [
             replace(recipe, learning_rate=rate, beta=beta, passes=passes)
-            for rate, beta, passes in product(RATES, BETAS, PASSES)
+            for (rate, beta), passes in product(tried, PASSES)
         ]
     question = QuestionSet("validation")
     jobs = [Job(recipe, 0, question) for recipes in trials.values() for recipe in recipes]

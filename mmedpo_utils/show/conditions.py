@@ -33,6 +33,20 @@ def _band(
     )
 
 
+def _stars(
+    axes: Axes,
+    points: Sequence[Mapping[str, Any]],
+    condition: str,
+    name: str,
+    metric: str,
+    colour: str,
+) -> None:
+    """The means of the points that have ``name``."""
+    for point in points:
+        if name in point:
+            axes.plot(point[condition], point[name][metric]["mean"], "*", color=colour, ms=13)
+
+
 def condition_lines(
     points: Sequence[Mapping[str, Any]],
     condition: str,
@@ -47,7 +61,8 @@ def condition_lines(
         points: one per value: the value under ``condition``, and entries by metric under ``dpo``,
             ``mmedpo`` and ``difference``.
         label: what the condition is called on the axis.
-        live: points of the reader's own, with ``mean`` alone; drawn as stars.
+        live: points of the reader's own, drawn as stars: of ``dpo``, ``mmedpo`` and ``difference``
+            those that they have.
     """
     figure, grid = _axes(2, len(metrics), (3.3 * len(metrics), 5), sharex=True)
     places = [point[condition] for point in points]
@@ -55,12 +70,9 @@ def condition_lines(
         above, below = grid[0][column], grid[1][column]
         for name, colour in (("dpo", ORANGE), ("mmedpo", BLUE)):
             _band(above, places, [point[name][metric] for point in points], colour, name)
-            for point in live:
-                above.plot(point[condition], point[name][metric]["mean"], "*", color=colour, ms=12)
+            _stars(above, live, condition, name, metric, colour)
         _band(below, places, [point["difference"][metric] for point in points], BLACK)
-        for point in live:
-            mean = point["difference"][metric]["mean"]
-            below.plot(point[condition], mean, "*", color=RED, ms=12)
+        _stars(below, live, condition, "difference", metric, RED)
         below.axhline(0, color="0.5", linewidth=1)
         _title(above, METRIC_NAMES.get(metric, metric))
         _tidy(above, ylabel="percent" if column == 0 else "")
