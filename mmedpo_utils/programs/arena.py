@@ -61,9 +61,9 @@ from .recipes import (
 MAIN_SEEDS = (0, 1, 2, 3, 4)
 SEEDS = (0, 1, 2)
 PASSES = (1.5, 3.0)
-RATES_AND_BETAS = tuple(product((1e-4, 3e-4), (0.1, 0.5)))
+RATES_AND_BETAS = tuple(product((2e-4, 4e-4), (0.1, 0.5)))
 # Supervised training has no beta: its trials try more rates, so that each variant has as many.
-RATES_OF_SFT = ((3e-5, 0.1), (1e-4, 0.1), (3e-4, 0.1), (1e-3, 0.1))
+RATES_OF_SFT = ((1e-4, 0.1), (2e-4, 0.1), (4e-4, 0.1), (8e-4, 0.1))
 LEAKS = (0.0, 0.25, 0.5, 0.75, 0.94, 1.0)
 COUNTS = (45, 90, 180, 360, 720)
 DOSES = (1.0, 2.0, 3.0, 4.0, 6.0)
@@ -232,12 +232,14 @@ def leaks(arena: Arena) -> dict[str, Any]:
 
 def counts(arena: Arena) -> dict[str, Any]:
     """The same against the number of questions that pairs are made of, at the default wording."""
-    text, visual = base_rows(arena)
+    curation = replace(arena.profile.curation, text_pairs=max(COUNTS))
+    profile = replace(arena.profile, curation=curation)
+    visual = Ingredients(profile, arena.dataset).visual_rows_beside("more", profile.noise)
+    profile = replace(profile, output=profile.output / "more")
+    text = Ingredients(profile, arena.dataset).text_rows
     order = np.random.default_rng(arena.profile.seed).permutation(len(text))
     points = []
-    for count in COUNTS:
-        if count > len(text):
-            continue
+    for count in (count for count in COUNTS if count <= len(text)):
         kept = {text[index]["id"] for index in order[:count]}
         rows = [row for row in merge_pairs(text, visual) if row["id"] in kept]
         name = arena.write_pairs(f"count-{count}", rows)

@@ -36,6 +36,7 @@ from ..base.errors import InputError, exit_status
 from ..base.files import read_or_compute, write_json
 from ..base.images import open_image, resolve_image
 from ..base.rows import Row, question_text
+from ..base.sections import Noise
 from ..base.settings import nearest
 from ..base.tensors import model_digest
 from ..curate import curate_text, curate_visual, inputs_digest, training_questions
@@ -91,16 +92,19 @@ class Ingredients:
 
     @cached_property
     def whole_image_rows(self) -> list[Row]:
-        """D_v with noise over the whole image; the copies lie in a folder of their own beside those
-        of D_v.
+        """D_v with noise over the whole image."""
+        return self.visual_rows_beside(WHOLE_IMAGE, replace(self.profile.noise, kind="global"))
+
+    def visual_rows_beside(self, name: str, noise: Noise) -> list[Row]:
+        """Visual pairs whose noised copies lie in a folder ``name`` of their own beside those of
+        D_v.
         """
-        folder = self.profile.output / "pairs" / "noised" / WHOLE_IMAGE
-        noise = replace(self.profile.noise, kind="global")
+        folder = self.profile.output / "pairs" / "noised" / name
         profile = replace(self.profile, output=folder, noise=noise)
         rows = []
         for row in curate_visual(profile, self.dataset, self.medklip):
             # The trainer looks for rejected images from pairs/noised of the run on.
-            copy = f"{WHOLE_IMAGE}/pairs/noised/{row['rejected_image']}"
+            copy = f"{name}/pairs/noised/{row['rejected_image']}"
             rows.append(row | {"rejected_image": copy})
         return rows
 
