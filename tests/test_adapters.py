@@ -388,6 +388,7 @@ def test_training_starts_from_an_adapter(tmp_path):
             "lvlm.base_adapter": str(tmp_path / "first"),
             "lvlm.device": "cpu",
             "training.processes": 1,
+            "training.epochs": None,
             "training.max_steps": 2,
         },
     )

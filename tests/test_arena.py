@@ -20,11 +20,11 @@ from mmedpo_utils.programs.baselines import Ingredients
 from mmedpo_utils.programs.recipes import Arena, Job, QuestionSet, Recipe, keep_result
 
 SMALL = {
-    "data.train_patients": 12,
+    "data.train_patients": 24,
     "data.validation_patients": 6,
     "data.test_patients": 8,
     "lvlm.max_new_tokens": 16,
-    "curation.text_pairs": 12,
+    "curation.text_pairs": 24,
     "curation.candidates": 2,
     "training.lora_rank": 4,
     "training.per_device_batch_size": 6,
@@ -179,6 +179,40 @@ def test_weights_are_permuted_and_reversed_within_a_source(chosen, monkeypatch):
         assert np.allclose(scores + flipped, scores.min() + scores.max(), atol=1e-5)
     assert asked["none"].variant.weights == "uniform"
     assert asked["as_they_are"] == experiments.tuned(chosen, "mmedpo")
+
+
+def test_pairs_of_the_supervised_model_ask_the_same_and_keep_the_visual_pairs(chosen):
+    name = experiments.supervised_pairs(chosen, experiments.tuned(chosen, "sft"))
+    text, visual = experiments.base_rows(chosen)
+    rows = read_manifest(chosen.profile.output / "pairs" / f"{name}.json")
+    assert [row for row in rows if row["source"] == "visual"] == visual
+    own = [row for row in rows if row["source"] == "text"]
+    assert {row["id"] for row in own} <= {row["id"] for row in text}
+    truth = {row["id"]: answer_text(row) for row in text}
+    assert all(answer_text(row) == truth[row["id"]] for row in own)
+
+
+def test_curves_have_looks_at_held_out_pairs_and_scores_of_validation_patients(chosen, monkeypatch):
+    monkeypatch.setattr(experiments, "VARIANTS", ("dpo",))
+    monkeypatch.setattr(experiments, "DOSES", (1.0, 2.0))
+    monkeypatch.setattr(experiments, "LOOK_EVERY", 1)
+    curve = experiments.curves(chosen)["variants"]["dpo"]
+    steps = [look["step"] for look in curve["looks"]]
+    assert steps == list(range(1, len(steps) + 1)) and len(steps) >= 2
+    assert all(0 <= look["validation_accuracy"] <= 1 for look in curve["looks"])
+    assert [point["passes"] for point in curve["validation"]] == [1.0, 2.0]
+    for point in curve["validation"]:
+        assert all(0 <= point[metric] <= 100 for metric in experiments.SCORES)
+
+
+def test_what_was_seen_is_counted_on_the_pairs_that_were_trained_on(chosen):
+    recipe = experiments.tuned(chosen, "mmedpo")
+    chosen.answers([Job(recipe, experiments.SEEDS[0])], "test")
+    seen = experiments.seen(chosen, recipe)
+    size = chosen.profile.training.per_device_batch_size
+    assert seen["steps"] == -(-seen["pairs_seen"] // size)
+    assert seen["text_pairs_seen"] == pytest.approx(seen["pairs_seen"] / 2, abs=1)
+    assert seen["pairs_seen"] < len(read_manifest(chosen.profile.output / "pairs" / "train.json"))
 
 
 def test_an_experiment_from_the_command_line_keeps_the_results_of_the_others(

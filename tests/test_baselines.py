@@ -354,6 +354,7 @@ def run_program(folder: Path, monkeypatch, variants: dict, seeds: list[str]) -> 
         **SMALL,
         "output": str(folder),
         "figures": str(folder / "figures"),
+        "training.epochs": None,
         "training.max_steps": 2,
         "training.per_device_batch_size": 2,
         "training.processes": 1,

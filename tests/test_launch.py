@@ -147,7 +147,7 @@ def test_the_real_launcher_trains_with_zero_in_two_processes_and_a_second_call_l
 
 
 def test_an_interrupt_leaves_no_process_and_no_result(workspace):
-    profile = tiny_profile(workspace, **{"training.max_steps": 5_000})
+    profile = tiny_profile(workspace, **{"training.epochs": None, "training.max_steps": 5_000})
     folder, seen = profile.output / "train" / "dpo-seed0", []
 
     def interrupt() -> None:
@@ -572,7 +572,9 @@ def test_what_another_job_left_in_the_environment_decides_nothing(workspace, tmp
     replace the profile's.
     """
     profile = tiny_profile(
-        workspace, name="leftover", **{"training.processes": 1, "training.max_steps": 1}
+        workspace,
+        name="leftover",
+        **{"training.processes": 1, "training.epochs": None, "training.max_steps": 1},
     )
     for name, value in LEFTOVER.items():
         monkeypatch.setenv(name, value)

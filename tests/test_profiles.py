@@ -99,7 +99,10 @@ def test_the_three_profiles_of_the_tutorial_are_shipped() -> None:
 
 
 def test_resolved_profile_reads_back_equal(tmp_path: Path) -> None:
-    profile = load_profile("phantom", {"training.max_steps": 7, "output": str(tmp_path / "run")})
+    profile = load_profile(
+        "phantom",
+        {"training.epochs": None, "training.max_steps": 7, "output": str(tmp_path / "run")},
+    )
     profile.save(tmp_path / "profile.yaml")
     assert load_profile(tmp_path / "profile.yaml") == profile
     assert profile.training.max_steps == 7
@@ -125,8 +128,8 @@ def test_a_profile_extends_a_shipped_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "changes, key",
     [
-        ({"training.epochs": 3}, "training.max_steps"),
-        ({"training.max_steps": None}, "training.max_steps"),
+        ({"training.max_steps": 3}, "training.max_steps"),
+        ({"training.epochs": None}, "training.max_steps"),
         ({"training.nodes": 3}, "training.processes"),
         ({"training.hostfile": "hosts"}, "training.hostfile"),
         ({"training.offload": "cpu", "training.zero_stage": 1}, "training.offload"),

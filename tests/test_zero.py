@@ -63,6 +63,7 @@ def trained(workspace: Path, **changes) -> RunResult:
             "lvlm.model": str(workspace / "model"),
             "lvlm.device": "cpu",
             "training.learning_rate": 1e-3,
+            "training.epochs": None,
             "training.max_steps": 4,
             "training.projector_learning_rate": 1e-3,
             "training.lora_dropout": 0.0,
@@ -143,6 +144,7 @@ def test_the_reference_file_is_the_same_whoever_wrote_it(workspace):
             **{
                 "training.zero_stage": stage,
                 "training.processes": processes,
+                "training.epochs": None,
                 "training.max_steps": 1,
             },
         )
@@ -166,6 +168,7 @@ def test_two_processes_share_every_epoch_of_grouped_pairs_although_their_dropout
                 "training.per_device_batch_size": 4 // processes,
                 "training.lora_dropout": 0.1,
                 "training.group_by_length": True,
+                "training.epochs": None,
                 "training.max_steps": 18,
             },
         )
