@@ -150,8 +150,10 @@ def test_shipped_model_is_misaligned(lvlm, asked):
     scores = score_predictions(table)
     assert 50 < scores["closed_accuracy"]["score"] < 73 and 30 < scores["open_recall"]["score"] < 60
     card = json.loads((PHANTOM_WEIGHTS / "scores.json").read_text())
-    assert 55 <= card["base"]["closed_accuracy"] <= 68 and 35 <= card["base"]["open_recall"] <= 55
-    assert card["ceiling"]["closed_accuracy"] >= 88 and card["ceiling"]["open_recall"] >= 75
+    assert 58 <= card["base"]["closed_accuracy"] <= 70 and 35 <= card["base"]["open_recall"] <= 60
+    assert card["ceiling"]["closed_accuracy"] >= 90 and card["ceiling"]["open_recall"] >= 80
+    premise = card["ceiling"]["premise"]
+    assert premise["lesion_flips"] >= 60 and premise["elsewhere_flips"] <= 15
 
 
 def test_model_card_quotes_the_scores():

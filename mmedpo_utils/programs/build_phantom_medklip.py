@@ -39,12 +39,13 @@ from .noise_patches import noise_patches
 
 TRAINING_SEED = 1000
 EVALUATION_SEED = 0
-PATIENTS = 6000
+PATIENTS = 4000
 BEST_PATCHES = 4
 ATTENTION_DROPOUT = 0.5
 KEPT_PATCHES = 0.2  # share of the patches that the decoder sees in a training step
-PATCH_STEPS = 500
-JOINT_STEPS = 2400
+PATCH_STEPS = 350
+JOINT_STEPS = 1000
+FINAL_STEPS = 1500
 QUERIES = (*FINDINGS, "disease")
 DESCRIPTIONS = {
     "opacity": "a hazy white cloud in a lung",
@@ -230,37 +231,47 @@ class Learner(nn.Module):
         return loss + presence + 0.5 * place
 
 
-def optimise(learner: Learner, stream: Iterator[Batch]) -> None:
-    """AdamW with a warm-up for each stage: the patches alone at a constant rate, then all terms on
-    a cosine.
+def optimise(
+    learner: Learner,
+    stream: Iterator[Batch],
+    steps: int,
+    learning_rate: float,
+    patch_steps: int = 0,
+) -> None:
+    """AdamW with a warm-up: ``patch_steps`` on the patches alone at a constant rate, the rest on
+    all terms on a cosine.
     """
-    optimizer = torch.optim.AdamW(learner.parameters(), 2e-3, weight_decay=1e-2)
+    optimizer = torch.optim.AdamW(learner.parameters(), learning_rate, weight_decay=1e-2)
 
     def rate(step: int) -> float:
-        if step < PATCH_STEPS:
+        if step < patch_steps:
             return min(1.0, (step + 1) / 50)
-        step = step - PATCH_STEPS
-        return min(1.0, (step + 1) / 50) * (1 + np.cos(np.pi * step / JOINT_STEPS)) / 2
+        step = step - patch_steps
+        return min(1.0, (step + 1) / 50) * (1 + np.cos(np.pi * step / (steps - patch_steps))) / 2
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     for step, batch in enumerate(stream):
-        loss = learner(batch, decode=step >= PATCH_STEPS)
+        loss = learner(batch, decode=step >= patch_steps)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         if step % 100 == 99:
-            print(f"step {step + 1} of {PATCH_STEPS + JOINT_STEPS}: {loss.item():.3f}", flush=True)
+            print(f"step {step + 1} of {steps}: loss {loss.item():.3f}", flush=True)
 
 
 def train(patients: int, batch_size: int = 16) -> MedKLIP:
-    """Train from scratch: first the patches alone, then all terms."""
+    """Train from scratch: the patches alone, all terms, and all terms again at half of the rate."""
     torch.manual_seed(0)
     learner = Learner().train()
+    data = training_set(patients)
     rng = torch.Generator().manual_seed(0)
     steps = PATCH_STEPS + JOINT_STEPS
-    optimise(learner, batches(training_set(patients), steps, batch_size, rng))
+    optimise(learner, batches(data, steps, batch_size, rng), steps, 2e-3, PATCH_STEPS)
+    # A decoder that has found the lesions gains from a second, quieter round; at the higher rate
+    # it does not, however long it lasts.
+    optimise(learner, batches(data, FINAL_STEPS, batch_size, rng), FINAL_STEPS, 1e-3)
     with torch.no_grad():
         learner.model.disease_book, learner.model.location_book = learner.text()
     return learner.model.eval()
