@@ -28,7 +28,7 @@ from mmedpo_utils.medklip import (
     pointing_hit,
 )
 from mmedpo_utils.phantom.texts import report
-from mmedpo_utils.phantom.world import FINDINGS, films
+from mmedpo_utils.phantom.world import FINDINGS, draw_film, films
 from mmedpo_utils.programs.build_phantom_medklip import read_report, training_films
 from mmedpo_utils.show.medklip_scores import score_maps, score_medklip
 
