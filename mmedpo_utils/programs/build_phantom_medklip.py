@@ -45,7 +45,7 @@ ATTENTION_DROPOUT = 0.5
 KEPT_PATCHES = 0.2  # share of the patches that the decoder sees in a training step
 PATCH_STEPS = 350
 JOINT_STEPS = 1000
-FINAL_STEPS = 1500
+FINAL_STEPS = 800
 QUERIES = (*FINDINGS, "disease")
 DESCRIPTIONS = {
     "opacity": "a hazy white cloud in a lung",
