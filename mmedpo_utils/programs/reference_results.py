@@ -23,7 +23,7 @@ from ..medklip import load_medklip
 from ..profiles import Profile, load_profile
 from ..show.comparison import compare_pair, score_table
 from ..show.lesion_attention import lesion_attention_of_test_split
-from ..show.medklip_scores import score_medklip
+from ..show.medklip_scores import score_maps, score_medklip
 from . import run_notebooks
 from .export import add_scores
 
@@ -34,7 +34,9 @@ PAIRS = (
     ("mmedpo", "dpo"),
     ("mmedpo", "stage1"),
     ("mmedpo", "stage2"),
+    ("dpo", "base"),
     ("stage1", "dpo"),
+    ("stage2", "base"),
     ("mmedpo_shuffled", "base_shuffled"),
 )
 
@@ -100,15 +102,22 @@ def _label(profile: Profile, name: str, seed: int) -> str:
 
 
 def medklip_scores(profile: Profile, dataset: FilmDataset) -> dict[str, float]:
-    """Pointing game and presence of the shipped MedKLIP on the films of all splits, in percent."""
+    """What the shipped MedKLIP finds, and what its maps are worth (`show.medklip_scores`), on the
+    films of all splits. The pointing game, the area and what `score_maps` gives as shares are in
+    percent.
+    """
     names = [name for split in SPLITS for name in dataset.image_names(split)]
     images = [dataset.image(name) for name in names]
     masks = [dataset.masks(name) for name in names]
-    scores = score_medklip(load_medklip(profile.visual_tool.checkpoint), images, masks)
+    model = load_medklip(profile.visual_tool.checkpoint)
+    scores = score_medklip(model, images, masks)
+    maps = score_maps(model, images, masks)
+    shares = ("largest_part", "lesion_in_mask", "undecided")
     return {
         "pointing_game": round(100 * scores["pointing_game"], 1),
         "pointing_game_nodule": round(100 * scores["pointing_game_alone"]["nodule"], 1),
         "auc": round(100 * scores["auc"], 1),
+        **{name: round(value * (100 if name in shares else 1), 3) for name, value in maps.items()},
         "films": len(names),
     }
 
