@@ -158,6 +158,9 @@ def test_result_bars_show_mean_and_interval():
     (axes,) = plots.result_bars(TABLE).axes
     assert [bar.get_width() for bar in axes.patches] == [50 + n for n in range(7)]
     assert list(axes.lines[0].get_xdata()) == [45, 60]
+    colours = [bar.get_facecolor() for bar in axes.patches]
+    assert colours[5][:3] == colours[6][:3] and colours[5] != colours[6], "a twin is paler"
+    assert len({colour[:3] for colour in colours}) == 6
 
 
 def test_weight_titles_state_mean_and_share_at_the_bounds():

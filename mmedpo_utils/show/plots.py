@@ -471,7 +471,7 @@ def result_bars(
     table: Mapping[str, Mapping[str, Mapping[str, float]]], metrics: Sequence[str] | None = None
 ) -> Figure:
     """Models side by side with 95% intervals, one panel a metric; ``table`` is what
-    `comparison.compare` returns.
+    `comparison.compare` returns. A model and its ``_shuffled`` twin share a colour, the twin paler.
     """
     metrics = metrics or list(
         dict.fromkeys(metric for scores in table.values() for metric in scores)
@@ -479,11 +479,14 @@ def result_bars(
     figure, (panels,) = _axes(
         1, len(metrics), (3.2 * len(metrics), 0.34 * len(table) + 1.2), sharey=True
     )
+    names = list(dict.fromkeys(name.removesuffix("_shuffled") for name in table))
     for axes, metric in zip(panels, metrics):
-        for place, scores in enumerate(table.values()):
+        for place, (name, scores) in enumerate(table.items()):
             if metric in scores:
                 bar = scores[metric]
-                axes.barh(place, bar["mean"], color=OKABE_ITO[place % 7], height=0.7)
+                colour = OKABE_ITO[names.index(name.removesuffix("_shuffled")) % 7]
+                alpha = 0.45 if name.endswith("_shuffled") else 1
+                axes.barh(place, bar["mean"], color=colour, alpha=alpha, height=0.7)
                 axes.plot([bar["low"], bar["high"]], [place, place], color=BLACK, linewidth=1.4)
                 axes.text(bar["high"], place, f" {bar['mean']:.1f}", va="center", fontsize=8)
         axes.set_yticks(range(len(table)), list(table))
