@@ -86,6 +86,8 @@ def curate_text(
     questions = with_images(questions, dataset.image_root, "train", decode=True)
 
     values = profile.curation
+    # Language models word their answers themselves.
+    share = profile.judge.whole_sentences if profile.judge.backend == "phantom" else 0.0
 
     def compute() -> None:
         sample = partial(
@@ -110,7 +112,7 @@ def curate_text(
             values.conflict_threshold,
             values.rounds,
             profile.seed,
-            wording(profile.judge.whole_sentences, profile.seed),
+            wording(share, profile.seed),
         )
         write_json(folder / "debates.json", debates)
         write_manifest(folder / "text.json", rows)

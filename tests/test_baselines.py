@@ -232,7 +232,7 @@ def test_povid_pairs_contradict_the_truth_and_touch_the_whole_image(rows, datase
                 blocks = (images[0] != images[1]).reshape(8, 28, 8, 28).any((1, 3))
                 changed.setdefault(name, []).append(blocks.mean())
                 assert answer_text(row) == answer_text(row, rejected=True)
-    assert set(changed["povid_style"]) == {1.0} and max(changed["train"]) < 0.6
+    assert set(changed["povid_style"]) == {1.0} and max(changed["train"]) < 0.8
     written = [row for row in rows["povid_style"] if row["source"] == "text"]
     assert len(written) == 40 and {row["origin"] for row in written} == {"written"}
     assert all(judge.conflict(question_text(row), *both_answers(row)) > 0 for row in written)

@@ -7,11 +7,15 @@ import pytest
 import torch
 from PIL import Image
 
+from mmedpo_utils.dataset import prepare_dataset
 from mmedpo_utils.lvlm import load_lvlm, prompt
 from mmedpo_utils.phantom.world import draw_film
+from mmedpo_utils.profiles import load_profile
 from mmedpo_utils.show.premise import (
     Asked,
     answer_logps,
+    asked_of_split,
+    asked_region,
     elsewhere,
     measure_premise,
     noised_films,
@@ -102,3 +106,15 @@ def test_a_model_that_sees_loses_its_answer_under_noise_on_the_lesion_alone(lvlm
     )
     assert "tool_drop" not in table
     assert 0 <= table["lesion_flips"]["mean"] <= 100
+
+
+def test_the_questions_of_a_split_come_with_what_they_ask_about(tmp_path):
+    profile = load_profile("phantom-smoke", {"output": str(tmp_path)})
+    dataset = prepare_dataset(profile)
+    asked = asked_of_split(profile, dataset, "test")
+    assert asked and asked_of_split(profile, dataset, "no such split") == []
+    for item in asked:
+        masks = dataset.masks(item.row["image"])
+        assert np.array_equal(item.lesion, asked_region(masks, item.row["finding"]))
+        assert item.lesion.any() and not (item.lesion & ~item.lesions).any()
+        assert item.tool_mask.shape == item.pixels.shape

@@ -213,7 +213,7 @@ def test_a_profile_of_before_a_key_loads_as_it_was(
 
 def test_exponent_without_a_point_is_a_number(tmp_path: Path) -> None:
     file = tmp_path / "p.yaml"
-    file.write_text(PHANTOM.read_text(encoding="utf-8").replace("2e-4", "1e-7"), encoding="utf-8")
+    file.write_text(PHANTOM.read_text(encoding="utf-8").replace("4e-4", "1e-7"), encoding="utf-8")
     assert load_profile(file).training.learning_rate == 1e-7
 
 

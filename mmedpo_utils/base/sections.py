@@ -139,8 +139,6 @@ class Judges:
     @model_validator(mode="after")
     def _there_are_models(self) -> Self:
         rules = self.backend == "phantom"
-        own_words = "0: language models word their answers themselves"
-        require(rules or not self.whole_sentences, "whole_sentences", own_words)
         require(rules or self.judge, "judge", "a language model, for the backend models")
         several = "one language model or more, by name, for the backend models"
         require(rules or self.panel, "panel", several)

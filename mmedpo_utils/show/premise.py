@@ -207,11 +207,11 @@ def heat_maps(
 
 
 def asked_of_split(profile: Profile, dataset: FilmDataset, split: str) -> list[Asked]:
-    """The questions of a split that ask about a lesion on their film; none where no lesion is
-    known.
+    """The questions of a split that ask about a lesion on their film; none where no lesion is known
+    or the data set has no such split.
     """
     questions = []
-    for row in asked_questions(profile, dataset, split):
+    for row in asked_questions(profile, dataset, split) if split in dataset.questions else ():
         if asked_region(dataset.masks(row["image"]), row.get("finding", "")) is not None:
             questions.append(row)
     names = list(dict.fromkeys(row["image"] for row in questions))
