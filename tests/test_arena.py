@@ -219,13 +219,13 @@ def test_an_experiment_from_the_command_line_keeps_the_results_of_the_others(
     chosen, monkeypatch, tmp_path
 ):
     """Real worker processes: the leak at two shares, one seed."""
-    monkeypatch.setattr(experiments, "LEAKS", (0.0, 1.0))
+    monkeypatch.setattr(experiments, "LEAKS", (0.25, 1.0))
     monkeypatch.setattr(experiments, "SEEDS", (0,))
     result = experiments.leaks(chosen)
     keep_result(chosen.profile, "leak", result, 2.0)
     kept = json.loads(Path(recipes.results_path(chosen.profile)).read_text())
     assert set(kept["experiments"]) == {"tune", "leak"}
-    for point, share in zip(kept["experiments"]["leak"]["points"], (0.0, 1.0), strict=True):
+    for point, share in zip(kept["experiments"]["leak"]["points"], (0.25, 1.0), strict=True):
         assert point["share"] == share
         for name in ("dpo", "mmedpo", "difference"):
             for metric in ("closed_accuracy", "open_recall"):

@@ -225,7 +225,7 @@ def leaks(arena: Arena) -> dict[str, Any]:
     points = []
     for share in LEAKS:
         text = reworded(plain, share, arena.profile.seed)
-        name = arena.write_pairs(f"leak-{share:g}", merge_pairs(text, visual))
+        name = arena.write_pairs(f"leak-{100 * share:.0f}", merge_pairs(text, visual))
         difference = two_variants(arena, f"leak {share:g}", name)
         points.append({"share": share, "won_blind": leak(text)["ranked_right"], **difference})
     return {"points": points}
