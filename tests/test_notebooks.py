@@ -34,12 +34,10 @@ def smoke(tmp_path_factory):
     return profile, seconds
 
 
-def test_all_seven_notebooks_run_in_the_smoke_profile(smoke):
+def test_all_notebooks_run_in_the_smoke_profile(smoke):
     profile, seconds = smoke
     executed = sorted((profile.output / "notebooks").glob("*.ipynb"))
-    assert [path.name for path in executed] == [path.name for path in NOTEBOOKS] and len(
-        executed
-    ) == 7
+    assert [path.name for path in executed] == [path.name for path in NOTEBOOKS]
     assert 0 < seconds["peak_gib"] < 6
     for path in executed:
         cells = [cell for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"]
