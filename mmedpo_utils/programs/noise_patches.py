@@ -19,7 +19,8 @@ SIGNALS = (0.3, 0.7)  # share of the signal that is left
 
 
 def noise_patches(grey: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Noise half of the films of a batch in blobs at random places, by the paper's equation.
+    """Noise half of the films of a batch in blobs at random places, by the paper's equation; of the
+    others at most a few pixels.
 
     Args:
         grey: films in [0, 1]. Shape: [B, H, W].
@@ -35,8 +36,9 @@ def noise_patches(grey: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
     low, high = AREAS
     areas = low + (high - low) * torch.rand(count, generator=rng)
     areas *= torch.rand(count, generator=rng) < NOISED_SHARE
-    # The highest part of each film's field, as large as its area says; of no area, none.
-    ordered = field[:, ::4, ::4].flatten(1).sort(1).values  # a sample is enough to rank by
+    # The highest part of each film's field, as large as its area says. It is ranked by a sample:
+    # where the area is none, the few pixels above the sample's highest are left.
+    ordered = field[:, ::4, ::4].flatten(1).sort(1).values
     place = ((1 - areas) * (ordered.shape[1] - 1)).long()
     hidden = field > ordered.gather(1, place[:, None])[:, :, None]
     schedule = signal_schedule()
