@@ -13,6 +13,8 @@ import pytest
 
 from mmedpo_utils.base.errors import InputError
 from mmedpo_utils.base.privacy import agreement_sentence
+from mmedpo_utils.curate import curate_text
+from mmedpo_utils.dataset import prepare_dataset
 from mmedpo_utils.judges.chat import Chat, Limits, Reply, Sampling
 from mmedpo_utils.judges.language_models import (
     HALLUCINATIONS,
@@ -25,8 +27,9 @@ from mmedpo_utils.judges.language_models import (
     read_score,
     usage_table,
 )
+from mmedpo_utils.lvlm import load_profile_lvlm
 from mmedpo_utils.pairs import text_pairs
-from mmedpo_utils.phantom.panel import FactJudge, FactMember
+from mmedpo_utils.phantom.panel import FactJudge, FactMember, fact_panel
 from mmedpo_utils.profiles import load_profile
 from mmedpo_utils.relevance import debate
 from tests.servers import running
@@ -407,6 +410,22 @@ def test_text_pairs_through_a_server_and_again_without_one_request(server, tmp_p
     assert not [
         path for path in tmp_path.rglob("*") if path.is_file() and "sk-secret" in path.read_text()
     ]
+
+
+def test_only_the_phantoms_judge_has_its_answers_worded_as_sentences(tmp_path):
+    worded = {}
+    for backend in ("phantom", "models"):
+        output = tmp_path / backend
+        profile = (
+            load_profile("phantom-smoke", {"output": str(output)})
+            if backend == "phantom"
+            else profile_for("http://127.0.0.1:9", output)
+        )
+        assert profile.judge.whole_sentences == 1.0
+        dataset, lvlm = prepare_dataset(profile), load_profile_lvlm(profile)
+        _, debates = curate_text(profile, dataset, lvlm, FactJudge(), fact_panel())
+        worded[backend] = sum(item["rejected"] != item["claim"] for item in debates)
+    assert worded["phantom"] > 0 and worded["models"] == 0
 
 
 def test_the_judges_cost_counts_by_hand(tmp_path):
