@@ -85,6 +85,14 @@ def read_events(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
+def last_values(folder: Path) -> dict[str, float]:
+    """The last logged value of each name; an event holds some of them."""
+    values: dict[str, float] = {}
+    for event in read_events(folder):
+        values |= {name: value for name, value in event.items() if name != "samples"}
+    return values
+
+
 def prepare_folder(folder: Path, checkpoint: Path | None) -> None:
     """Make a run folder ready for its first step, or for the one after ``checkpoint``.
 
@@ -108,7 +116,7 @@ def prepare_folder(folder: Path, checkpoint: Path | None) -> None:
 
 # Keys that the profile has no more, with the value that they had: runs of then are still known.
 RETIRED = {"reuse_vision_features": True}
-NOT_DECIDING = ("logging_steps", "save_every", "report_to", "nodes", "hostfile")
+NOT_DECIDING = ("logging_steps", "samples", "save_every", "report_to", "nodes", "hostfile")
 
 
 FAILED = "=== a training process failed ==="

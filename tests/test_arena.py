@@ -205,6 +205,16 @@ def test_curves_have_looks_at_held_out_pairs_and_scores_of_validation_patients(c
         assert all(0 <= point[metric] <= 100 for metric in experiments.SCORES)
 
 
+def test_the_premise_is_measured_for_every_variant_and_seed(chosen, monkeypatch):
+    monkeypatch.setattr(experiments, "VARIANTS", ("dpo",))
+    monkeypatch.setattr(experiments, "SEEDS", (0, 1))
+    models = experiments.premise(chosen)["models"]
+    assert {name: entries["lesion_drop"]["seeds"] for name, entries in models.items()} == {
+        "base": 1,
+        "dpo": 2,
+    }
+
+
 def test_what_was_seen_is_counted_on_the_pairs_that_were_trained_on(chosen):
     recipe = experiments.tuned(chosen, "mmedpo")
     chosen.answers([Job(recipe, experiments.SEEDS[0])], "test")

@@ -35,7 +35,7 @@ from mmedpo_utils.base.processes import free_port
 from mmedpo_utils.curate import manifest_path
 from mmedpo_utils.launch import TrainingError, load_run, train
 from mmedpo_utils.launch_command import launch_command, process_count
-from mmedpo_utils.lvlm import load_lvlm
+from mmedpo_utils.lvlm import generate, load_lvlm
 from mmedpo_utils.preference_rows import read_manifest, write_manifest
 from mmedpo_utils.profiles import load_profile
 from mmedpo_utils.programs import launch as launch_program
@@ -45,6 +45,7 @@ from mmedpo_utils.programs.train import (
     build_trainer,
     deepspeed_config,
     held_out,
+    sampled_questions,
     settle_environment,
     training_arguments,
 )
@@ -132,6 +133,14 @@ def test_the_real_launcher_trains_with_zero_in_two_processes_and_a_second_call_l
     with torch.no_grad():
         change = (tuned.model(**batch).logits - base.model(**batch).logits).abs().max()
     assert change > 1e-3
+    last = [event for event in run.events if "samples" in event][-1]
+    assert last["step"] == 4 and len(last["samples"]) == profile.training.samples == 2
+    films = [Image.open(workspace / "images" / said["image"]) for said in last["samples"]]
+    films = [film.convert("RGB") for film in films]
+    questions = [said["question"] for said in last["samples"]]
+    answers = generate(tuned, films, questions, profile.lvlm.max_new_tokens, batch_size=2)
+    assert [said["answer"] for said in last["samples"]] == [answer for (answer,) in answers]
+    assert "samples" not in run.result["last"]
     assert load_profile(run.folder / "profile.yaml") == profile
     assert {"torch", "deepspeed", "platform"} <= set(
         json.loads((run.folder / "versions.json").read_text())
@@ -292,7 +301,7 @@ def test_weights_are_normalised_within_each_source(workspace):
 
 def test_a_run_that_leaves_the_finite_numbers_stops(tmp_path):
     state = SimpleNamespace(is_world_process_zero=True, global_step=7, max_steps=9)
-    writer = EventWriter(tmp_path, 4)
+    writer = EventWriter(tmp_path, 4, load_profile("phantom"), [])
     writer.on_step_begin(None, state, None)
     writer.on_log(None, state, None, {"loss": 0.5, "chosen_logp": -1.0, "text_loss": math.nan})
     with pytest.raises(InputError, match="step 7: chosen_logp is nan.*training.learning_rate"):
@@ -333,7 +342,7 @@ def test_a_training_whose_weights_are_not_numbers_any_more_stops_at_its_first_lo
         rows,
         np.zeros(len(rows), bool),
         arguments,
-        [EventWriter(tmp_path, 4)],
+        [EventWriter(tmp_path, 4, load_profile("phantom"), [])],
     )
     trainer.precompute_reference()
     next(
@@ -366,6 +375,23 @@ def test_no_patient_is_on_both_sides_of_the_validation_split(tmp_path):
     assert not sides[0] & sides[1]
     assert (held_out(rows, 0) == chosen).all() and (held_out(rows, 1) != chosen).any()
     assert not held_out(rows[:21], seed=0).any()
+
+
+def test_questions_on_the_way_are_of_all_kinds_and_none_comes_twice():
+    rows = [
+        {
+            "id": number,
+            "image": f"{film}.png",
+            "question_type": kind,
+            "conversations": [{"from": "human", "value": f"<image>\n{kind}?"}],
+        }
+        for number, (film, kind) in enumerate(
+            [(0, "presence"), (0, "presence"), (1, "presence"), (0, "side"), (0, "report")]
+        )
+    ]
+    assert [row["id"] for row in sampled_questions(rows, 4)] == [0, 3, 4, 2]
+    assert [row["id"] for row in sampled_questions(rows, 2)] == [0, 3]
+    assert len(sampled_questions(rows, 9)) == 4 and sampled_questions(rows, 0) == []
 
 
 def test_pairs_without_a_patient_are_held_out_by_image():

@@ -51,13 +51,35 @@ TOUCHING = {"closed_accuracy": {"mean": 3.0, "low": -1.0, "high": 5.0}}
 LEAK_POINTS = [
     {"share": share, "dpo": BOTH, "mmedpo": BOTH, "difference": APART} for share in (0.0, 0.5, 1.0)
 ]
+DOSE_POINTS = [
+    {
+        "variant": variant,
+        "passes": passes,
+        "steps": 27 * passes,
+        "text_pairs_seen": seen * passes,
+        "scores": BOTH,
+    }
+    for variant, seen in (("dpo", 650), ("stage2", 0))
+    for passes in (1, 3)
+]
+CURVES = {
+    "dpo": {
+        "looks": [
+            {"step": step, "validation_accuracy": 0.6, "validation_chosen_logp": -step / 10}
+            for step in (20, 40)
+        ],
+        "validation": [{"passes": n, "closed_accuracy": 60.0 + n} for n in (1, 3)],
+    }
+}
 FIGURES = {
     "condition_lines": lambda: conditions.condition_lines(
         LEAK_POINTS, "share", "share of sentences", list(BOTH), [LEAK_POINTS[1]]
     ),
+    "dose_lines": lambda: conditions.dose_lines(DOSE_POINTS, list(BOTH)),
     "difference_dots": lambda: conditions.difference_dots(
         {"a - b": APART, "a - $c": TOUCHING}, list(BOTH)
     ),
+    "stop_curves": lambda: conditions.stop_curves(CURVES, ["closed_accuracy"]),
     "film_grid": lambda: plots.film_grid([FILM] * 5, ["a $b$ c"] * 5, [{"nodule": MASK}] * 5),
     "film_grid_plain": lambda: plots.film_grid([FILM], ["one"], columns=1),
     "attention_overlay": lambda: plots.attention_overlay(
@@ -114,6 +136,13 @@ def test_a_difference_is_filled_where_its_interval_leaves_out_zero():
     marks = [line for line in figure.axes[0].lines if line.get_marker() == "o"]
     assert [mark.get_markerfacecolor() == "white" for mark in marks] == [False, True]
     assert [mark.get_xdata()[0] for mark in marks] == [3.0, 3.0]
+
+
+def test_a_dose_is_drawn_against_what_was_seen_and_visual_pairs_alone_see_no_text():
+    by_passes, by_steps, by_text = conditions.dose_lines(DOSE_POINTS, ["closed_accuracy"]).axes
+    assert [len(axes.lines) for axes in (by_passes, by_steps, by_text)] == [2, 2, 1]
+    assert by_text.lines[0].get_xdata().tolist() == [650, 1950]
+    assert by_steps.lines[0].get_xdata().tolist() == [27, 81]
 
 
 def test_training_curves_tell_the_time_left_and_hold_the_numbers():

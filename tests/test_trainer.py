@@ -32,7 +32,7 @@ from trl import DPOConfig, DPOTrainer
 from mmedpo_utils.base.errors import InputError
 from mmedpo_utils.base.precision import train_in_32_bits
 from mmedpo_utils.lvlm import image_token_count
-from mmedpo_utils.scale.fast_trainer import FastTrainer, PackingCollator, pair_key
+from mmedpo_utils.scale.fast_trainer import FastTrainer, PackingCollator, halves, pair_key
 from mmedpo_utils.trainer import (
     PROJECTOR,
     MMedPOTrainer,
@@ -582,6 +582,7 @@ def first_step_by_hand(run: MMedPOTrainer) -> tuple[torch.Tensor, dict[str, torc
     return pairs[pairs[:, 0].argsort()].detach(), gradients
 
 
+WHOLE = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
 SWITCHES = [
     {},
     {"plain": True},
@@ -590,6 +591,10 @@ SWITCHES = [
     {"attention": "eager"},
     {"train_sampling_strategy": "group_by_length"},
     {"plain": True, "train_sampling_strategy": "group_by_length"},
+    # All eight pairs in one batch: read in two parts.
+    WHOLE,
+    {**WHOLE, **PLAIN},
+    {**WHOLE, "attention": "eager"},
 ]
 
 
@@ -605,9 +610,8 @@ def test_every_switch_gives_the_losses_and_gradients_of_one_answer_at_a_time(
             np.linspace(0.75, 1.25, 8),
             max_length=max_length,
             max_steps=1,
-            gradient_accumulation_steps=2,
             max_grad_norm=0.0,
-            **switches,
+            **({"gradient_accumulation_steps": 2} | switches),
         )
 
     cut = [
@@ -627,6 +631,25 @@ def test_every_switch_gives_the_losses_and_gradients_of_one_answer_at_a_time(
             torch.testing.assert_close(
                 gradient, expected_gradients[name], atol=1e-5, rtol=0, msg=f"{switches} {name}"
             )
+
+
+def test_a_large_batch_is_read_in_the_two_parts_that_save_the_most_padding(tiny, tmp_path):
+    run = trainer(tiny, tmp_path, uneven_rows(tiny))
+    batch = batch_of(run, 8)
+    lengths = sorted(batch.row_lengths)
+    parts = halves(batch)
+    assert len(parts) == 2 and sum(part.input_ids.shape[0] for part in parts) == len(lengths)
+    fewest = min(
+        first * lengths[first - 1] + (len(lengths) - first) * lengths[-1]
+        for first in range(1, len(lengths))
+    )
+    assert sum(part.input_ids.numel() for part in parts) == fewest < batch.input_ids.numel()
+    owners = torch.cat([part.answer_owners for part in parts])
+    assert sorted(owners.tolist()) == sorted(batch.answer_owners.tolist())
+    for part in parts:
+        assert len(part.pixel_values) == len(part.image_rows.unique())
+    few = batch_of(run, 7)
+    assert halves(few) == [few]
 
 
 def test_the_first_loss_is_the_mean_weight_times_ln_2(tiny, tmp_path):

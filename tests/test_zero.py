@@ -84,6 +84,7 @@ def check(run: RunResult, plain: tuple[list[dict], dict[str, torch.Tensor]]) -> 
     events, adapter = plain
     for found, expected in zip(run.events, events, strict=True):
         assert found["step"] == expected["step"]
+        assert found.get("samples") == expected.get("samples")
         for key in expected.keys() & LOGGED:
             assert found[key] == pytest.approx(expected[key], abs=1e-4), (
                 f"step {found['step']} {key}"

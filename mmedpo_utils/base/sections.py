@@ -221,6 +221,7 @@ class Training:
     shared_prefix: StrictBool
     cache_reference: StrictBool
     validation_every: Count
+    samples: Annotated[StrictInt, Field(ge=0)]
     logging_steps: Count
     save_every: Count
     report_to: Literal["none", "tensorboard", "wandb", "trackio"]

@@ -412,16 +412,21 @@ def premise(arena: Arena) -> dict[str, Any]:
     signal = arena.profile.noise.signal
     batch_size = arena.profile.evaluation.batch_size
     recipes = {name: tuned(arena, name) for name in VARIANTS}
-    arena.answers([Job(recipe, SEEDS[0]) for recipe in recipes.values()], "premise")
-    adapters: dict[str, Path | None] = {"base": None}
+    jobs = [Job(recipe, seed) for recipe in recipes.values() for seed in SEEDS]
+    arena.answers(jobs, "premise")
+    adapters: dict[str, list[Path | None]] = {"base": [None]}
     for name, recipe in recipes.items():
-        adapters[name] = adapter_of(arena.profile, recipe, SEEDS[0])
-    models = {}
-    for name, adapter in adapters.items():
-        lvlm = load_profile_lvlm(arena.profile, adapter)
-        models[name] = [measure_premise(lvlm, asked, signal, batch_size)]
+        adapters[name] = [adapter_of(arena.profile, recipe, seed) for seed in SEEDS]
+    models: dict[str, list[list[Row]]] = {}
+    for name, of_seeds in adapters.items():
+        models[name] = []
+        for adapter in of_seeds:
+            lvlm = load_profile_lvlm(arena.profile, adapter)
+            models[name].append(measure_premise(lvlm, asked, signal, batch_size))
+        print(f"premise: {name} measured", flush=True)
     samples = arena.profile.evaluation.bootstrap_samples
-    return {"models": premise_table(models, samples), "questions": len(asked), "seeds": [SEEDS[0]]}
+    table = premise_table(models, samples)
+    return {"models": table, "questions": len(asked), "seeds": list(SEEDS)}
 
 
 def baselines(arena: Arena) -> dict[str, Any]:

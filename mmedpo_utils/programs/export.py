@@ -10,7 +10,6 @@ The adapter itself is a standard PEFT folder with the projector in it:
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import sys
@@ -34,6 +33,7 @@ from ..convert.model_folder import save_merged
 from ..lvlm import PHANTOM_WEIGHTS, MedLVLM, load_lvlm
 from ..preference_rows import row_source
 from ..profiles import Profile, load_profile
+from ..run_folder import last_values
 
 TAGS = ["mmedpo", "dpo", "lora", "medical", "llava"]
 SCORES_HEADING = "\n## Test scores\n"
@@ -89,7 +89,7 @@ def write_model_card(
         tags=TAGS,
         license=base_licence(profile.lvlm.model),
     )
-    logged = [(key, f"{value:.4g}") for key, value in _last_values(folder).items()]
+    logged = [(key, f"{value:.4g}") for key, value in last_values(folder).items()]
     sections = {
         "Data": _data_text(profile, rows),
         "Recipe": _table(("setting", "value"), _recipe(profile, name, seed)),
@@ -206,14 +206,6 @@ def _recipe(profile: Profile, name: str, seed: int) -> list[tuple[str, Any]]:
         rows.append((f"judge.panel.{member}", public_name(model.model)))
     rows.append(("judge.backend", judge.backend))
     return rows
-
-
-def _last_values(folder: Path) -> dict[str, float]:
-    """The last logged value of each name; an event holds some of them."""
-    values: dict[str, float] = {}
-    for line in (folder / "events.jsonl").read_text(encoding="utf-8").splitlines():
-        values |= json.loads(line)
-    return values
 
 
 def _table(head: tuple[str, ...], rows: Iterable[tuple[Any, ...]]) -> str:

@@ -18,6 +18,7 @@ import shutil
 import sys
 import time
 import traceback
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -37,17 +38,21 @@ from ..base.doors import open_door
 from ..base.environment import check_device, versions
 from ..base.errors import InputError
 from ..base.files import write_json
+from ..base.images import open_image, resolve_image
 from ..base.precision import train_in_32_bits
-from ..base.rows import patient_of
+from ..base.rows import Row, patient_of, question_text
 from ..base.sections import Variant
 from ..base.tensors import model_digest
 from ..curate import manifest_path, training_rows
-from ..lvlm import MedLVLM, load_profile_lvlm
+from ..evaluate import profile_decoding
+from ..lvlm import MedLVLM, generate, load_profile_lvlm
+from ..preference_rows import answer_text
 from ..profiles import Profile, load_profile
 from ..relevance import training_weights
 from ..run_folder import (
     FAILED,
     finished_result,
+    last_values,
     lock_holder,
     prepare_folder,
     read_events,
@@ -185,12 +190,38 @@ def training_arguments(
     )
 
 
-class EventWriter(TrainerCallback):
-    """Append one JSON line per logged step to ``events.jsonl``: what the live plot draws."""
+def sampled_questions(rows: Sequence[Row], count: int) -> list[Row]:
+    """The held-out pairs whose questions are asked at each look: the first of every kind of
+    question, then the second, and so on; a question that two pairs share comes once.
+    """
+    different = {(row["image"], question_text(row)): row for row in reversed(rows)}
+    of_kind: Counter[Any] = Counter()
+    ranked = []
+    for row in reversed(different.values()):
+        kind = row.get("question_type")
+        ranked.append((of_kind[kind], row))
+        of_kind[kind] += 1
+    ranked.sort(key=lambda item: item[0])
+    return [row for _, row in ranked[:count]]
 
-    def __init__(self, folder: Path, pairs_per_step: int) -> None:
+
+class EventWriter(TrainerCallback):
+    """Append one JSON line per logged step to ``events.jsonl``: what the live plot draws.
+
+    Args:
+        folder: the run folder.
+        pairs_per_step: over all processes.
+        profile: says where images lie, and how long an answer may be.
+        asked: pairs whose questions the model answers at each look at the held-out pairs.
+    """
+
+    def __init__(
+        self, folder: Path, pairs_per_step: int, profile: Profile, asked: Sequence[Row]
+    ) -> None:
         self.path = folder / "events.jsonl"
         self.pairs_per_step = pairs_per_step
+        self.profile = profile
+        self.asked = asked
         self.first_step = 0.0  # when it began; 0: not yet
         self.earlier = {"seconds": 0.0, "tokens": 0.0}
 
@@ -213,6 +244,10 @@ class EventWriter(TrainerCallback):
     ) -> None:
         """Write a training event, or a validation event whose values are named ``validation_*``."""
         logs = dict(logs or {})
+        samples = []
+        if "eval_loss" in logs and self.asked:
+            # Every process answers: with ZeRO stage 3 each holds a part of the weights.
+            samples = self._answer(others["model"], others["processing_class"])
         if not state.is_world_process_zero or not {"loss", "eval_loss"} & set(logs):
             return
         for key in {"loss", "eval_loss", "chosen_logp", "rejected_logp"} & set(logs):
@@ -244,8 +279,30 @@ class EventWriter(TrainerCallback):
             )
         elif "tokens" in logs:
             event["tokens_per_second"] = round(logs["tokens"] / max(seconds, 1e-9), 1)
+        if samples:
+            event["samples"] = samples
         with open(self.path, "a", encoding="utf-8") as stream:
             stream.write(json.dumps(event) + "\n")
+
+    def _answer(self, model: Any, processor: Any) -> list[dict[str, str]]:
+        """The model's greedy answers now, beside the preferred ones."""
+        questions = [question_text(row) for row in self.asked]
+        images = []
+        for row in self.asked:
+            path = resolve_image(self.profile.image_root, row["image"])
+            images.append(open_image(path).convert("RGB"))
+        tokens = profile_decoding(self.profile).report_tokens
+        lvlm = MedLVLM(model, processor, model.device)
+        answers = generate(lvlm, images, questions, tokens, len(questions))
+        return [
+            {
+                "image": row["image"],
+                "question": question,
+                "preferred": answer_text(row),
+                "answer": answer,
+            }
+            for row, question, (answer,) in zip(self.asked, questions, answers, strict=True)
+        ]
 
 
 def build_trainer(
@@ -400,6 +457,11 @@ def run(profile: Profile, name: str, seed: int, folder: Path) -> None:
             arguments.train_batch_size
             * arguments.gradient_accumulation_steps
             * arguments.world_size,
+            profile,
+            sampled_questions(
+                [row for row, keep in zip(rows, validation, strict=True) if keep],
+                profile.training.samples,
+            ),
         )
         trainer = build_trainer(
             profile,
@@ -436,9 +498,6 @@ def write_result(trainer: MMedPOTrainer, folder: Path, values: dict[str, Any]) -
     """Write result.json: ``values``, the counts, and the last value of everything that was
     logged.
     """
-    last: dict[str, float] = {}
-    for event in read_events(folder):
-        last |= event
     weights = trainer.train_dataset["weight"]
     write_json(
         folder / "result.json",
@@ -448,7 +507,7 @@ def write_result(trainer: MMedPOTrainer, folder: Path, values: dict[str, Any]) -
             "pairs": len(weights),
             "validation_pairs": len(trainer.eval_dataset or ()),
             "mean_weight": float(np.mean(weights)),
-            "last": last,
+            "last": last_values(folder),
         },
     )
 

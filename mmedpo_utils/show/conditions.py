@@ -13,7 +13,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .plots import BLACK, BLUE, METRIC_NAMES, ORANGE, RED, _axes, _tidy, _title
+from .plots import BLACK, BLUE, METRIC_NAMES, OKABE_ITO, ORANGE, RED, _axes, _tidy, _title
 
 Entry = Mapping[str, float]
 
@@ -81,6 +81,38 @@ def condition_lines(
     return figure
 
 
+def dose_lines(points: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> Figure:
+    """Scores by dose, one row a metric; the same runs drawn against passes, optimiser steps and
+    text pairs seen, because "as much training" means all three.
+
+    Args:
+        points: one per run: ``variant``, ``passes``, ``steps``, ``text_pairs_seen`` and entries by
+            metric under ``scores``.
+    """
+    doses = {
+        "passes": "passes over its own pairs",
+        "steps": "optimiser steps",
+        "text_pairs_seen": "text pairs seen",
+    }
+    figure, grid = _axes(len(metrics), 3, (9.6, 2.4 * len(metrics) + 0.4), sharey="row")
+    variants = list(dict.fromkeys(point["variant"] for point in points))
+    for row, metric in zip(grid, metrics, strict=True):
+        for axes, (dose, label) in zip(row, doses.items(), strict=True):
+            for number, variant in enumerate(variants):
+                own = [point for point in points if point["variant"] == variant]
+                if dose == "text_pairs_seen" and not any(point[dose] for point in own):
+                    continue  # visual pairs alone: no text pair is seen
+                places = [point[dose] for point in own]
+                entries = [point["scores"][metric] for point in own]
+                _band(axes, places, entries, OKABE_ITO[number], variant)
+            _tidy(axes)
+            if metric == metrics[-1]:
+                axes.set_xlabel(label, fontsize=9)
+        row[0].set_ylabel(METRIC_NAMES.get(metric, metric), fontsize=8)
+    grid[0][0].legend(fontsize=8, frameon=False)
+    return figure
+
+
 def difference_dots(
     differences: Mapping[str, Mapping[str, Entry]], metrics: Sequence[str]
 ) -> Figure:
@@ -105,4 +137,33 @@ def difference_dots(
         _title(axes, METRIC_NAMES.get(metric, metric))
         _tidy(axes, xlabel="points")
     panels[0].invert_yaxis()
+    return figure
+
+
+def stop_curves(variants: Mapping[str, Mapping[str, Any]], metrics: Sequence[str]) -> Figure:
+    """When to stop: a run's looks at its held-out pairs beside the scores of the validation
+    patients.
+
+    Args:
+        variants: per variant ``looks`` (``step``, ``validation_accuracy``,
+            ``validation_chosen_logp``) and ``validation`` (``passes``, a score for each metric).
+    """
+    figure, (panels,) = _axes(1, 2 + len(metrics), (3 * (2 + len(metrics)), 2.9))
+    for number, (name, curve) in enumerate(variants.items()):
+        colour = OKABE_ITO[number]
+        looks = curve["looks"]
+        steps = [look["step"] for look in looks]
+        for axes, key in zip(panels, ("validation_accuracy", "validation_chosen_logp")):
+            axes.plot(steps, [look.get(key) for look in looks], "o-", color=colour, label=name)
+        points = curve["validation"]
+        passes = [point["passes"] for point in points]
+        for axes, metric in zip(panels[2:], metrics, strict=True):
+            axes.plot(passes, [point[metric] for point in points], "o-", color=colour)
+            _title(axes, f"{METRIC_NAMES.get(metric, metric)}, validation patients")
+            _tidy(axes, xlabel="passes")
+    panels[0].legend(fontsize=8, frameon=False)
+    _title(panels[0], "held-out pairs ranked right")
+    _title(panels[1], "held-out chosen log-probability")
+    _tidy(panels[0], xlabel="step")
+    _tidy(panels[1], xlabel="step", ylabel="nats")
     return figure
