@@ -200,7 +200,7 @@ def prompt(processor: Any, question: str) -> str:
     )
 
 
-def _image_features(
+def image_features(
     lvlm: MedLVLM, images: Sequence[Image.Image], batch_size: int
 ) -> tuple[torch.Tensor, list[int]]:
     """Project each distinct image once.
@@ -225,7 +225,7 @@ def _image_features(
     return torch.cat(features), index
 
 
-def _embed(lvlm: MedLVLM, texts: Sequence[str], features: torch.Tensor) -> dict[str, torch.Tensor]:
+def embed(lvlm: MedLVLM, texts: Sequence[str], features: torch.Tensor) -> dict[str, torch.Tensor]:
     """Left-padded input embeddings of prompts with their image features in place.
 
     Args:
@@ -288,7 +288,7 @@ def generate(
     _check_request(images, questions, temperature, samples)
     if not questions:
         return []
-    features, index = _image_features(lvlm, images, batch_size)
+    features, index = image_features(lvlm, images, batch_size)
     texts = [prompt(lvlm.processor, question) for question in questions]
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature, "top_k": 0}
@@ -299,7 +299,7 @@ def generate(
         torch.manual_seed(seed)
         for start in _with_bar(range(0, len(texts), batch_size)):
             rows = index[start : start + batch_size]
-            inputs = _embed(lvlm, texts[start : start + batch_size], features[rows])
+            inputs = embed(lvlm, texts[start : start + batch_size], features[rows])
             tokens = lvlm.llava.generate(
                 inputs_embeds=inputs["inputs_embeds"],
                 attention_mask=inputs["attention_mask"],
@@ -348,7 +348,7 @@ def image_attention(
     Returns:
         float32 on the CPU, each map sums to 1. Shape: [N, grid, grid].
     """
-    features, index = _image_features(lvlm, images, batch_size)
+    features, index = image_features(lvlm, images, batch_size)
     texts = [prompt(lvlm.processor, question) for question in questions]
     language_model = lvlm.llava.model.language_model
     maps = []
@@ -356,7 +356,7 @@ def image_attention(
     language_model.set_attn_implementation("eager")
     try:
         for start in range(0, len(texts), batch_size):
-            inputs = _embed(
+            inputs = embed(
                 lvlm, texts[start : start + batch_size], features[index[start : start + batch_size]]
             )
             output = language_model(

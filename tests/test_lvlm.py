@@ -86,12 +86,12 @@ def test_vocabulary_covers_the_phantom_texts(lvlm):
 
 
 def test_embedded_prompt_gives_the_models_own_logits(lvlm, asked):
-    from mmedpo_utils.lvlm import _embed, _image_features
+    from mmedpo_utils.lvlm import embed, image_features
 
     images, texts = asked[0][:3], [prompt(lvlm.processor, text) for text in asked[1][:3]]
     inputs = lvlm.processor(images=images, text=texts, padding=True, return_tensors="pt")
-    features, index = _image_features(lvlm, images, 2)
-    embedded = _embed(lvlm, texts, features[index])
+    features, index = image_features(lvlm, images, 2)
+    embedded = embed(lvlm, texts, features[index])
     del embedded["image_mask"]
     with torch.no_grad():
         torch.testing.assert_close(

@@ -145,9 +145,9 @@ class PackingCollator(PreferenceCollator):
         )
 
 
-def halves(batch: PackedBatch) -> list[PackedBatch]:
+def halves(batch: Any) -> list[Any]:
     """The short rows and the long ones, each cut to their own longest, where that saves the most
-    padding; a batch of fewer than eight pairs stays whole.
+    padding; a `PackedBatch` of fewer than eight pairs stays whole.
 
     A single report among short answers would make every row as long as itself. The number of parts
     depends on the number of pairs alone, which all processes have in common: with ZeRO stage 3 they
@@ -166,7 +166,7 @@ def halves(batch: PackedBatch) -> list[PackedBatch]:
     return [_part(batch, rows) for rows in (order[:short], order[short:])]
 
 
-def _part(batch: PackedBatch, rows: list[int]) -> PackedBatch:
+def _part(batch: Any, rows: list[int]) -> PackedBatch:
     """Some rows of a batch, with their answer tokens and images."""
     length = max(batch.row_lengths[row] for row in rows)
     index = torch.tensor(rows, device=batch.input_ids.device)

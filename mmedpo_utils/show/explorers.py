@@ -31,9 +31,6 @@ from ..released.noise import released_noise
 from . import plots
 
 ANY = "any"
-# a Dropdown shows the value None as nothing chosen
-AVERAGE = "mean of all"
-ALL = -1
 
 
 def figure_png(figure: Figure) -> bytes:
@@ -111,57 +108,6 @@ def _slider(label: str, value: float, low: float = 0.0, high: float = 1.0) -> wi
 
 def _choice(label: str, options: Sequence) -> widgets.Dropdown:
     return widgets.Dropdown(options=options, description=label)
-
-
-def _numbered(label: str, count: int) -> widgets.Dropdown:
-    return _choice(label, [(AVERAGE, ALL), *((str(n + 1), n) for n in range(count))])
-
-
-def attention_explorer(
-    films: Sequence[np.ndarray],
-    maps: np.ndarray | Callable[[int], np.ndarray],
-    queries: Sequence[str],
-    masks: Sequence[Mapping[str, np.ndarray]] | None = None,
-    titles: Sequence[str] | None = None,
-) -> widgets.VBox:
-    """Look at cross-attention by film, finding, layer, head, threshold and opacity.
-
-    Args:
-        films: Images. Shape of each: [H, W].
-        maps: All maps, shape [N, layers, heads, queries, g, g], or a function from a film's number
-            to its own.
-        queries: The names along the fourth axis.
-        masks: For each film its lesion masks by name; the mask named like the query is outlined,
-            and the union of all masks for "disease".
-        titles: The films' names.
-    """
-    of_film = maps if callable(maps) else maps.__getitem__
-    names = titles or [f"film {n + 1}" for n in range(len(films))]
-    layers, heads = np.shape(of_film(0))[:2]
-    film = _choice("film", list(zip(names, range(len(films)))))
-    finding = _choice("finding", list(queries))
-    layer = _numbered("layer", layers)
-    head = _numbered("head", heads)
-    finding.value = "disease" if "disease" in queries else queries[0]
-    threshold = _slider("threshold", 0.0)
-    opacity = _slider("opacity", 0.5)
-
-    def draw() -> tuple[Figure, str]:
-        chosen = np.asarray(of_film(film.value))[:, :, list(queries).index(finding.value)]
-        chosen = chosen.mean(0) if layer.value == ALL else chosen[layer.value]
-        chosen = chosen.mean(0) if head.value == ALL else chosen[head.value]
-        known = masks[film.value] if masks else {}
-        union = np.any(list(known.values()), axis=0) if known else None
-        outline = union if finding.value == "disease" else known.get(finding.value)
-        alt = (
-            f"{names[film.value]}: attention of {finding.value}, layer {layer.label}, head "
-            f"{head.label}"
-        )
-        return plots.attention_overlay(
-            films[film.value], chosen, outline, threshold.value, opacity.value, finding.value
-        ), alt
-
-    return _view([film, finding, layer, head, threshold, opacity], draw)
 
 
 def noise_explorer(image: np.ndarray, heat_map: np.ndarray, seed: int = 0) -> widgets.VBox:

@@ -1,0 +1,383 @@
+// The picture engine: numbers out of the packed text, films and maps onto a canvas, and controls
+// that work by mouse and by keys. A view's script comes after it and uses these functions.
+
+/** Numbers again: what `pages.pack` has made of values and arrays. */
+async function unpack(text) {
+  const bytes = Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
+  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
+  const raw = await new Response(stream).arrayBuffer();
+  const headerLength = new DataView(raw).getUint32(0, true);
+  const header = new TextDecoder().decode(new Uint8Array(raw, 4, headerLength));
+  const { values, arrays } = JSON.parse(header);
+  const found = {};
+  let place = 4 + headerLength;
+  for (const { name, kind, shape } of arrays) {
+    const count = shape.reduce((product, size) => product * size, 1);
+    const length = kind === "half" ? 2 * count : kind === "bits" ? Math.ceil(count / 8) : count;
+    const part = raw.slice(place, place + length);
+    found[name] = { shape, data: READERS[kind](part, count, shape) };
+    place += length;
+  }
+  return { values, arrays: found };
+}
+
+const READERS = {
+  bytes: (part) => new Uint8Array(part),
+  half: (part) => Float32Array.from(new Uint16Array(part), floatOfHalf),
+  bits: (part, count) => {
+    const packed = new Uint8Array(part);
+    return Uint8Array.from({ length: count }, (_, n) => (packed[n >> 3] >> (7 - (n & 7))) & 1);
+  },
+  // Each row holds the differences from pixel to pixel, modulo 256.
+  film: (part, count, shape) => {
+    const pixels = new Uint8Array(part);
+    const width = shape[shape.length - 1];
+    for (let n = 0; n < count; n += 1) {
+      if (n % width) pixels[n] = (pixels[n] + pixels[n - 1]) & 255;
+    }
+    return pixels;
+  },
+};
+
+function floatOfHalf(bits) {
+  const sign = bits & 0x8000 ? -1 : 1;
+  const exponent = (bits >> 10) & 31;
+  const fraction = bits & 1023;
+  if (exponent === 0) return sign * fraction * 2 ** -24;
+  if (exponent === 31) return fraction ? NaN : sign * Infinity;
+  return sign * (1 + fraction / 1024) * 2 ** (exponent - 15);
+}
+
+/** The part of an array at the first indices, as a view on the same numbers. */
+function part(array, ...indices) {
+  let size = array.data.length;
+  let start = 0;
+  indices.forEach((index, axis) => {
+    size /= array.shape[axis];
+    start += index * size;
+  });
+  return array.data.subarray(start, start + size);
+}
+
+/** Mean of several arrays of equal length. */
+function meanOf(parts) {
+  const mean = new Float32Array(parts[0].length);
+  for (const values of parts) {
+    for (let n = 0; n < mean.length; n += 1) mean[n] += values[n] / parts.length;
+  }
+  return mean;
+}
+
+/** A square map at the film's size: bilinear between cell centres, the border held. */
+function upsampled(map, width, height) {
+  const grid = Math.round(Math.sqrt(map.length));
+  const across = weights(grid, width);
+  const down = weights(grid, height);
+  const values = new Float32Array(width * height);
+  for (let y = 0; y < height; y += 1) {
+    const [top, bottom, low] = down[y];
+    for (let x = 0; x < width; x += 1) {
+      const [left, right, near] = across[x];
+      const above = map[top * grid + left] * (1 - near) + map[top * grid + right] * near;
+      const below = map[bottom * grid + left] * (1 - near) + map[bottom * grid + right] * near;
+      values[y * width + x] = above * (1 - low) + below * low;
+    }
+  }
+  return values;
+}
+
+function weights(cells, pixels) {
+  return Array.from({ length: pixels }, (_, pixel) => {
+    const place = ((pixel + 0.5) * cells) / pixels - 0.5;
+    const held = Math.min(Math.max(place, 0), cells - 1);
+    const first = Math.floor(held);
+    return [first, Math.min(first + 1, cells - 1), held - first];
+  });
+}
+
+/** A square map at the film's size, every cell one plain square. */
+function inCells(map, width, height) {
+  const grid = Math.round(Math.sqrt(map.length));
+  const values = new Float32Array(width * height);
+  for (let y = 0; y < height; y += 1) {
+    const row = Math.floor((y * grid) / height) * grid;
+    for (let x = 0; x < width; x += 1) {
+      values[y * width + x] = map[row + Math.floor((x * grid) / width)];
+    }
+  }
+  return values;
+}
+
+function largest(values) {
+  let found = -Infinity;
+  for (const value of values) found = value > found ? value : found;
+  return found;
+}
+
+/** A film at a lower size: the mean of the pixels that fall into each. */
+function reduced(film, width, height, size) {
+  const sums = new Float32Array(size * size);
+  const counts = new Float32Array(size * size);
+  for (let y = 0; y < height; y += 1) {
+    const row = Math.floor((y * size) / height) * size;
+    for (let x = 0; x < width; x += 1) {
+      const place = row + Math.floor((x * size) / width);
+      sums[place] += film[y * width + x];
+      counts[place] += 1;
+    }
+  }
+  return sums.map((sum, n) => sum / counts[n]);
+}
+
+/** The value below which a share of the numbers lies, as numpy's quantile. */
+function quantile(values, share) {
+  const sorted = Float32Array.from(values).sort();
+  const place = share * (sorted.length - 1);
+  const below = Math.floor(place);
+  const above = Math.min(below + 1, sorted.length - 1);
+  return sorted[below] + (place - below) * (sorted[above] - sorted[below]);
+}
+
+/**
+ * A film with a map over it. The film shows through: the colour's opacity follows the value, and
+ * what lies under the threshold is not painted.
+ *
+ * heat: numbers at the film's size; full: the value that gets the last colour.
+ */
+function blend(film, heat, full, { opacity, threshold }, colours) {
+  const pixels = new Uint8ClampedArray(4 * film.length);
+  for (let n = 0; n < film.length; n += 1) {
+    const share = heat ? Math.min(Math.max(heat[n] / full, 0), 1) : 0;
+    const alpha = share < threshold ? 0 : opacity * share;
+    const colour = 3 * Math.round(255 * share);
+    for (let channel = 0; channel < 3; channel += 1) {
+      const over = heat ? colours[colour + channel] : 0;
+      pixels[4 * n + channel] = Math.round(film[n] * (1 - alpha) + over * alpha);
+    }
+    pixels[4 * n + 3] = 255;
+  }
+  return pixels;
+}
+
+/** The border between inside and outside of a mask, as a path in film pixels. */
+function outline(mask, width, height) {
+  const path = new Path2D();
+  const at = (x, y) => (x < 0 || y < 0 || x >= width || y >= height ? 0 : mask[y * width + x]);
+  const sides = [
+    { lines: height + 1, length: width, edge: (y, x) => !at(x, y) !== !at(x, y - 1) },
+    { lines: width + 1, length: height, edge: (x, y) => !at(x, y) !== !at(x - 1, y) },
+  ];
+  sides.forEach(({ lines, length, edge }, upright) => {
+    const move = (to, line, place) =>
+      upright ? path[to](line, place) : path[to](place, line);
+    for (let line = 0; line < lines; line += 1) {
+      // Neighbours are one long line: a path of few parts is drawn fast.
+      for (let place = 0; place < length; place += 1) {
+        if (!edge(line, place)) continue;
+        move("moveTo", line, place);
+        while (place < length && edge(line, place)) place += 1;
+        move("lineTo", line, place);
+      }
+    }
+  });
+  return path;
+}
+
+/** A canvas of one film. `paint(pixels, paths)` draws; a path has a colour and maybe a dash. */
+function picture(width, height, shown, label) {
+  const canvas = document.createElement("canvas");
+  const density = window.devicePixelRatio || 1;
+  canvas.width = Math.round(shown * density);
+  canvas.height = Math.round((shown * density * height) / width);
+  canvas.style.width = `${shown}px`;
+  canvas.setAttribute("role", "img");
+  canvas.setAttribute("aria-label", label);
+  const small = document.createElement("canvas");
+  small.width = width;
+  small.height = height;
+  const draft = small.getContext("2d");
+  const context = canvas.getContext("2d");
+  function paint(pixels, paths = []) {
+    draft.putImageData(new ImageData(pixels, width, height), 0, 0);
+    context.imageSmoothingQuality = "high";
+    context.drawImage(small, 0, 0, canvas.width, canvas.height);
+    context.save();
+    const scale = canvas.width / width;
+    context.scale(scale, scale);
+    for (const { path, colour, dash = [] } of paths) {
+      context.setLineDash(dash);
+      // A dark line beneath keeps the outline visible on bright films and bright colours.
+      context.lineWidth = (3.2 * density) / scale;
+      context.strokeStyle = "#000";
+      context.stroke(path);
+      context.lineWidth = (1.6 * density) / scale;
+      context.strokeStyle = colour;
+      context.stroke(path);
+    }
+    context.restore();
+  }
+  return { canvas, paint, pixels: () => draft.getImageData(0, 0, width, height).data };
+}
+
+/** An element with attributes and children; texts are set as text and never read as HTML. */
+function element(tag, attributes = {}, ...children) {
+  const made = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (name.startsWith("on")) made.addEventListener(name.slice(2), value);
+    else made.setAttribute(name, value);
+  }
+  made.append(...children);
+  return made;
+}
+
+// JupyterLab takes keys such as x (cut the cell) from a focused control that lacks this attribute.
+const KEEP_KEYS = { "data-lm-suppress-shortcuts": "true" };
+
+/** A labelled choice. `changed` gets the option's number. */
+function choice(label, options, chosen, changed) {
+  const select = element("select", {
+    ...KEEP_KEYS,
+    onchange: (event) => changed(event.target.selectedIndex),
+  });
+  options.forEach((option, n) => {
+    const made = element("option", {}, option);
+    made.selected = n === chosen;
+    select.append(made);
+  });
+  return element("label", {}, label, select);
+}
+
+/** A labelled slider that draws while it is dragged. */
+function slider(label, value, low, high, step, changed) {
+  const shown = element("output", {}, Number(value).toFixed(2));
+  const input = element("input", {
+    ...KEEP_KEYS,
+    type: "range",
+    min: low,
+    max: high,
+    step,
+    value,
+    oninput: (event) => {
+      shown.textContent = Number(event.target.value).toFixed(2);
+      changed(Number(event.target.value));
+    },
+  });
+  return element("label", {}, label, input, shown);
+}
+
+/** A labelled box to tick. */
+function tick(label, checked, changed) {
+  const input = element("input", {
+    ...KEEP_KEYS,
+    type: "checkbox",
+    onchange: (event) => changed(event.target.checked),
+  });
+  input.checked = checked;
+  return element("label", {}, input, label);
+}
+
+/**
+ * Buttons of which one is chosen, in rows and columns: arrow keys walk, one stop for Tab.
+ *
+ * Returns the element and a function that chooses without telling.
+ */
+function radios(label, buttons, columns, changed) {
+  const group = element("div", { role: "radiogroup", "aria-label": label });
+  function choose(number) {
+    buttons.forEach((button, n) => {
+      button.setAttribute("aria-checked", n === number);
+      button.tabIndex = n === number ? 0 : -1;
+    });
+  }
+  const steps = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -columns, ArrowDown: columns };
+  buttons.forEach((button, n) => {
+    button.setAttribute("role", "radio");
+    button.setAttribute("type", "button");
+    button.setAttribute("data-lm-suppress-shortcuts", "true");
+    button.addEventListener("click", () => {
+      choose(n);
+      changed(n);
+    });
+    button.addEventListener("keydown", (event) => {
+      const next = n + (steps[event.key] || 0);
+      if (next === n || next < 0 || next >= buttons.length) return;
+      event.preventDefault();
+      buttons[next].focus();
+      choose(next);
+      changed(next);
+    });
+  });
+  return { group, choose };
+}
+
+/**
+ * A function that sets values of a state and has the view drawn at the next frame: several changes
+ * within one frame are drawn once. `draw` gets the names of what has changed.
+ */
+function changer(state, draw) {
+  const changed = new Set();
+  return (changes) => {
+    Object.assign(state, changes);
+    if (!changed.size) {
+      requestAnimationFrame(() => {
+        const names = [...changed];
+        changed.clear();
+        draw(names);
+      });
+    }
+    Object.keys(changes).forEach((name) => changed.add(name));
+  };
+}
+
+/** A line that a screen reader speaks when it changes. */
+function status() {
+  return element("p", { role: "status", "aria-live": "polite", class: "note" });
+}
+
+/** Share of a map inside a mask. Both at the film's size. */
+function shareInside(heat, mask) {
+  let all = 0;
+  let inside = 0;
+  for (let n = 0; n < heat.length; n += 1) {
+    all += heat[n];
+    if (mask[n]) inside += heat[n];
+  }
+  return all ? inside / all : 0;
+}
+
+/** Intersection over union of two masks. */
+function overlap(one, other) {
+  let both = 0;
+  let either = 0;
+  for (let n = 0; n < one.length; n += 1) {
+    both += one[n] && other[n] ? 1 : 0;
+    either += one[n] || other[n] ? 1 : 0;
+  }
+  return either ? both / either : 0;
+}
+
+/** How many cells a map would fill evenly: the exponential of its entropy. */
+function effectiveCells(map) {
+  const sum = map.reduce((total, value) => total + value, 0);
+  let entropy = 0;
+  for (const value of map) {
+    if (value > 0) entropy -= (value / sum) * Math.log(value / sum);
+  }
+  return Math.exp(entropy);
+}
+
+/** Put a view in the place of its still picture, once in every copy of the output. */
+async function start(name, packed, view) {
+  const places = document.querySelectorAll(`[data-view="${name}"]:not([data-live])`);
+  for (const place of places) {
+    place.setAttribute("data-live", "true");
+    try {
+      const { values, arrays } = await unpack(packed);
+      const made = view(values, arrays);
+      place.replaceChildren(made);
+    } catch (error) {
+      // The still picture stays; what went wrong is said beneath it.
+      place.append(element("p", { class: "note" }, `The live view did not start: ${error.message}`));
+    }
+  }
+}

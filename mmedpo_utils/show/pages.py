@@ -1,0 +1,144 @@
+"""Views that live in the browser: a page holds its films, maps and masks as small arrays, and
+blends, thresholds and outlines them on a canvas, so that a control needs no kernel.
+
+A page is one self-contained notebook output. It works in a live kernel, after a restart, and in an
+exported HTML file without a network. Where a notebook is not trusted, its scripts do not run, and
+the still picture stays.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import json
+import struct
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+
+from ..base.files import atomic_write
+from .explorers import figure_png
+
+BROWSER = Path(__file__).parent / "browser"
+MAP_COLOURS = "inferno"
+# The map's colours begin where they can be told from a grey film.
+FIRST_COLOUR = 0.35
+
+
+@dataclass(frozen=True)
+class Packed:
+    """An array as a page keeps it.
+
+    Attributes:
+        values: the array.
+        kind: ``film``: uint8, each row as differences, which compress well; ``half``: 16-bit
+            floats, three digits; ``bits``: booleans, eight a byte; ``bytes``: uint8 as they are.
+    """
+
+    values: np.ndarray
+    kind: str
+
+    def data(self) -> bytes:
+        """The bytes that the browser turns back into numbers."""
+        if self.kind == "film":
+            films = np.asarray(self.values, np.uint8)
+            return np.diff(films, axis=-1, prepend=np.uint8(0)).tobytes()
+        if self.kind == "half":
+            return np.asarray(self.values, "<f2").tobytes()
+        if self.kind == "bits":
+            return np.packbits(np.asarray(self.values, bool)).tobytes()
+        return np.asarray(self.values, np.uint8).tobytes()
+
+
+def pack(values: Mapping[str, Any], arrays: Mapping[str, Packed]) -> str:
+    """Values (as JSON) and arrays in one compressed text.
+
+    Layout before compression: the header's length (uint32, little-endian), the header (``values``
+    and each array's name, kind and shape), then the arrays' bytes in that order.
+
+    Returns:
+        zlib's format in base64.
+    """
+    listed = []
+    for name, array in arrays.items():
+        listed.append({"name": name, "kind": array.kind, "shape": list(np.shape(array.values))})
+    header = json.dumps({"values": values, "arrays": listed}).encode()
+    parts = [struct.pack("<I", len(header)), header]
+    parts += [array.data() for array in arrays.values()]
+    return base64.b64encode(zlib.compress(b"".join(parts), 9)).decode()
+
+
+def map_colours() -> np.ndarray:
+    """The colours of attention, from purple to yellow: uint8. Shape: [256, 3]."""
+    places = np.linspace(FIRST_COLOUR, 1, 256)
+    return np.rint(255 * colormaps[MAP_COLOURS](places)[:, :3]).astype(np.uint8)
+
+
+class Page:
+    """One view, to be the last line of a notebook cell.
+
+    Args:
+        view: the view's script in ``show/browser``, without its ending.
+        values: what the script reads beside the arrays; anything that JSON holds.
+        arrays: films, maps, masks.
+        still: a figure of the same data, for readers whose page does not run scripts.
+        alt: what the figure shows, in words.
+    """
+
+    def __init__(
+        self,
+        view: str,
+        values: Mapping[str, Any],
+        arrays: Mapping[str, Packed],
+        still: Figure,
+        alt: str,
+    ) -> None:
+        self.view = view
+        self.alt = alt
+        self.still = figure_png(still)
+        arrays = dict(arrays) | {"colours": Packed(map_colours(), "bytes")}
+        self.packed = pack(values, arrays)
+
+    def html(self) -> str:
+        """The page's own part: a picture, and the script that puts the view in its place."""
+        still = base64.b64encode(self.still).decode()
+        scripts = [(BROWSER / f"{name}.js").read_text("utf-8") for name in ("engine", self.view)]
+        style = (BROWSER / "style.css").read_text("utf-8")
+        # The same output gets the same name: a notebook that is run again shows no difference.
+        name = hashlib.sha256(self.packed.encode()).hexdigest()[:12]
+        return "\n".join(
+            [
+                f'<div class="mmedpo" data-view="{name}">',
+                f'<img src="data:image/png;base64,{still}" alt="{html.escape(self.alt)}"',
+                ' style="max-width:100%">',
+                "</div>",
+                f"<style>{style}</style>",
+                "<script>(() => {",
+                *scripts,
+                f'start("{name}", "{self.packed}", view);',
+                "})();</script>",
+            ]
+        )
+
+    def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
+        return {
+            "text/html": self.html(),
+            "image/png": base64.b64encode(self.still).decode(),
+            "text/plain": self.alt,
+        }
+
+    def save(self, path: str | Path) -> None:
+        """Write the view as an HTML file of its own."""
+        text = (
+            '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+            f"<title>{html.escape(self.alt)}</title></head><body>{self.html()}</body></html>"
+        )
+        with atomic_write(Path(path)) as temporary:
+            temporary.write_text(text, encoding="utf-8")
