@@ -19,7 +19,7 @@ from mmedpo_utils.lvlm import MedLVLM, image_attention, load_lvlm
 from mmedpo_utils.medklip import MedKLIPOutput, confidence, pointing_hit
 from mmedpo_utils.noise import lesion_mask
 from mmedpo_utils.show.answer_attention import read_answer
-from mmedpo_utils.show.answer_view import Asked, answer_view
+from mmedpo_utils.show.answer_view import ShownQuestion, answer_view
 from mmedpo_utils.show.attention_view import medklip_view
 from mmedpo_utils.show.lesion_attention import attention_share
 from mmedpo_utils.show.pages import BROWSER, Packed, map_colours, pack
@@ -295,13 +295,13 @@ def phantom() -> MedLVLM:
 
 
 @pytest.fixture(scope="module")
-def asked() -> list[Asked]:
+def asked() -> list[ShownQuestion]:
     found = []
     for number, question in enumerate(("Is there a nodule?", f"Where is it? {EVIL}")):
         pixels = RNG.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
         masks = {"nodule": disc(60, 90, 20)} if number == 0 else {}
         film = Image.fromarray(pixels)
-        found.append(Asked(film, f"film {number}", question, EVIL, masks))
+        found.append(ShownQuestion(film, f"film {number}", question, EVIL, masks))
     return found
 
 
@@ -395,7 +395,7 @@ def test_a_film_is_shown_as_the_vision_tower_gets_it(tab, phantom, tmp_path):
     film = Image.fromarray(RNG.integers(0, 256, (SIZE, 2 * SIZE, 3), dtype=np.uint8))
     mask = np.zeros((SIZE, 2 * SIZE), bool)
     mask[:, :SIZE] = True
-    one = Asked(film, "wide", "Is there a nodule?", masks={"left half": mask})
+    one = ShownQuestion(film, "wide", "Is there a nodule?", masks={"left half": mask})
     opened(tab, answer_view({"base": phantom}, [one], 4), tmp_path)
     assert "which are 25% of the film" in tab.locator("figcaption").first.inner_text()
 

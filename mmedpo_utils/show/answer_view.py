@@ -18,7 +18,7 @@ from .pages import Packed, Page
 
 
 @dataclass(frozen=True)
-class Asked:
+class ShownQuestion:
     """One question about one film.
 
     Attributes:
@@ -36,7 +36,9 @@ class Asked:
     masks: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
-def answer_view(models: Mapping[str, MedLVLM], asked: Sequence[Asked], max_new_tokens: int) -> Page:
+def answer_view(
+    models: Mapping[str, MedLVLM], asked: Sequence[ShownQuestion], max_new_tokens: int
+) -> Page:
     """Answers word by word, of one model or of two side by side with their difference.
 
     Films and masks are shown as the first model's image processor cuts them.

@@ -497,6 +497,31 @@ def result_bars(
     return figure
 
 
+def faithfulness_curves(
+    curves: Mapping[str, Mapping[str, np.ndarray]], shares: Sequence[float]
+) -> Figure:
+    """Mean deletion and insertion curves, one panel each: the probability of what was said by the
+    share of the cells that are hidden, or shown, in the order of the map, of the true lesion, and
+    at random.
+
+    Args:
+        curves: by way and order, a probability for each of ``shares``.
+    """
+    figure, (panels,) = _axes(1, len(curves), (3.6 * len(curves), 3), sharey=True)
+    colours = {"map": BLUE, "lesion": GREEN, "random": BLACK}
+    labels = {"deletion": "hidden", "insertion": "shown"}
+    for axes, (way, orders) in zip(panels, curves.items(), strict=True):
+        for order, values in orders.items():
+            dash = "--" if order == "random" else "-"
+            percent = 100 * np.asarray(shares)
+            axes.plot(percent, values, dash, marker=".", color=colours[order], label=order)
+        _title(axes, way)
+        _tidy(axes, xlabel=f"cells {labels[way]}, percent", ylim=(0, 1))
+    panels[0].set_ylabel("probability of what was said", fontsize=8)
+    panels[0].legend(fontsize=8, frameon=False, title="order", title_fontsize=8)
+    return figure
+
+
 def memory_bars(runs: Mapping[str, Mapping[str, float]]) -> Figure:
     """Memory of one GPU in GiB: one bar per run, ``{run: {part: GiB}}``, its parts side by side;
     every run has the same parts.
