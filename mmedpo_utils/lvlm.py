@@ -256,7 +256,8 @@ def embed(lvlm: MedLVLM, texts: Sequence[str], features: torch.Tensor) -> dict[s
     }
 
 
-@torch.inference_mode()
+# Not inference_mode: weights that ZeRO stage 3 gathers inside it could not be trained afterwards.
+@torch.no_grad()
 def generate(
     lvlm: MedLVLM,
     images: Sequence[Image.Image],

@@ -15,6 +15,7 @@ from mmedpo_utils.programs.run_notebooks import scores_as_text
 from tests.conftest import REPOSITORY
 
 RESULTS = json.loads((REPOSITORY / "figures" / "reference" / "phantom_results.json").read_text())
+ARENA = json.loads((REPOSITORY / "figures" / "reference" / "arena.json").read_text())
 README = (REPOSITORY / "README.md").read_text()
 WEIGHTS = REPOSITORY / "mmedpo_utils" / "phantom" / "weights"
 MODELS = ("base", "sft", "dpo", "stage1", "stage2", "mmedpo", "mmedpo_shuffled")
@@ -72,6 +73,36 @@ def test_the_readme_quotes_the_measured_minutes():
         if name[0].isdigit():
             row = re.search(rf"\(notebooks/{name}\.ipynb\).*\| ([\d.]+) \|$", README, flags=re.M)
             assert row and float(row[1]) == round(seconds / 60, 1), name
+
+
+def rounded_entries(value: object, decimals: int) -> set[tuple[str, ...]]:
+    """Every mean with its interval in a results file, as text would print it."""
+    found = set()
+    if isinstance(value, dict):
+        if {"mean", "low", "high"} <= value.keys():
+            found.add(tuple(f"{value[key]:.{decimals}f}" for key in ("mean", "low", "high")))
+        for part in value.values():
+            found |= rounded_entries(part, decimals)
+    if isinstance(value, list):
+        for part in value:
+            found |= rounded_entries(part, decimals)
+    return found
+
+
+@pytest.mark.parametrize("text", ["README.md", "06_paper_figures", "07_when_does_it_help"])
+def test_every_interval_that_a_text_quotes_stands_in_a_results_file(text):
+    if text == "README.md":
+        said = README
+    else:
+        notebook = json.loads((REPOSITORY / "notebooks" / f"{text}.ipynb").read_text())
+        cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "markdown"]
+        said = "\n".join("".join(cell["source"]) for cell in cells)
+    known = set()
+    for results in (RESULTS, ARENA):
+        known |= rounded_entries(results, 1) | rounded_entries(results, 2)
+    quoted = re.findall(r"(-?\d+\.\d+) \((-?\d+\.\d+) to (-?\d+\.\d+)\)", said)
+    assert quoted or text == "06_paper_figures"
+    assert not [numbers for numbers in quoted if numbers not in known]
 
 
 @pytest.mark.parametrize("card", ["medklip", "lvlm"])
