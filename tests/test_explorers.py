@@ -89,22 +89,6 @@ def test_a_views_picture_has_escaped_alternative_text():
     assert Image.open(io.BytesIO(base64.b64decode(data))).format == "PNG"
 
 
-def test_noise_follows_kind_and_strength():
-    view = explorers.noise_explorer(FILMS[0] / 255, RNG.random((14, 14)))
-    seen = {picture(view)}
-    changes = (
-        ("signal kept", 0.1),
-        ("quantile", 0.6),
-        ("kind", "released"),
-        ("kind", "global"),
-        ("signal kept", 0.9),
-    )
-    for name, value in changes:
-        controls(view)[name].value = value
-        seen.add(picture(view))
-    assert len(seen) == 6
-
-
 def pair(n, rejected_image=None):
     turns = [
         [{"from": "human", "value": f"<image>\nIs {EVIL} there?"}, {"from": "gpt", "value": answer}]

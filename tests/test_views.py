@@ -15,13 +15,14 @@ import torch
 from PIL import Image
 
 from mmedpo_utils.base.images import resize_bilinear
-from mmedpo_utils.lvlm import MedLVLM, image_attention, load_lvlm
+from mmedpo_utils.lvlm import MedLVLM, generate, image_attention, load_lvlm
 from mmedpo_utils.medklip import MedKLIPOutput, confidence, pointing_hit
-from mmedpo_utils.noise import lesion_mask
+from mmedpo_utils.noise import lesion_mask, noised_pixels
 from mmedpo_utils.show.answer_attention import read_answer
-from mmedpo_utils.show.answer_view import ShownQuestion, answer_view
+from mmedpo_utils.show.answer_view import ShownQuestion, answer_view, as_seen
 from mmedpo_utils.show.attention_view import medklip_view
 from mmedpo_utils.show.lesion_attention import attention_share
+from mmedpo_utils.show.noise_view import RELEASED, noise_view
 from mmedpo_utils.show.pages import BROWSER, Packed, map_colours, pack
 
 EVIL = "<img src=x onerror=alert(1)>"
@@ -412,3 +413,64 @@ def test_between_two_equal_models_nothing_is_coloured(tab, phantom, asked, tmp_p
         })"""
     )
     assert coloured[0] > 0 and coloured[1] > 0 and coloured[2] == 0
+
+
+def test_the_noise_view_shows_what_the_package_draws_and_what_the_model_says(
+    tab, phantom, asked, tmp_path
+):
+    heats = [RNG.random((14, 14)) for _ in asked]
+    page = noise_view(phantom, asked, heats, batch_size=16, seeds=(3, 4))
+    view = opened(tab, page, tmp_path)
+    for label, option in (("noise on", "the true lesions"), ("seed", "4")):
+        box = tab.locator("label", has_text=label).locator("select")
+        assert changes(tab, lambda box=box, option=option: box.select_option(option)), label
+        box.focus()
+        key = "ArrowUp" if label == "seed" else "ArrowDown"
+        assert changes(tab, lambda key=key: view.keyboard.press(key)), label
+        box.select_option(option)
+    slide = tab.locator("input[type=range]")
+    slide.focus()
+    assert changes(tab, lambda: view.keyboard.press("Home"))
+    assert changes(tab, lambda: view.keyboard.press("ArrowRight"))
+    pictures(tab)
+    film = as_seen(phantom.processor.image_processor, asked[0].film)
+    region = asked[0].masks["nodule"].astype(np.float32)
+    noised = noised_pixels(film, region, "localized", 0.1, np.random.default_rng(4))
+    ((said,),) = generate(phantom, [Image.fromarray(noised)], [asked[0].question], 16, 1)
+    told = tab.locator("[role=status]").inner_text()
+    assert f'The model says "{said}"' in told
+    shown = (
+        tab.locator("canvas")
+        .nth(1)
+        .evaluate(
+            """(canvas) => {
+            const small = document.createElement("canvas");
+            small.width = 224;
+            small.height = 224;
+            const context = small.getContext("2d");
+            context.drawImage(canvas, 0, 0, 224, 224);
+            const { data } = context.getImageData(0, 0, 224, 224);
+            return [...data].filter((_, n) => n % 4 === 0);
+        }"""
+        )
+    )
+    # The canvas is larger than the film: what is compared is the mean of each 8 by 8 block.
+    blocks = [
+        np.reshape(pixels, (28, 8, 28, 8)).mean((1, 3)) for pixels in (shown, noised.astype(float))
+    ]
+    assert np.abs(blocks[0] - blocks[1]).mean() < 6
+
+
+def test_controls_without_effect_on_the_noise_are_disabled(tab, phantom, asked, tmp_path):
+    page = noise_view(phantom, asked[:1], [RNG.random((14, 14))], batch_size=16)
+    opened(tab, page, tmp_path)
+    slide = tab.locator("input[type=range]")
+    seed = tab.locator("label", has_text="seed").locator("select")
+    assert slide.is_enabled() and seed.is_enabled()
+    slide.focus()
+    tab.keyboard.press("End")
+    pictures(tab)
+    assert seed.is_disabled(), "all of the signal is kept: no noise to draw"
+    tab.locator("label", has_text="noise on").locator("select").select_option(RELEASED)
+    pictures(tab)
+    assert slide.is_disabled() and seed.is_enabled()

@@ -67,8 +67,8 @@ def answer_view(
         masks = []
         for finding, mask in one.masks.items():
             masks.append({"name": finding, "index": len(bits)})
-            bits.append(_as_seen(cut, Image.fromarray(np.uint8(mask) * 255)) > 127)
-        films.append(_as_seen(cut, one.film))
+            bits.append(as_seen(cut, Image.fromarray(np.uint8(mask) * 255)) > 127)
+        films.append(as_seen(cut, one.film))
         listed.append(
             {
                 "film": number,
@@ -92,7 +92,7 @@ def answer_view(
     return Page("answer", {"models": list(models), "asked": listed}, arrays, still, alt)
 
 
-def _as_seen(processor: Any, image: Image.Image) -> np.ndarray:
+def as_seen(processor: Any, image: Image.Image) -> np.ndarray:
     """A film, or a mask, resized and cut as the vision tower gets it: uint8. Shape: [H, W]."""
     pixels = processor(
         image.convert("RGB"), do_rescale=False, do_normalize=False, return_tensors="np"

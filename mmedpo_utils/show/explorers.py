@@ -21,13 +21,11 @@ from IPython.display import display
 from matplotlib.figure import Figure
 from PIL import Image
 
-from .. import noise
 from ..base.files import atomic_write
 from ..base.images import open_image, resolve_image
 from ..base.rows import question_text
 from ..metrics import answer_score
 from ..preference_rows import answer_text, row_source
-from ..released.noise import released_noise
 from . import plots
 
 ANY = "any"
@@ -100,42 +98,8 @@ def _view(
     return widgets.VBox([box, picture])
 
 
-def _slider(label: str, value: float, low: float = 0.0, high: float = 1.0) -> widgets.FloatSlider:
-    return widgets.FloatSlider(
-        value, min=low, max=high, step=0.05, description=label, continuous_update=False
-    )
-
-
 def _choice(label: str, options: Sequence) -> widgets.Dropdown:
     return widgets.Dropdown(options=options, description=label)
-
-
-def noise_explorer(image: np.ndarray, heat_map: np.ndarray, seed: int = 0) -> widgets.VBox:
-    """Turn the noise up and down: kind (localized, released code's, global), signal kept, and the
-    mask's quantile.
-
-    Args:
-        image: Float in [0, 1]. Shape: [H, W] or [H, W, 3].
-        heat_map: The visual tool's map. Shape: [g, g].
-    """
-    kind = _choice("kind", ["localized", "released", "global"])
-    signal = _slider("signal kept", 0.5)
-    quantile = _slider("quantile", 0.85, 0.5, 0.95)
-    size = np.shape(image)[:2]
-
-    def draw() -> tuple[Figure, str]:
-        rng = np.random.default_rng(seed)
-        mask = noise.noise_mask(heat_map, size, kind.value, "quantile", quantile.value)
-        if kind.value == "released":
-            noised = released_noise(np.rint(255 * image).astype(np.uint8), mask, rng)
-        else:
-            noised = noise.localized_noise(image, mask, signal.value**2, rng)
-        figure = plots.noise_comparison(
-            image, mask, {f"{kind.value}, signal {signal.value:.2f}": noised}
-        )
-        return figure, f"the film, the mask and the {kind.value} noise at signal {signal.value:.2f}"
-
-    return _view([kind, signal, quantile], draw)
 
 
 def open_pixels(root: str | Path, name: str) -> np.ndarray:
