@@ -8,18 +8,19 @@ gradient times attention keeps what raises the word's log-probability to first o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import eager_mask
 
 from ..lvlm import MedLVLM, embed, image_features, prompt
 
 END = "(end)"  # how the mark after the last word is shown
+WATCHED = "watched"  # the attention below, by transformers' name for it
 
 
 @dataclass(frozen=True)
@@ -79,16 +80,21 @@ def read_answer(
     embeddings = lvlm.llava.get_input_embeddings()(tokens[None, :-1])
     whole = torch.cat([inputs["inputs_embeds"], embeddings], dim=1).detach()
     predicts = torch.arange(start - 1, start - 1 + len(tokens), device=whole.device)
-    language_model = lvlm.llava.model.language_model
     image_tokens = inputs["image_mask"][0].nonzero()[:, 0]
-    with _watched(language_model, predicts, image_tokens) as watch:
+    watch = _Watch(predicts, image_tokens)
+    language_model = lvlm.llava.model.language_model
+    usual = language_model.config._attn_implementation
+    language_model.set_attn_implementation(WATCHED)
+    try:
         with torch.set_grad_enabled(with_gradient):
             states = language_model(
-                inputs_embeds=whole.requires_grad_(with_gradient), use_cache=False
+                inputs_embeds=whole, use_cache=False, watch=watch
             ).last_hidden_state
             logits = lvlm.llava.lm_head(states[0, predicts]).float()
             logps = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
             gradient = watch.gradients(logps) if with_gradient else None
+    finally:
+        language_model.set_attn_implementation(usual)
     words = []
     for token in tokens.tolist():
         text = lvlm.processor.tokenizer.decode([token], skip_special_tokens=True).strip()
@@ -103,56 +109,65 @@ def read_answer(
 
 
 class _Watch:
-    """What the hooks keep of one forward pass."""
+    """What is kept of every layer's attention in one forward pass."""
 
     def __init__(self, predicts: torch.Tensor, image_tokens: torch.Tensor) -> None:
         self.predicts = predicts
         self.image_tokens = image_tokens
         self.rows: list[torch.Tensor] = []  # of each layer: [S, H, P]
         self.rollout = torch.empty(0)  # [T, T]
-        self.kept: list[torch.Tensor] = []  # each layer's attention, in the graph
+        self.probes: list[torch.Tensor] = []  # of each layer: zeros, [1, H, S, T]
 
-    def see(self, _: Any, __: Any, output: tuple[torch.Tensor, torch.Tensor]) -> None:
-        """Hook after one layer's attention: [1, H, T, T]."""
-        attention = output[1]
-        if attention.requires_grad:
-            self.kept.append(attention)
-        attention = attention.detach()[0].float()
-        self.rows.append(self._rows(attention).transpose(0, 1))
-        mean = attention.mean(0)
+    def see(self, attention: torch.Tensor) -> torch.Tensor:
+        """Keep what is read of one layer's attention, [1, H, T, T], and give it back.
+
+        Under gradients zeros are added to the rows that are read. What the answer would gain from
+        them is what it would gain from more attention there.
+        """
+        seen = attention.detach()[0].float()
+        self.rows.append(seen[:, self.predicts][:, :, self.image_tokens].transpose(0, 1))
+        mean = seen.mean(0)
         # Half of each position's information stays where it is: the residual connection.
         step = (mean + torch.eye(len(mean), device=mean.device)) / 2
         self.rollout = step @ self.rollout if self.rollout.numel() else step
-
-    def _rows(self, attention: torch.Tensor) -> torch.Tensor:
-        """[H, T, T] to [H, S, P]."""
-        return attention[:, self.predicts][:, :, self.image_tokens]
+        if not torch.is_grad_enabled():
+            return attention
+        probe = torch.zeros_like(attention[:, :, self.predicts]).requires_grad_()
+        self.probes.append(probe)
+        return attention.index_add(2, self.predicts, probe)
 
     def gradients(self, logps: torch.Tensor) -> np.ndarray:
         """Positive part of attention times gradient, mean of the heads. Shape: [S, L, P]."""
         found = []
         for number, logp in enumerate(logps):
-            slopes = torch.autograd.grad(logp, self.kept, retain_graph=number < len(logps) - 1)
+            slopes = torch.autograd.grad(logp, self.probes, retain_graph=number < len(logps) - 1)
             layers = []
             for slope, rows in zip(slopes, self.rows, strict=True):
-                of_word = self._rows(slope[0].float())[:, number]  # [H, P]
+                of_word = slope[0, :, number, self.image_tokens].float()  # [H, P]
                 layers.append((of_word * rows[number]).relu().mean(0))
             found.append(torch.stack(layers))
         return torch.stack(found).cpu().numpy()
 
 
-@contextmanager
-def _watched(
-    language_model: Any, predicts: torch.Tensor, image_tokens: torch.Tensor
-) -> Iterator[_Watch]:
-    """Inside, every layer's attention is computed openly and seen by a watch."""
-    watch = _Watch(predicts, image_tokens)
-    usual = language_model.config._attn_implementation
-    language_model.set_attn_implementation("eager")
-    hooks = [layer.self_attn.register_forward_hook(watch.see) for layer in language_model.layers]
-    try:
-        yield watch
-    finally:
-        for hook in hooks:
-            hook.remove()
-        language_model.set_attn_implementation(usual)
+def watched_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    watch: _Watch,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention written out, as transformers' own "eager" one, with a look at its weights."""
+    groups = module.num_key_value_groups
+    scores = query @ key.repeat_interleave(groups, 1).transpose(2, 3) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = watch.see(scores.softmax(-1, dtype=torch.float32).to(query.dtype))
+    output = weights @ value.repeat_interleave(groups, 1)
+    return output.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(WATCHED, watched_attention)
+AttentionMaskInterface.register(WATCHED, eager_mask)
