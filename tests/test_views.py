@@ -90,6 +90,25 @@ def changes(tab, act) -> bool:
     return pictures(tab) != before
 
 
+def distance(canvas, film: np.ndarray) -> float:
+    """Mean difference between a canvas and a film. The canvas is larger: what is compared is the
+    mean of each 8 by 8 block.
+    """
+    shown = canvas.evaluate(
+        """(canvas) => {
+            const small = document.createElement("canvas");
+            small.width = 224;
+            small.height = 224;
+            const context = small.getContext("2d");
+            context.drawImage(canvas, 0, 0, 224, 224);
+            const { data } = context.getImageData(0, 0, 224, 224);
+            return [...data].filter((_, n) => n % 4 === 0);
+        }"""
+    )
+    blocks = [np.reshape(pixels, (28, 8, 28, 8)).mean((1, 3)) for pixels in (shown, film)]
+    return float(np.abs(blocks[0] - blocks[1]).mean())
+
+
 def disc(row: int, column: int, radius: int) -> np.ndarray:
     rows, columns = np.mgrid[:SIZE, :SIZE]
     return (rows - row) ** 2 + (columns - column) ** 2 <= radius**2
@@ -439,26 +458,12 @@ def test_the_noise_view_shows_what_the_package_draws_and_what_the_model_says(
     ((said,),) = generate(phantom, [Image.fromarray(noised)], [asked[0].question], 16, 1)
     told = tab.locator("[role=status]").inner_text()
     assert f'The model says "{said}"' in told
-    shown = (
-        tab.locator("canvas")
-        .nth(1)
-        .evaluate(
-            """(canvas) => {
-            const small = document.createElement("canvas");
-            small.width = 224;
-            small.height = 224;
-            const context = small.getContext("2d");
-            context.drawImage(canvas, 0, 0, 224, 224);
-            const { data } = context.getImageData(0, 0, 224, 224);
-            return [...data].filter((_, n) => n % 4 === 0);
-        }"""
-        )
-    )
-    # The canvas is larger than the film: what is compared is the mean of each 8 by 8 block.
-    blocks = [
-        np.reshape(pixels, (28, 8, 28, 8)).mean((1, 3)) for pixels in (shown, noised.astype(float))
-    ]
-    assert np.abs(blocks[0] - blocks[1]).mean() < 6
+    tab.locator("input[type=checkbox]").click()  # no outline in the picture
+    pictures(tab)
+    assert distance(tab.locator("canvas").nth(1), noised) < 5
+    tab.locator("label", has_text="noise on").locator("select").select_option("everywhere")
+    pictures(tab)
+    assert distance(tab.locator("canvas").nth(0), film) < 5
 
 
 def test_controls_without_effect_on_the_noise_are_disabled(tab, phantom, asked, tmp_path):

@@ -140,7 +140,7 @@ function quantile(values, share) {
 
 /**
  * A film with a map over it. The film shows through: the colour's opacity follows the value, and
- * what lies under the threshold is not painted.
+ * what lies under the threshold is not painted. Without a map it is the film alone.
  *
  * heat: numbers at the film's size; full: the value that gets the last colour.
  */
@@ -148,7 +148,7 @@ function blend(film, heat, full, { opacity, threshold }, colours) {
   const pixels = new Uint8ClampedArray(4 * film.length);
   for (let n = 0; n < film.length; n += 1) {
     const share = heat ? Math.min(Math.max(heat[n] / full, 0), 1) : 0;
-    const alpha = share < threshold ? 0 : opacity * share;
+    const alpha = !heat || share < threshold ? 0 : opacity * share;
     const colour = 3 * Math.round(255 * share);
     for (let channel = 0; channel < 3; channel += 1) {
       const over = heat ? colours[colour + channel] : 0;

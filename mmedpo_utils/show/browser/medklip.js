@@ -184,7 +184,7 @@ function view(values, arrays) {
     const border = quantile(heat, state.quantile);
     const mask = Uint8Array.from(heat, (value) => (value > border ? 1 : 0));
     const path = { path: outline(mask, width, height), colour: "#f0e442" };
-    masked.paint(blend(film, null, 1, state, []), [path, ...(state.outlines ? lesions : [])]);
+    masked.paint(blend(film, null, 1, {}, []), [path, ...(state.outlines ? lesions : [])]);
     const hidden = new Uint8ClampedArray(4 * film.length);
     const kept = state.signal;
     const spread = Math.sqrt(1 - kept * kept);

@@ -90,7 +90,7 @@ function view(values, arrays) {
     if (state.outlines && asked().lesion !== null) {
       lesion.push({ path: outline(maskOf(asked().lesion), width, height), colour: "#56b4e9" });
     }
-    clean.paint(blend(film, null, 1, state, []), [mask, ...lesion]);
+    clean.paint(blend(film, null, 1, {}, []), [mask, ...lesion]);
     noised.paint(noisedPixels(), lesion);
     const share = maskOf(place().mask).reduce((sum, value) => sum + value, 0) / film.length;
     clean.caption.textContent = `yellow: the noise's mask, ${(100 * share).toFixed(0)}% of the film`;
