@@ -265,7 +265,7 @@ def masks(arena: Arena) -> dict[str, Any]:
     for kind, rows in kinds.items():
         name = arena.write_pairs(f"mask-{kind}", merge_pairs(text, rows))
         models[kind] = tuned(arena, "mmedpo").on(name)
-    pairs = [("tool", kind) for kind in kinds if kind != "tool"]
+    pairs = [("tool", kind) for kind in kinds if kind != "tool"] + [("lesion", "elsewhere")]
     return compared(arena, "masks", models, SEEDS, pairs)
 
 
