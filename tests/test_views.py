@@ -416,7 +416,9 @@ def test_a_film_is_shown_as_the_vision_tower_gets_it(tab, phantom, tmp_path):
     mask = np.zeros((SIZE, 2 * SIZE), bool)
     mask[:, :SIZE] = True
     one = ShownQuestion(film, "wide", "Is there a nodule?", masks={"left half": mask})
-    opened(tab, answer_view({"base": phantom}, [one], 4), tmp_path)
+    opened(tab, answer_view({"base": phantom}, [one], 4, with_gradient=False), tmp_path)
+    methods = tab.locator("label", has_text="method").locator("option")
+    assert methods.all_inner_texts() == ["raw attention", "rollout"]
     assert "which are 25% of the film" in tab.locator("figcaption").first.inner_text()
 
 

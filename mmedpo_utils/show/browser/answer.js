@@ -35,6 +35,7 @@ function view(values, arrays) {
   };
   const [, layers, heads, cells] = arrays["raw 0 0"].shape;
   const two = values.models.length === 2;
+  const methods = "gradient 0 0" in arrays ? METHODS : METHODS.slice(0, 2);
 
   const panels = values.models.map((name) => {
     const drawn = picture(width, height, 280, name);
@@ -58,7 +59,7 @@ function view(values, arrays) {
     "div",
     { class: "row controls" },
     choice("question", values.asked.map((one) => one.label), 0, (asked) => set({ asked })),
-    choice("method", METHODS.map(([name]) => name), 0, (method) => set({ method })),
+    choice("method", methods.map(([name]) => name), 0, (method) => set({ method })),
     layerChoice,
     headChoice,
     slider("threshold", state.threshold, 0, 1, 0.05, (threshold) => set({ threshold })),
