@@ -62,15 +62,6 @@ DOSE_POINTS = [
     for variant, seen in (("dpo", 650), ("stage2", 0))
     for passes in (1, 3)
 ]
-CURVES = {
-    "dpo": {
-        "looks": [
-            {"step": step, "validation_accuracy": 0.6, "validation_chosen_logp": -step / 10}
-            for step in (20, 40)
-        ],
-        "validation": [{"passes": n, "closed_accuracy": 60.0 + n} for n in (1, 3)],
-    }
-}
 FIGURES = {
     "condition_lines": lambda: conditions.condition_lines(
         LEAK_POINTS, "share", "share of sentences", list(BOTH), [LEAK_POINTS[1]]
@@ -79,7 +70,6 @@ FIGURES = {
     "difference_dots": lambda: conditions.difference_dots(
         {"a - b": APART, "a - $c": TOUCHING}, list(BOTH)
     ),
-    "stop_curves": lambda: conditions.stop_curves(CURVES, ["closed_accuracy"]),
     "film_grid": lambda: plots.film_grid([FILM] * 5, ["a $b$ c"] * 5, [{"nodule": MASK}] * 5),
     "film_grid_plain": lambda: plots.film_grid([FILM], ["one"], columns=1),
     "attention_overlay": lambda: plots.attention_overlay(
