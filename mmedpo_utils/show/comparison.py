@@ -75,7 +75,8 @@ def _predict(
     """One model's predictions, and what was printed meanwhile: a worker's own output would miss the
     notebook.
     """
-    dataset = prepare_dataset(profile)
+    with redirect_stdout(io.StringIO()):
+        dataset = prepare_dataset(profile)  # what it says has been said before
     with redirect_stdout(io.StringIO()) as said:
         rows = predict_test_split(profile, dataset, label, adapter, shuffle)
     return rows, said.getvalue()
