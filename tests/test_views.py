@@ -293,7 +293,8 @@ def test_without_scripts_the_still_picture_stays(browser, read_films, tmp_path):
     assert still.locator("img").get_attribute("alt") == page.alt
     assert still.locator("img").bounding_box()["width"] > 300
     context.close()
-    bundle = page._repr_mimebundle_()
+    bundle, metadata = page._repr_mimebundle_()
+    assert metadata["image/png"]["alt"] == page.alt
     assert set(bundle) == {"text/html", "image/png", "text/plain"} and bundle["text/plain"]
 
 

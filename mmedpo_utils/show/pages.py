@@ -127,12 +127,13 @@ class Page:
             ]
         )
 
-    def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
-        return {
+    def _repr_mimebundle_(self, **_: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        data = {
             "text/html": self.html(),
             "image/png": base64.b64encode(self.still).decode(),
             "text/plain": self.alt,
         }
+        return data, {"image/png": {"alt": self.alt}}
 
     def save(self, path: str | Path) -> None:
         """Write the view as an HTML file of its own."""
