@@ -15,7 +15,15 @@ import torch
 from PIL import Image
 
 from mmedpo_utils.base.images import resize_bilinear
-from mmedpo_utils.lvlm import MedLVLM, generate, image_attention, load_lvlm
+from mmedpo_utils.lvlm import (
+    MedLVLM,
+    embed,
+    generate,
+    image_attention,
+    image_features,
+    load_lvlm,
+    prompt,
+)
 from mmedpo_utils.medklip import MedKLIPOutput, confidence, pointing_hit
 from mmedpo_utils.noise import lesion_mask, noised_pixels
 from mmedpo_utils.show.answer_attention import read_answer
@@ -339,8 +347,6 @@ def test_a_words_attention_is_that_of_the_position_that_predicts_it(phantom, ask
 
 def test_probabilities_and_gradients_are_those_of_the_whole_model(phantom, asked):
     """Against one plain forward pass each, with the answer's words appended to the prompt."""
-    from mmedpo_utils.lvlm import prompt
-
     one = asked[0]
     reading = read_answer(phantom, one.film, one.question, 6)
     text = prompt(phantom.processor, one.question)
@@ -367,8 +373,6 @@ def test_probabilities_and_gradients_are_those_of_the_whole_model(phantom, asked
 
 
 def test_rollout_is_the_product_of_the_layers_means(phantom, asked):
-    from mmedpo_utils.lvlm import embed, image_features, prompt
-
     one = asked[1]
     reading = read_answer(phantom, one.film, one.question, 6, with_gradient=False)
     assert reading.gradient is None

@@ -44,35 +44,27 @@ def noise_view(
     films = [as_seen(cut, one.film) for one in asked]
     listed: list[dict[str, Any]] = []
     masks: list[np.ndarray] = []
-    shown: list[tuple[int, Image.Image]] = []  # the question's number, the film
-    for number, (one, film, heat) in enumerate(zip(asked, films, heats, strict=True)):
-        lesions = []
-        for mask in one.masks.values():
-            lesions.append(as_seen(cut, Image.fromarray(np.uint8(mask) * 255)) > 127)
-        union = np.any(lesions, axis=0) if lesions else None
+    shown: list[Image.Image] = []  # every film that the controls can reach
+    owners: list[ShownQuestion] = []  # the question of each
+    for one, film, heat in zip(asked, films, heats, strict=True):
+        lesion = _lesion(cut, one)
         places = []
-        for name, mask in _places(heat, union, film.shape, one.name).items():
-            first = len(shown)
-            for film_of_place in _noised(film, mask, name, seeds):
-                shown.append((number, film_of_place))
-            places.append({"name": name, "mask": len(masks), "first": first})
+        for name, mask in _places(heat, lesion, film.shape, one.name).items():
+            places.append({"name": name, "mask": len(masks), "first": len(shown)})
             masks.append(mask > 0)
-        truth = None
-        if union is not None:
-            truth = len(masks)
-            masks.append(union)
+            shown += _noised(film, mask, name, seeds)
+        owners += [one] * (len(shown) - len(owners))
         listed.append(
             {
                 "label": f"{one.name}: {one.question}",
                 "truth": one.truth,
                 "places": places,
-                "lesion": truth,
+                "lesion": None if lesion is None else len(masks),
             }
         )
-    images = [image for _, image in shown]
-    texts = [asked[number].question for number, _ in shown]
-    truths = [asked[number].truth for number, _ in shown]
-    said = [answer for (answer,) in generate(lvlm, images, texts, 16, batch_size)]
+        if lesion is not None:
+            masks.append(lesion)
+    said, sure, true = _answers(lvlm, shown, owners, batch_size)
     schedule = signal_schedule()
     values = {
         "asked": listed,
@@ -88,13 +80,35 @@ def noise_view(
         "films": Packed(np.stack(films), "film"),
         "masks": Packed(np.stack(masks), "bits"),
         "noise": Packed(np.stack(noise), "half"),
-        "sure": Packed(np.exp(answer_logps(lvlm, images, texts, said, batch_size)[0]), "half"),
-        "true": Packed(np.exp(answer_logps(lvlm, images, texts, truths, batch_size)[0]), "half"),
+        "sure": Packed(sure, "half"),
+        "true": Packed(true, "half"),
     }
     place = noise_mask(heats[0], size, "localized", "quantile", 0.85)
     noised = np.asarray(next(iter(_noised(films[0], place, "", seeds[:1]))))
     still = plots.noise_comparison(films[0], place > 0, {"noised": noised})
     return Page("noise", values, arrays, still, f"{asked[0].name}, clean and noised")
+
+
+def _lesion(cut: Any, one: ShownQuestion) -> np.ndarray | None:
+    """All true lesions of a question's film, as the vision tower gets it: bool [H, W]; None where
+    none is known.
+    """
+    seen = [
+        as_seen(cut, Image.fromarray(np.uint8(mask) * 255)) > 127 for mask in one.masks.values()
+    ]
+    return np.any(seen, axis=0) if seen else None
+
+
+def _answers(
+    lvlm: MedLVLM, films: Sequence[Image.Image], owners: Sequence[ShownQuestion], batch_size: int
+) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """What the model says of each film, the probability of that, and that of the true answer."""
+    texts = [one.question for one in owners]
+    truths = [one.truth for one in owners]
+    said = [answer for (answer,) in generate(lvlm, films, texts, 16, batch_size)]
+    sure, _ = answer_logps(lvlm, films, texts, said, batch_size)
+    true, _ = answer_logps(lvlm, films, texts, truths, batch_size)
+    return said, np.exp(sure), np.exp(true)
 
 
 def _places(

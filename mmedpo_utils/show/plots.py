@@ -89,16 +89,9 @@ def upsampled(heat_map: np.ndarray, shape: Sequence[int]) -> np.ndarray:
     )
 
 
-def _heat(
-    axes: Axes,
-    image: np.ndarray,
-    heat_map: np.ndarray,
-    opacity: float,
-    threshold: float | None = None,
-) -> None:
+def _heat(axes: Axes, image: np.ndarray, heat_map: np.ndarray, opacity: float) -> None:
     heat = upsampled(heat_map, np.shape(image))
-    alpha = opacity if threshold is None else opacity * (heat >= threshold)
-    axes.imshow(heat, cmap=MAP_COLOURS, vmin=0, vmax=1, alpha=alpha)
+    axes.imshow(heat, cmap=MAP_COLOURS, vmin=0, vmax=1, alpha=opacity)
 
 
 def film_grid(
@@ -130,19 +123,15 @@ def attention_overlay(
     image: np.ndarray,
     heat_map: np.ndarray,
     lesion_mask: np.ndarray | None = None,
-    threshold: float | None = None,
-    opacity: float = 0.5,
     title: str = "",
 ) -> Figure:
     """A film beside its heat map, overlaid. Shapes: heat_map [g, g], lesion_mask [H, W] (outlined
     in orange).
-
-    ``threshold`` (0 to 1, of the map scaled to its own range) hides what lies below it.
     """
     figure, ((left, right),) = _axes(1, 2, (5.6, 2.7))
     _film(left, image, "film")
     _film(right, image, title or "attention")
-    _heat(right, image, heat_map, opacity, threshold)
+    _heat(right, image, heat_map, 0.5)
     if lesion_mask is not None:
         for axes in (left, right):
             _outline(axes, lesion_mask)

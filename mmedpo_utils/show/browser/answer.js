@@ -12,7 +12,6 @@ const METHODS = [
     "What raises the word's log-probability to first order, where attention is; negative parts are left out.",
   ],
 ];
-const OUTLINES = ["#56b4e9", "#009e73", "#ffffff", "#0072b2", "#99ddff", "#44bb99", "#bbbbbb"];
 const RISE = [230, 159, 0];
 const FALL = [86, 180, 233];
 const WALL_TILE = 40;
@@ -38,20 +37,23 @@ function view(values, arrays) {
   const methods = "gradient 0 0" in arrays ? METHODS : METHODS.slice(0, 2);
 
   const panels = values.models.map((name) => {
-    const drawn = picture(width, height, 280, name);
-    const caption = element("figcaption");
+    const made = panel(width, height, 280, name);
     const words = element("div");
-    const figure = element("figure", {}, element("b", {}, name), words, drawn.canvas, caption);
-    return { ...drawn, caption, words, figure };
+    made.figure.prepend(element("b", {}, name), words);
+    return { ...made, words };
   });
-  const change = picture(width, height, 280, "difference");
-  const changeCaption = element("figcaption");
-  const changeFigure = element("figure", {}, element("b", {}, "difference"), change.canvas);
-  changeFigure.append(changeCaption);
+  const change = panel(width, height, 280, "difference");
+  change.figure.prepend(element("b", {}, "difference"));
 
-  const names = (count, what) => [`mean of all`, ...Array.from({ length: count }, (_, n) => `${what} ${n + 1}`)];
-  const layerChoice = choice("layer", names(layers, "layer"), 0, (n) => set({ layer: n - 1 }));
-  const headChoice = choice("head", names(heads, "head"), 0, (n) => set({ head: n - 1 }));
+  const numbered = (count, what) => [
+    "mean of all",
+    ...Array.from({ length: count }, (_, n) => `${what} ${n + 1}`),
+  ];
+  const layerChoice = choice("layer", numbered(layers, "layer"), 0, (n) => set({ layer: n - 1 }));
+  const headChoice = choice("head", numbered(heads, "head"), 0, (n) => set({ head: n - 1 }));
+  const methodChoice = choice("method", methods.map(([name]) => name), 0, (method) =>
+    set({ method }),
+  );
   const question = element("p", { class: "note" });
   const methodNote = element("p", { class: "note" });
   const told = status();
@@ -59,7 +61,7 @@ function view(values, arrays) {
     "div",
     { class: "row controls" },
     choice("question", values.asked.map((one) => one.label), 0, (asked) => set({ asked })),
-    choice("method", methods.map(([name]) => name), 0, (method) => set({ method })),
+    methodChoice,
     layerChoice,
     headChoice,
     slider("threshold", state.threshold, 0, 1, 0.05, (threshold) => set({ threshold })),
@@ -111,12 +113,8 @@ function view(values, arrays) {
 
   function readAsked() {
     const asked = values.asked[state.asked];
-    lesions = asked.masks.map(({ name, index }, n) => {
-      const mask = part(arrays.masks, index);
-      return { name, mask, path: outline(mask, width, height), colour: OUTLINES[n % 7] };
-    });
-    union = lesions.length ? new Uint8Array(width * height) : null;
-    for (const { mask } of lesions) mask.forEach((value, n) => (union[n] = union[n] || value));
+    lesions = lesionsOf(asked.masks, arrays.masks, width, height);
+    union = unionOf(lesions);
     state.words = state.words.map(() => 0);
     question.textContent = `${asked.question} True answer: ${asked.truth}`;
     panels.forEach((panel, model) => {
@@ -150,7 +148,7 @@ function view(values, arrays) {
     const full = Math.max(...maps.map(largest));
     const said = maps.map((map, model) => paintMap(map, model, full));
     if (two) paintChange(maps);
-    paintWalls(full);
+    paintWalls();
     told.textContent = said.join(" ");
   }
 
@@ -198,7 +196,7 @@ function view(values, arrays) {
     const box = { path: boxOf(rise), colour: "#e69f00", dash: [4, 3] };
     change.paint(pixels, [...(state.outlines ? lesions : []), box]);
     const names = values.models;
-    changeCaption.textContent =
+    change.caption.textContent =
       `orange: more attention in ${names[1]}, blue: more in ${names[0]}; ` +
       "the box holds the cells that rose by half of the largest rise or more";
   }
@@ -228,9 +226,9 @@ function view(values, arrays) {
   const walls = values.models.map((name, model) => {
     const tiles = Array.from({ length: layers * heads }, (_, place) => {
       const layer = Math.floor(place / heads);
-      const told = `${name}, layer ${layer + 1}, head ${(place % heads) + 1}`;
-      const tile = small ? picture(WALL_TILE, WALL_TILE, WALL_TILE, told) : null;
-      const button = element("button", { title: told, "aria-label": told });
+      const title = `${name}, layer ${layer + 1}, head ${(place % heads) + 1}`;
+      const tile = small ? picture(WALL_TILE, WALL_TILE, WALL_TILE, title) : null;
+      const button = element("button", { title, "aria-label": title });
       if (tile) button.append(tile.canvas);
       else button.append(element("i", { style: "display:block;width:7px;height:7px" }));
       return { tile, button };
@@ -250,14 +248,14 @@ function view(values, arrays) {
 
   /** Every head's map of the word; in a large network, its share of attention on the image. */
   function paintWalls() {
-    const film0 = small ? reduced(film(), width, height, WALL_TILE) : null;
+    const smallFilm = small ? reduced(film(), width, height, WALL_TILE) : null;
     walls.forEach(({ tiles, choose }, model) => {
       const raw = arrays[key("raw", model)];
       tiles.forEach(({ tile, button }, place) => {
         const row = part(raw, state.words[model], Math.floor(place / heads), place % heads);
         if (tile) {
           const heat = inCells(row, WALL_TILE, WALL_TILE);
-          tile.paint(blend(film0, heat, largest(row) || 1, state, arrays.colours.data));
+          tile.paint(blend(smallFilm, heat, largest(row) || 1, state, arrays.colours.data));
         } else {
           const sum = row.reduce((total, value) => total + value, 0);
           const colour = 3 * Math.round(255 * Math.min(sum, 1));
@@ -270,7 +268,7 @@ function view(values, arrays) {
     });
     layerChoice.querySelector("select").selectedIndex = state.layer + 1;
     headChoice.querySelector("select").selectedIndex = state.head + 1;
-    controls.querySelectorAll("select")[1].selectedIndex = state.method;
+    methodChoice.querySelector("select").selectedIndex = state.method;
   }
 
   const set = changer(state, draw);
@@ -280,7 +278,7 @@ function view(values, arrays) {
     {},
     controls,
     question,
-    element("div", { class: "row" }, ...panels.map((panel) => panel.figure), ...(two ? [changeFigure] : [])),
+    element("div", { class: "row" }, ...panels.map((panel) => panel.figure), ...(two ? [change.figure] : [])),
     element("div", { class: "row" }, ...walls.map((wall) => wall.figure)),
     methodNote,
     told,

@@ -216,7 +216,32 @@ function picture(width, height, shown, label) {
     }
     context.restore();
   }
-  return { canvas, paint, pixels: () => draft.getImageData(0, 0, width, height).data };
+  return { canvas, paint };
+}
+
+/** A picture with a caption under it, as one figure. */
+function panel(width, height, shown, label) {
+  const drawn = picture(width, height, shown, label);
+  const caption = element("figcaption");
+  return { ...drawn, caption, figure: element("figure", {}, drawn.canvas, caption) };
+}
+
+// Lesions' outlines: blue to green, which the map's purple to yellow does not use.
+const OUTLINES = ["#56b4e9", "#009e73", "#ffffff", "#0072b2", "#99ddff", "#44bb99", "#bbbbbb"];
+
+/** The lesions of `listed` (name and index among the masks), each with its outline and colour. */
+function lesionsOf(listed, masks, width, height) {
+  return listed.map(({ name, index }, n) => {
+    const mask = part(masks, index);
+    const colour = OUTLINES[n % OUTLINES.length];
+    return { name, mask, path: outline(mask, width, height), colour };
+  });
+}
+
+/** All lesions as one mask; null where there is none. */
+function unionOf(lesions) {
+  if (!lesions.length) return null;
+  return lesions[0].mask.map((_, n) => (lesions.some(({ mask }) => mask[n]) ? 1 : 0));
 }
 
 /** An element with attributes and children; texts are set as text and never read as HTML. */

@@ -1,9 +1,8 @@
 // MedKLIP's attention: a finding's own map beside that of "disease", every layer and head, the true
 // lesions where they are known, and the mask and the noise that the map would give.
 
-// Colours of the lesions' outlines; blue to green, which the map's purple to yellow does not use.
 const TILE = 56; // pixels of a small map on the wall
-const LESION_COLOURS = ["#56b4e9", "#009e73", "#ffffff", "#0072b2", "#99ddff", "#44bb99", "#bbbbbb"];
+const LARGE = 300; // pixels of a large one
 // Changes that leave the wall, or mask and noise, as they are.
 const ONLY_THE_LARGE = ["cell", "smooth", "outlines", "quantile", "signal"];
 const ONLY_THE_MAPS = ["query", "threshold", "opacity", "smooth", "own"];
@@ -50,15 +49,10 @@ function view(values, arrays) {
     return parts.length ? parts.join(", ") : "mean of all";
   }
 
-  const chosen = panel("the chosen finding");
-  const whole = panel("disease");
-  const masked = panel("mask");
-  const noised = panel("noised");
-  function panel(name) {
-    const drawn = picture(width, height, 300, name);
-    const caption = element("figcaption");
-    return { ...drawn, caption, figure: element("figure", {}, drawn.canvas, caption) };
-  }
+  const chosen = panel(width, height, LARGE, "the chosen finding");
+  const whole = panel(width, height, LARGE, values.query);
+  const masked = panel(width, height, LARGE, "the mask");
+  const noised = panel(width, height, LARGE, "the noised film");
 
   const walls = Array.from({ length: (layers + 1) * columns }, (_, cell) => {
     const small = picture(TILE, TILE, TILE, nameOf(cell));
@@ -109,13 +103,8 @@ function view(values, arrays) {
 
   /** What depends on the film alone. */
   function readFilm() {
-    lesions = values.masks[state.film].map(({ name, index }, n) => {
-      const mask = part(arrays.masks, index);
-      const colour = LESION_COLOURS[n % LESION_COLOURS.length];
-      return { name, mask, path: outline(mask, width, height), colour };
-    });
-    union = lesions.length ? new Uint8Array(width * height) : null;
-    for (const { mask } of lesions) mask.forEach((value, n) => (union[n] = union[n] || value));
+    lesions = lesionsOf(values.masks[state.film], arrays.masks, width, height);
+    union = unionOf(lesions);
     smallFilm = reduced(part(arrays.films, state.film), width, height, TILE);
   }
 

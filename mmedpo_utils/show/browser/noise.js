@@ -6,13 +6,8 @@ function view(values, arrays) {
   const [, height, width] = arrays.films.shape;
   const state = { asked: 0, place: 1, signal: 4, seed: 0, outlines: true };
 
-  const clean = panel("the film with the mask");
-  const noised = panel("the noised film");
-  function panel(name) {
-    const drawn = picture(width, height, 300, name);
-    const caption = element("figcaption");
-    return { ...drawn, caption, figure: element("figure", {}, drawn.canvas, caption) };
-  }
+  const clean = panel(width, height, 300, "the film with the mask");
+  const noised = panel(width, height, 300, "the noised film");
   const chart = element("canvas", { role: "img" });
   const density = window.devicePixelRatio || 1;
   chart.width = CHART.width * density;
