@@ -13,9 +13,10 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .plots import BLACK, BLUE, METRIC_NAMES, OKABE_ITO, ORANGE, RED, _axes, _tidy, _title
+from .plots import BLACK, BLUE, GREEN, METRIC_NAMES, ORANGE, PINK, RED, _axes, _tidy, _title
 
 Entry = Mapping[str, float]
+COLOURS = {"sft": GREEN, "dpo": ORANGE, "stage2": PINK, "mmedpo": BLUE}
 
 
 def _band(
@@ -68,7 +69,8 @@ def condition_lines(
     places = [point[condition] for point in points]
     for column, metric in enumerate(metrics):
         above, below = grid[0][column], grid[1][column]
-        for name, colour in (("dpo", ORANGE), ("mmedpo", BLUE)):
+        for name in ("dpo", "mmedpo"):
+            colour = COLOURS[name]
             _band(above, places, [point[name][metric] for point in points], colour, name)
             _stars(above, live, condition, name, metric, colour)
         _band(below, places, [point["difference"][metric] for point in points], BLACK)
@@ -98,18 +100,19 @@ def dose_lines(points: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> F
     variants = list(dict.fromkeys(point["variant"] for point in points))
     for row, metric in zip(grid, metrics, strict=True):
         for axes, (dose, label) in zip(row, doses.items(), strict=True):
-            for number, variant in enumerate(variants):
+            for variant in variants:
                 own = [point for point in points if point["variant"] == variant]
                 if dose == "text_pairs_seen" and not any(point[dose] for point in own):
                     continue  # visual pairs alone: no text pair is seen
                 places = [point[dose] for point in own]
                 entries = [point["scores"][metric] for point in own]
-                _band(axes, places, entries, OKABE_ITO[number], variant)
+                _band(axes, places, entries, COLOURS[variant], variant)
             _tidy(axes)
             if metric == metrics[-1]:
                 axes.set_xlabel(label, fontsize=9)
         row[0].set_ylabel(METRIC_NAMES.get(metric, metric), fontsize=8)
-    grid[0][0].legend(fontsize=8, frameon=False)
+    lines, names = grid[0][0].get_legend_handles_labels()
+    figure.legend(lines, names, loc="outside upper center", ncols=4, fontsize=8, frameon=False)
     return figure
 
 

@@ -125,10 +125,12 @@ def measure_faithfulness(
 
 
 def faithfulness_table(rows: Sequence[Row], samples: int) -> list[dict[str, Any]]:
-    """Mean areas under the curves, and how far each order's area lies from the random one's, with
-    95% intervals over patients.
+    """Mean areas under the curves of each order's films, and how far each lies from the same films'
+    random order, with 95% intervals over patients.
 
-    For a faithful map ``minus random`` is below zero under deletion and above it under insertion.
+    An order that some films lack (``lesion``) has fewer films than the others: compare areas where
+    all have it. For a faithful map ``minus random`` is below zero under deletion and above it under
+    insertion.
 
     Returns:
         one line for each way and order; areas as a percentage of the largest possible.
