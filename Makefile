@@ -9,6 +9,9 @@ TORCH_INDEX ?=
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
+# See mmedpo_utils/__init__.py; a notebook's kernel may load torch before the package.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 .PHONY: run check test test-all lab results arena base-models bench
 
 run: .venv/installed

@@ -32,8 +32,14 @@ Rooms hold the rest. The core imports the first four:
 """
 
 import logging
+import os
 
 __version__ = "0.1.0"
+
+# A thread that waits gives its core back. torch's threads would spin, and where other programs use
+# the cores, too, everything takes several times as long. It is read when torch is loaded, here or
+# in a process that is started from here.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # On a CPU, bitsandbytes says at import that a kernel for 4-bit matrices is missing.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import io
 import re
 import shutil
 import subprocess
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from IPython import get_ipython
-from IPython.display import Image, Pretty, display
+from IPython.display import Pretty, display
 
 from .base.checkpoints import newest_checkpoint, remove_half_written
 from .base.doors import open_door
@@ -24,6 +23,7 @@ from .launch_command import launch_command, process_count
 from .profiles import Profile
 from .run_folder import FAILED, finished_result, read_events, run_digest, run_lock
 from .show import plots
+from .show.figures import ShownFigure
 
 REFRESH_SECONDS = 1.5
 PORT_ATTEMPTS = 3
@@ -232,7 +232,8 @@ def _follow(process: subprocess.Popen, folder: Path, live: bool) -> None:
     if live and get_ipython() is not None:
         handle = display(Pretty("The processes are starting ..."), display_id=True)
     running = True
-    shown = len(read_events(folder))
+    # A run that goes on shows its earlier steps at once; a terminal has printed them.
+    shown = 0 if handle else len(read_events(folder))
     while running:
         try:
             process.wait(REFRESH_SECONDS)
@@ -250,12 +251,9 @@ def _follow(process: subprocess.Popen, folder: Path, live: bool) -> None:
         shown = len(events)
 
 
-def _curves(events: list[dict[str, Any]]) -> Image:
-    drawing = io.BytesIO()
-    figure = plots.training_curves(events)
-    figure.savefig(drawing, format="png", dpi=80, bbox_inches="tight")
+def _curves(events: list[dict[str, Any]]) -> ShownFigure:
     alt = "Training curves so far: loss, log-probabilities, margin, accuracy"
-    return Image(drawing.getvalue(), alt=alt)
+    return ShownFigure(plots.training_curves(events), alt, dpi=80)
 
 
 def _progress(event: dict[str, Any]) -> str:

@@ -11,7 +11,7 @@ vision tower, projector and output layer keep their precision.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -335,7 +335,6 @@ def _check_request(images: Sequence, questions: Sequence, temperature: float, sa
         )
 
 
-@torch.inference_mode()
 def image_attention(
     lvlm: MedLVLM, images: Sequence[Image.Image], questions: Sequence[str], batch_size: int
 ) -> torch.Tensor:
@@ -349,10 +348,26 @@ def image_attention(
     Returns:
         float32 on the CPU, each map sums to 1. Shape: [N, grid, grid].
     """
+    rows = prompt_end_attention(lvlm, images, questions, batch_size)
+    flat = torch.cat([heads.mean((1, 2)) for heads in rows])
+    grid = int(flat.shape[1] ** 0.5)
+    return (flat / flat.sum(1, keepdim=True)).view(-1, grid, grid)
+
+
+@torch.inference_mode()
+def prompt_end_attention(
+    lvlm: MedLVLM, images: Sequence[Image.Image], questions: Sequence[str], batch_size: int
+) -> Iterator[torch.Tensor]:
+    """Attention of the prompt's last token to the image tokens, by layer and head, one batch at a
+    time.
+
+    Yields:
+        float32 on the CPU; a row's sum is the share of the attention that the image gets. Shape:
+        [B, layers, heads, cells].
+    """
     features, index = image_features(lvlm, images, batch_size)
     texts = [prompt(lvlm.processor, question) for question in questions]
     language_model = lvlm.llava.model.language_model
-    maps = []
     usual = language_model.config._attn_implementation
     language_model.set_attn_implementation("eager")
     try:
@@ -366,12 +381,9 @@ def image_attention(
                 output_attentions=True,
                 use_cache=False,
             )
-            last = torch.stack(
-                [layer[:, :, -1].float().mean(1) for layer in output.attentions]
-            ).mean(0)
-            maps.append(last[inputs["image_mask"]].view(len(last), -1).cpu())
+            last = torch.stack([layer[:, :, -1].float() for layer in output.attentions], 1)
+            count, layers, heads, _ = last.shape
+            seen = inputs["image_mask"][:, None, None].expand_as(last)
+            yield last[seen].view(count, layers, heads, -1).cpu()
     finally:
         language_model.set_attn_implementation(usual)
-    flat = torch.cat(maps)
-    grid = int(flat.shape[1] ** 0.5)
-    return (flat / flat.sum(1, keepdim=True)).view(-1, grid, grid)

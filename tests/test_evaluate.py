@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from peft import get_peft_model
+from PIL import Image
 
 from mmedpo_utils import evaluate, lvlm, metrics
 from mmedpo_utils.base.errors import InputError
@@ -20,7 +21,13 @@ from mmedpo_utils.phantom.texts import read_masks, write_dataset
 from mmedpo_utils.preference_rows import read_questions
 from mmedpo_utils.profiles import load_profile
 from mmedpo_utils.show import comparison
-from mmedpo_utils.show.lesion_attention import attention_share, lesion_attention
+from mmedpo_utils.show.lesion_attention import (
+    attention_share,
+    head_shares,
+    head_table,
+    lesion_attention,
+)
+from mmedpo_utils.show.premise import Asked
 from mmedpo_utils.trainer import adapter_config
 
 from .test_trainer import tiny_lvlm
@@ -225,6 +232,43 @@ def test_lesion_attention_asks_only_where_the_finding_has_a_mask(world):
     assert table["base"]["attention_in_lesion"]["mean"] == pytest.approx(
         100 * np.mean([row["share"] for row in rows])
     )
+
+
+def test_every_head_is_measured_against_the_models_own_attention(world):
+    """Against transformers' attentions of one whole forward pass for each question."""
+    asked = []
+    for row in world["questions"]:
+        masks = read_masks(world["masks"] / row["image"])
+        if row.get("finding") in masks:
+            film = np.asarray(open_image(world["images"] / row["image"]).convert("L"))
+            lesion = masks[row["finding"]]
+            asked.append(Asked(row, film, lesion, lesion))
+    model = world["model"]
+    shares = head_shares(model, asked, batch_size=2)
+    llava = model.model
+    llava.model.language_model.set_attn_implementation("eager")
+    try:
+        for item, of_heads in zip(asked, shares, strict=True):
+            text = lvlm.prompt(model.processor, question_text(item.row))
+            film = Image.fromarray(item.pixels).convert("RGB")
+            inputs = model.processor(images=film, text=text, return_tensors="pt")
+            with torch.no_grad():
+                attentions = llava(**inputs, output_attentions=True).attentions
+            seen = inputs["input_ids"][0] == llava.config.image_token_id
+            for layer, weights in enumerate(attentions):
+                for head, row in enumerate(weights[0, :, -1, seen].numpy()):
+                    grid = row.reshape(int(len(row) ** 0.5), -1)
+                    expected = attention_share(grid, item.lesion)
+                    assert of_heads[layer, head] == pytest.approx(expected, abs=1e-5)
+    finally:
+        llava.model.language_model.set_attn_implementation("sdpa")
+    table = head_table({"base": shares, "again": shares + 0.02}, asked, samples=50)
+    assert [(row["layer"], row["head"]) for row in table][:2] == [(1, 1), (1, 2)]
+    for row in table:
+        mean = 100 * shares[:, row["layer"] - 1, row["head"] - 1].mean()
+        assert row["base"]["mean"] == pytest.approx(mean)
+        assert row["base"]["low"] <= row["base"]["mean"] <= row["base"]["high"]
+        assert list(row["difference"].values()) == pytest.approx([2, 2, 2])
 
 
 def answers(right, kinds=("CLOSED", "OPEN")):

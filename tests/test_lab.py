@@ -14,11 +14,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
+from PIL import Image
 
 from mmedpo_utils.base.processes import free_port
 
-from .test_views import CHROMIUM, FLAGS, changes
+from .conftest import CHROMIUM
+from .test_views import changes
 
 pytestmark = [
     pytest.mark.slow,
@@ -34,6 +37,12 @@ films = [Image.fromarray(rng.integers(0, 256, (224, 224), dtype=np.uint8)) for _
 maps = torch.tensor(rng.normal(size=(3, 2, 2, 2, 196))).softmax(-1)
 output = MedKLIPOutput(("nodule", "disease"), torch.zeros(3, 2, 2), maps, torch.zeros(3, 2, 4))
 medklip_view(films, output, ["axe", "bee", "cat"])"""
+
+
+OWN = """from mmedpo_utils.lvlm import load_lvlm
+from mmedpo_utils.medklip import load_medklip
+from mmedpo_utils.show.own_view import own_view
+own_view({"base": load_lvlm("phantom", "cpu")}, load_medklip("phantom"), 8)"""
 
 
 @pytest.fixture(scope="module")
@@ -56,16 +65,6 @@ def lab(tmp_path_factory) -> Iterator[tuple[str, Path]]:
     yield f"{address}/lab/tree/{{}}?token={token}&reset", folder
     server.terminate()
     server.wait(20)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator:
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield started
-        started.close()
 
 
 def opened(browser, lab, name: str, cells: list):
@@ -122,4 +121,30 @@ def test_a_notebook_that_is_not_trusted_shows_the_still_picture(browser, lab):
     assert page.locator("[data-live]").count() == 0
     assert page.locator(".jp-OutputArea img").first.bounding_box()["width"] > 300
     assert not elsewhere
+    page.close()
+
+
+def test_ones_own_film_is_asked_by_the_form(browser, lab):
+    _, folder = lab
+    film = np.random.default_rng(0).integers(0, 256, (300, 200), dtype=np.uint8)
+    Image.fromarray(film).save(folder / "mine.png")
+    page, elsewhere = opened(browser, lab, "own.ipynb", [nbformat.v4.new_code_cell(OWN)])
+    page.get_by_text("| Idle").wait_for(timeout=60_000)
+    page.locator(".jp-Cell .cm-content").first.click()
+    page.keyboard.press("Shift+Enter")
+    path = page.get_by_label("path")
+    path.wait_for(timeout=120_000)
+    cells = page.locator(".jp-Cell").count()
+    path.fill("mine.png")
+    page.get_by_label("question").fill("Is there an axe?")
+    page.get_by_role("button", name="ask").click()
+    page.wait_for_function("() => document.querySelectorAll('[data-live]').length == 2")
+    assert page.locator("[data-live] canvas").count() > 4
+    question = page.locator("[data-live]").last.locator(".note").first.inner_text()
+    assert "Is there an axe?" in question
+    path.fill("absent.png")
+    page.get_by_role("button", name="ask").click()
+    page.get_by_text("absent.png: cannot be opened as an image").wait_for(timeout=30_000)
+    assert page.locator("[data-live]").count() == 0
+    assert page.locator(".jp-Cell").count() == cells and not elsewhere
     page.close()

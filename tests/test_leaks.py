@@ -7,7 +7,7 @@ import random
 import pytest
 
 from mmedpo_utils.preference_rows import pair_row
-from mmedpo_utils.show.leaks import leak
+from mmedpo_utils.show.leaks import leak, told_apart
 
 
 def rows(count: int, rejected_of) -> list[dict]:
@@ -65,3 +65,16 @@ def test_visual_pairs_do_not_count_and_one_image_is_refused():
     ]
     with pytest.raises(ValueError, match="two images or more"):
         leak(visual)
+
+
+def test_every_pair_is_asked_by_what_has_not_learnt_its_image():
+    def half(answer: str, draw: random.Random) -> str:
+        return "It is there, clearly." if draw.random() < 0.5 else answer
+
+    pairs = rows(300, half)
+    sure = told_apart(pairs)
+    assert set(sure) == {row["id"] for row in pairs}
+    leaking = {row["id"] for row in pairs if "clearly" in str(row["rejected_conversations"])}
+    assert all(sure[key] > 0.9 for key in leaking)
+    assert all(sure[key] == 0.5 for key in sure if key not in leaking), "the same words twice"
+    assert told_apart(pairs[:1]) == {}

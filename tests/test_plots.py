@@ -13,7 +13,7 @@ from matplotlib import pyplot
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from mmedpo_utils.show import conditions, plots
+from mmedpo_utils.show import conditions, paper, plots
 
 DATA_MANIFESTS = Path(__file__).resolve().parents[1] / "data_manifests"
 RNG = np.random.default_rng(0)
@@ -62,6 +62,13 @@ DOSE_POINTS = [
     for variant, seen in (("dpo", 650), ("stage2", 0))
     for passes in (1, 3)
 ]
+HEADS = [
+    {"layer": layer, "head": head, "base": ENTRY, "mmedpo": ENTRY, "difference": difference}
+    for layer, head, difference in (
+        (1, 1, APART["closed_accuracy"]),
+        (1, 2, TOUCHING["closed_accuracy"]),
+    )
+]
 FIGURES = {
     "condition_lines": lambda: conditions.condition_lines(
         LEAK_POINTS, "share", "share of sentences", list(BOTH), [LEAK_POINTS[1]]
@@ -75,6 +82,16 @@ FIGURES = {
     "attention_overlay": lambda: plots.attention_overlay(FILM, HEAT, MASK, title="disease"),
     "attention_grid": lambda: plots.attention_grid(FILM, RNG.random((2, 3, 14, 14)), MASK),
     "attention_before_after": lambda: plots.attention_before_after(FILM, HEAT, HEAT[::-1], MASK),
+    "method_drawing": lambda: paper.method_drawing(
+        FILM,
+        HEAT,
+        MASK,
+        FILM,
+        {"question": "Where is $a?", "preferred": "left", "rejected": "right " * 60},
+        TURNS,
+        0.9,
+        (1.1, 0.8),
+    ),
     "noise_comparison": lambda: plots.noise_comparison(
         FILM, MASK, {"paper": FILM, "released": FILM, "global": FILM}
     ),
@@ -88,7 +105,8 @@ FIGURES = {
     "debate_plot": lambda: plots.debate_plot(TURNS),
     "training_curves": lambda: plots.training_curves(EVENTS),
     "training_curves_empty": lambda: plots.training_curves([]),
-    "result_bars": lambda: plots.result_bars(TABLE),
+    "score_intervals": lambda: plots.score_intervals(TABLE),
+    "head_grid": lambda: plots.head_grid(HEADS, ["base", "mmedpo", "difference"], 1.3),
     "pointing_game_bars": lambda: plots.pointing_game_bars(
         {"nodule": 0.6, "b": 0.9}, {"nodule": 0.01, "b": 0.1}
     ),
@@ -104,13 +122,27 @@ def test_draws_without_a_warning_and_without_global_state(name):
     assert isinstance(figure, Figure) and not pyplot.get_fignums()
 
 
-def test_upsampling_scales_to_the_range_and_keeps_the_place():
+def test_upsampling_keeps_values_and_place():
     heat = np.zeros((14, 14))
     heat[3, 9] = 1 / 196
     wide = plots.upsampled(heat, (140, 280))
-    assert wide.shape == (140, 280) and wide.min() == 0 and 0.9 < wide.max() <= 1
+    assert wide.shape == (140, 280) and wide.min() == 0 and 0.9 < 196 * wide.max() <= 1
     assert np.allclose(np.unravel_index(wide.argmax(), wide.shape), (35, 190), atol=6)
-    assert not plots.upsampled(np.full((14, 14), 0.3), (20, 20)).any()
+    assert plots.upsampled(np.full((14, 14), 0.3), (20, 20)) == pytest.approx(0.3)
+
+
+def test_a_faint_map_is_not_drawn_like_a_sure_one():
+    sure = np.full((14, 14), 0.5 / 195)
+    sure[3, 9] = 0.5
+    faint = np.full((14, 14), 1.0)
+    faint[3, 9] = 2.0
+    tops = []
+    for heat in (sure, faint):
+        overlay = plots.attention_overlay(FILM, heat).axes[1].images[-1]
+        tops.append(overlay.get_clim()[1])
+    assert tops == pytest.approx([0.5 * 196, 2 * 196 / 197])
+    colours = overlay.cmap(np.linspace(0, 1, 9))
+    assert colours[0, 3] == 0 and (np.diff(colours[:, 3]) > 0).all(), "the film shows through"
 
 
 def test_a_difference_is_filled_where_its_interval_leaves_out_zero():
@@ -136,13 +168,82 @@ def test_training_curves_tell_the_time_left_and_hold_the_numbers():
     assert sparse.get_suptitle().endswith("done") and not sparse.axes[1].lines
 
 
-def test_result_bars_show_mean_and_interval():
-    (axes,) = plots.result_bars(TABLE).axes
-    assert [bar.get_width() for bar in axes.patches] == [50 + n for n in range(7)]
-    assert list(axes.lines[0].get_xdata()) == [45, 60]
-    colours = [bar.get_facecolor() for bar in axes.patches]
-    assert colours[5][:3] == colours[6][:3] and colours[5] != colours[6], "a twin is paler"
-    assert len({colour[:3] for colour in colours}) == 6
+def test_scores_are_dots_with_intervals_and_a_model_keeps_its_colour():
+    (axes,) = plots.score_intervals(TABLE).axes
+    dots = [line for line in axes.lines if line.get_marker() == "o"]
+    assert [dot.get_xdata()[0] for dot in dots] == [50 + n for n in range(7)]
+    intervals = [line for line in axes.lines if list(line.get_xdata()) == [45, 60]]
+    assert len(intervals) == 7
+    colours = [dot.get_color() for dot in dots]
+    assert colours[5] == colours[6] and len(set(colours)) == 6
+    assert [dot.get_markerfacecolor() == "white" for dot in dots] == [False] * 6 + [True]
+    reordered = {name: TABLE[name] for name in ("mmedpo", "dpo")}
+    (other,) = plots.score_intervals(reordered).axes
+    again = [line.get_color() for line in other.lines if line.get_marker() == "o"]
+    assert again == [colours[5], colours[2]]
+
+
+def test_a_box_holds_the_cells_that_rose():
+    before = np.full((8, 8), 1 / 64)
+    after = before.copy()
+    after[2, 3:5] += 0.1
+    after[6, 6] += 0.03
+    panel = plots.attention_before_after(FILM, before, after, boxed=True).axes[2]
+    (box,) = panel.patches
+    assert box.get_bbox().extents == pytest.approx([23.5, 15.5, 39.5, 23.5])
+    assert not plots.attention_before_after(FILM, before, after).axes[2].patches
+
+
+def test_a_published_column_is_named_in_words_and_the_baseline_is_marked():
+    rows = [{"method": "base", "iu_xray_bleu1": 3.0}, {"method": "x", "iu_xray_bleu1": 5.0}]
+    figure = plots.score_dots(rows, "method", highlight="x", baseline="base")
+    (axes,) = figure.axes
+    assert axes.get_title() == "IU-Xray BLEU-1"
+    (line,) = [line for line in axes.lines if line.get_linestyle() == "--"]
+    assert list(line.get_xdata()) == [3.0, 3.0]
+
+
+def prediction(kind: str, truth: str, said: str, number: int) -> dict:
+    return {
+        "question": f"Q{number}",
+        "image": "a.png",
+        "answer_type": kind,
+        "answer": truth,
+        "prediction": said,
+    }
+
+
+def test_cases_are_chosen_by_their_rule():
+    said = [("no", "yes"), ("yes", "no"), ("yes", "yes"), ("left", "right upper"), ("no", "yes")]
+    truth = ["yes", "yes", "yes", "right upper", "yes"]
+    kinds = ["CLOSED", "CLOSED", "CLOSED", "OPEN", "CLOSED"]
+    sides = [
+        [prediction(kinds[n], truth[n], said[n][side], n) for n in range(5)] for side in (0, 1)
+    ]
+    mended, spoiled = paper.mended_and_spoiled(*sides, 2)
+    assert [row["question"] for row in mended] == ["Q0", "Q3"]
+    assert [row["question"] for row in spoiled] == ["Q1"]
+    models = {"base": sides[0], "trained": sides[1]}
+    found = paper.first_apart(models, "OPEN")
+    assert found["question"] == "Q3" and found["base"] == "left" and found["trained"] != "left"
+    assert paper.first_apart({"base": sides[0]}, "OPEN") is None
+
+
+def test_stages_are_what_the_paper_prints(shared):
+    published = json.loads((DATA_MANIFESTS / "published_results.json").read_text())
+    tables = {number: table["rows"] for number, table in published["tables"].items()}
+    one, two, both = paper.published_stages(tables)
+    assert both["SLAKE, mean of both scores"] == pytest.approx((53.99 + 73.08) / 2)
+    assert two["VQA-RAD, mean of both scores"] == pytest.approx((31.09 + 62.87) / 2)
+    source = json.loads((shared / "paper/tables.json").read_text())["table8"]
+    columns = source["columns"]
+    row = dict(zip(columns, source["rows"]["Stage 1 (Multi-LLMs)"], strict=True))
+    assert one["IU-Xray, ROUGE-L"] == row["iu_xray_rouge_l"]
+
+
+def test_a_heads_difference_is_in_brackets_where_its_interval_holds_zero():
+    *_, difference = plots.head_grid(HEADS, ["base", "mmedpo", "difference"], 1.3).axes
+    assert [text.get_text() for text in difference.texts] == ["+3.0", "(+3.0)"]
 
 
 def test_weight_titles_state_mean_and_share_at_the_bounds():

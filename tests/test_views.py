@@ -5,8 +5,6 @@ picture, by mouse and by keys, without a kernel and without a request to any hos
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -36,38 +34,6 @@ from mmedpo_utils.show.pages import BROWSER, Packed, map_colours, pack
 EVIL = "<img src=x onerror=alert(1)>"
 RNG = np.random.default_rng(0)
 SIZE = 224
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator:
-    if CHROMIUM is None:
-        pytest.skip("Chromium is not installed (Debian: apt install chromium)")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield started
-        started.close()
-
-
-@pytest.fixture()
-def tab(browser) -> Iterator:
-    """A page that fails the test where a script fails or asks a host for anything."""
-    page = browser.new_page(viewport={"width": 1366, "height": 900})
-    troubles: list[str] = []
-    page.on("pageerror", lambda error: troubles.append(str(error)))
-    page.on("console", lambda said: troubles.append(said.text) if said.type == "error" else None)
-
-    def asked(request) -> None:
-        if not request.url.startswith(("file:", "data:", "blob:")):
-            troubles.append(request.url)
-
-    page.on("request", asked)
-    yield page
-    page.close()
-    assert not troubles
 
 
 @pytest.fixture()
@@ -80,7 +46,7 @@ def engine(tab):
 def opened(tab, page, folder: Path):
     page.save(folder / "view.html")
     tab.goto(f"file://{folder / 'view.html'}")
-    tab.wait_for_selector("[data-live] canvas")
+    tab.wait_for_selector("[data-live] :is(canvas, svg)")
     return tab
 
 

@@ -11,6 +11,7 @@ PROGRAMS = {
     "plan": ("plan", "what a training would run and what it takes"),
     "launch": ("launch", "train one variant of a profile, or go on with it"),
     "train": ("train", "one training process; launch starts as many as a profile asks for"),
+    "pages": ("export_pages", "the notebooks as HTML pages that need no network"),
     "export": ("export", "merge an adapter into a plain Hugging Face folder"),
     "baselines": ("baselines", "build and train the pairs of the paper's baselines"),
     "arena": ("arena", "change one condition, keep the others: when does which part help?"),

@@ -119,7 +119,7 @@ def run(profile: Profile, profile_name: str, in_place: bool = False) -> dict[str
         seconds[path.stem] = round(time.perf_counter() - started, 1)
         print(f"{seconds[path.stem]:.0f} s", flush=True)
     if in_place:
-        for figure in profile.figures.glob("*.png"):
+        for figure in (*profile.figures.glob("*.png"), *profile.figures.glob("*.svg")):
             shutil.copyfile(figure, ROOT / "figures" / figure.name)
     seconds["total"] = round(sum(seconds.values()), 1)
     seconds["peak_gib"] = round(memory.stop(), 2)

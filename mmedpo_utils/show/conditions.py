@@ -13,10 +13,9 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .plots import BLACK, BLUE, GREEN, METRIC_NAMES, ORANGE, PINK, RED, _axes, _tidy, _title
+from .plots import BLACK, METRIC_NAMES, RED, _axes, _tidy, _title, model_colour
 
 Entry = Mapping[str, float]
-COLOURS = {"sft": GREEN, "dpo": ORANGE, "stage2": PINK, "mmedpo": BLUE}
 
 
 def _band(
@@ -70,7 +69,7 @@ def condition_lines(
     for column, metric in enumerate(metrics):
         above, below = grid[0][column], grid[1][column]
         for name in ("dpo", "mmedpo"):
-            colour = COLOURS[name]
+            colour = model_colour(name)
             _band(above, places, [point[name][metric] for point in points], colour, name)
             _stars(above, live, condition, name, metric, colour)
         _band(below, places, [point["difference"][metric] for point in points], BLACK)
@@ -106,7 +105,7 @@ def dose_lines(points: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> F
                     continue  # visual pairs alone: no text pair is seen
                 places = [point[dose] for point in own]
                 entries = [point["scores"][metric] for point in own]
-                _band(axes, places, entries, COLOURS[variant], variant)
+                _band(axes, places, entries, model_colour(variant), variant)
             _tidy(axes)
             if metric == metrics[-1]:
                 axes.set_xlabel(label, fontsize=9)
@@ -131,9 +130,9 @@ def difference_dots(
                 continue
             entry = entries[metric]
             apart = entry["low"] > 0 or entry["high"] < 0
-            axes.plot([entry["low"], entry["high"]], [place, place], color=BLUE, linewidth=1.6)
-            face = BLUE if apart else "white"
-            axes.plot(entry["mean"], place, "o", color=BLUE, markerfacecolor=face)
+            axes.plot([entry["low"], entry["high"]], [place, place], color=BLACK, linewidth=1.6)
+            face = BLACK if apart else "white"
+            axes.plot(entry["mean"], place, "o", color=BLACK, markerfacecolor=face)
         axes.axvline(0, color="0.5", linewidth=1)
         axes.set_yticks(range(len(differences)), list(differences))
         axes.grid(axis="y", color="0.92")

@@ -38,28 +38,62 @@ def leak(rows: Sequence[Row], seed: int = 0) -> dict[str, float]:
         ValueError: fewer than two images have text pairs.
     """
     text = [row for row in rows if row_source(row) == "text"]
+    kept, rejected = _answers(text)
+    learnt = _half(text, seed)
+    margins = _margins(kept, rejected, learnt)[~learnt]
+    longer = [len(words(no)) > len(words(yes)) for yes, no in zip(kept, rejected, strict=True)]
+    return {
+        "ranked_right": 100 * float(np.mean((1 + np.sign(margins)) / 2)),
+        "rejected_longer": 100 * float(np.mean(longer)),
+        "pairs": int((~learnt).sum()),
+    }
+
+
+def told_apart(rows: Sequence[Row], seed: int = 0) -> dict[str, float]:
+    """How sure words and length alone are of each text pair's rejected answer.
+
+    As `leak`, twice: each half of the images is asked by what has learnt from the other.
+
+    Returns:
+        by the pair's id, the probability (0 to 1) that is given to the right order; empty where
+        fewer than two images have text pairs.
+    """
+    text = [row for row in rows if row_source(row) == "text"]
+    if len({row["image"] for row in text}) < 2:
+        return {}
+    kept, rejected = _answers(text)
+    half = _half(text, seed)
+    margins = np.where(half, _margins(kept, rejected, ~half), _margins(kept, rejected, half))
+    sure = 1 / (1 + np.exp(-margins))
+    return {row["id"]: float(value) for row, value in zip(text, sure, strict=True)}
+
+
+def _answers(text: Sequence[Row]) -> tuple[list[str], list[str]]:
+    kept = [answer_text(row) for row in text]
+    return kept, [answer_text(row, rejected=True) for row in text]
+
+
+def _half(text: Sequence[Row], seed: int) -> np.ndarray:
+    """Which pairs are about the half of the images that is drawn: bool. Shape: [N]."""
     images = sorted({row["image"] for row in text})
     if len(images) < 2:
         raise ValueError(f"text pairs of {len(images)} image(s); a leak needs two images or more")
     order = np.random.default_rng(seed).permutation(images)
-    learnt = set(order[: len(order) // 2])
-    kept = [answer_text(row) for row in text]
-    rejected = [answer_text(row, rejected=True) for row in text]
+    drawn = set(order[: len(order) // 2])
+    return np.array([row["image"] in drawn for row in text])
+
+
+def _margins(kept: Sequence[str], rejected: Sequence[str], learnt: np.ndarray) -> np.ndarray:
+    """By how much the rejected answer looks more like one, in logits, to a classifier that learns
+    from the pairs ``learnt``. Shape: [N].
+    """
     bags = CountVectorizer(tokenizer=words, lowercase=False, token_pattern=None)
-    bags.fit(kept + rejected)
+    bags.fit([*kept, *rejected])
     sides = [_features(bags, kept), _features(bags, rejected)]
-    known = np.array([row["image"] in learnt for row in text])
-    features = vstack([side[known] for side in sides])
-    labels = np.repeat([0, 1], known.sum())
+    features = vstack([side[learnt] for side in sides])
+    labels = np.repeat([0, 1], learnt.sum())
     model = LogisticRegression(max_iter=1000).fit(features, labels)
-    scores = [model.decision_function(side[~known]) for side in sides]
-    won = (scores[1] > scores[0]) + 0.5 * (scores[1] == scores[0])
-    longer = [len(words(no)) > len(words(yes)) for yes, no in zip(kept, rejected, strict=True)]
-    return {
-        "ranked_right": 100 * float(np.mean(won)),
-        "rejected_longer": 100 * float(np.mean(longer)),
-        "pairs": int((~known).sum()),
-    }
+    return model.decision_function(sides[1]) - model.decision_function(sides[0])
 
 
 def _features(bags: CountVectorizer, texts: Sequence[str]) -> csr_matrix:

@@ -20,16 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from ..base.files import atomic_write
-from .explorers import figure_png
+from .figures import ShownFigure
+from .plots import MAP_COLOURS
 
 BROWSER = Path(__file__).parent / "browser"
-MAP_COLOURS = "inferno"
-# The map's colours begin where they can be told from a grey film.
-FIRST_COLOUR = 0.35
+STILL_DPI = 80
 
 
 @dataclass(frozen=True)
@@ -77,8 +75,7 @@ def pack(values: Mapping[str, Any], arrays: Mapping[str, Packed]) -> str:
 
 def map_colours() -> np.ndarray:
     """The colours of attention, from purple to yellow: uint8. Shape: [256, 3]."""
-    places = np.linspace(FIRST_COLOUR, 1, 256)
-    return np.rint(255 * colormaps[MAP_COLOURS](places)[:, :3]).astype(np.uint8)
+    return np.rint(255 * MAP_COLOURS[:, :3]).astype(np.uint8)
 
 
 class Page:
@@ -102,13 +99,12 @@ class Page:
     ) -> None:
         self.view = view
         self.alt = alt
-        self.still = figure_png(still)
+        self.still = ShownFigure(still, alt, STILL_DPI)
         arrays = dict(arrays) | {"colours": Packed(map_colours(), "bytes")}
         self.packed = pack(values, arrays)
 
     def html(self) -> str:
         """The page's own part: a picture, and the script that puts the view in its place."""
-        still = base64.b64encode(self.still).decode()
         scripts = [(BROWSER / f"{name}.js").read_text("utf-8") for name in ("engine", self.view)]
         style = (BROWSER / "style.css").read_text("utf-8")
         # The same output gets the same name: a notebook that is run again shows no difference.
@@ -116,8 +112,7 @@ class Page:
         return "\n".join(
             [
                 f'<div class="mmedpo" data-view="{name}">',
-                f'<img src="data:image/png;base64,{still}" alt="{html.escape(self.alt)}"',
-                ' style="max-width:100%">',
+                self.still.html(),
                 "</div>",
                 f"<style>{style}</style>",
                 "<script>(() => {",
@@ -128,12 +123,8 @@ class Page:
         )
 
     def _repr_mimebundle_(self, **_: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        data = {
-            "text/html": self.html(),
-            "image/png": base64.b64encode(self.still).decode(),
-            "text/plain": self.alt,
-        }
-        return data, {"image/png": {"alt": self.alt}}
+        data, metadata = self.still._repr_mimebundle_()
+        return data | {"text/html": self.html()}, metadata
 
     def save(self, path: str | Path) -> None:
         """Write the view as an HTML file of its own."""

@@ -1,9 +1,9 @@
 """Figures: arrays and tables in, a matplotlib `Figure` out (or HTML for a table); nothing is read,
 written or shown.
 
-Images are [H, W] or [H, W, 3], uint8 or float in [0, 1]. Maps use cividis and categories the
-Okabe-Ito colours, which colour-blind readers can tell apart. Text that comes from data is never
-read as TeX or HTML.
+Images are [H, W] or [H, W, 3], uint8 or float in [0, 1]. Maps use the upper part of inferno and
+categories the Okabe-Ito colours, which colour-blind readers can tell apart. Text that comes from
+data is never read as TeX or HTML.
 """
 
 from __future__ import annotations
@@ -14,12 +14,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
+from matplotlib.patheffects import withStroke
 from PIL import Image
 
-MAP_COLOURS = "cividis"
+from ..phantom.world import FINDINGS
+
+# The map's colours begin where they can be told from a grey film. Shape: [256, 4].
+MAP_COLOURS = colormaps["inferno"](np.linspace(0.35, 1, 256))
 ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PINK, BLACK = OKABE_ITO = (
     "#E69F00",
     "#56B4E9",
@@ -30,6 +37,28 @@ ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PINK, BLACK = OKABE_ITO = (
     "#CC79A7",
     "#000000",
 )
+# A model has one colour in all notebooks; its shuffled twin is the hollow mark of the same colour.
+MODEL_COLOURS = {
+    "base": BLACK,
+    "sft": GREEN,
+    "dpo": ORANGE,
+    "stage1": SKY,
+    "stage2": PINK,
+    "mmedpo": BLUE,
+}
+COLUMN_WORDS = {
+    "slake": "SLAKE",
+    "vqa_rad": "VQA-RAD",
+    "iu_xray": "IU-Xray",
+    "mimic_cxr": "MIMIC-CXR",
+    "bleu1": "BLEU-1",
+    "bleu2": "BLEU-2",
+    "bleu3": "BLEU-3",
+    "bleu4": "BLEU-4",
+    "bleu": "BLEU",
+    "rouge_l": "ROUGE-L",
+    "meteor": "METEOR",
+}
 METRIC_NAMES = {
     "closed_accuracy": "closed accuracy",
     "open_recall": "open recall",
@@ -58,6 +87,23 @@ def _tidy(axes: Axes, **settings: Any) -> None:
     axes.set(**settings)
 
 
+def model_colour(name: str, place: int = 0) -> str:
+    """The colour of a model, or of its variant such as ``dpo_shuffled`` or ``dpo-live``; that of
+    the ``place`` for a name that the kit does not know.
+    """
+    for known, colour in MODEL_COLOURS.items():
+        if name == known or name.startswith((f"{known}_", f"{known}-")):
+            return colour
+    return OKABE_ITO[place % 7]
+
+
+def _finding_colours(names: Sequence[str]) -> dict[str, str]:
+    """One colour a finding in all figures; other names get those that are left."""
+    known = {name: OKABE_ITO[place % 7] for place, name in enumerate(FINDINGS)}
+    others = [name for name in names if name not in known]
+    return known | {name: OKABE_ITO[place % 7] for place, name in enumerate(others)}
+
+
 def _film(axes: Axes, image: np.ndarray, title: str, title_size: float = 9) -> None:
     image = np.asarray(image)
     axes.imshow(
@@ -71,27 +117,38 @@ def _film(axes: Axes, image: np.ndarray, title: str, title_size: float = 9) -> N
     _title(axes, title, title_size)
 
 
-def _outline(axes: Axes, mask: np.ndarray, colour: str = ORANGE) -> None:
+def _outline(axes: Axes, mask: np.ndarray, colour: str = SKY) -> None:
     mask = np.asarray(mask, float)
     if mask.min() < 0.5 <= mask.max():
-        axes.contour(mask, levels=[0.5], colors=[colour], linewidths=1.2)
+        drawn = axes.contour(mask, levels=[0.5], colors=[colour], linewidths=1.2)
+        # A dark line beneath keeps it visible on bright films and bright colours.
+        drawn.set_path_effects([withStroke(linewidth=2.4, foreground="black")])
 
 
 def upsampled(heat_map: np.ndarray, shape: Sequence[int]) -> np.ndarray:
-    """A map scaled to its own minimum and maximum (0 to 1) and brought to an image's size. Shape:
-    [g, g] to [H, W].
+    """A map brought to an image's size, bilinear between cell centres. Shape: [g, g] to [H, W]."""
+    heat = Image.fromarray(np.asarray(heat_map, np.float32))
+    return np.asarray(heat.resize((shape[1], shape[0]), Image.Resampling.BILINEAR))
+
+
+def _heat(axes: Axes, image: np.ndarray, heat: np.ndarray, full: float, opacity: float) -> None:
+    """A map over a film that shows through: opacity follows the value, and is ``opacity`` at
+    ``full``.
     """
-    heat_map = np.asarray(heat_map, np.float32)
-    spread = np.ptp(heat_map)
-    scaled = (heat_map - heat_map.min()) / spread if spread else np.zeros_like(heat_map)
-    return np.asarray(
-        Image.fromarray(scaled).resize((shape[1], shape[0]), Image.Resampling.BILINEAR)
-    )
+    colours = MAP_COLOURS.copy()
+    colours[:, 3] = opacity * np.linspace(0, 1, 256)
+    heat = upsampled(heat, np.shape(image))
+    axes.imshow(heat, cmap=ListedColormap(colours), vmin=0, vmax=full)
 
 
-def _heat(axes: Axes, image: np.ndarray, heat_map: np.ndarray, opacity: float) -> None:
-    heat = upsampled(heat_map, np.shape(image))
-    axes.imshow(heat, cmap=MAP_COLOURS, vmin=0, vmax=1, alpha=opacity)
+def _heat_bar(axes: Axes, label: str) -> None:
+    """The key of a map's colours, as they look over a dark film."""
+    figure = axes.figure
+    assert isinstance(figure, Figure)
+    bar = figure.colorbar(axes.images[-1], ax=axes, shrink=0.75)
+    bar.ax.set_facecolor("0.15")
+    bar.ax.tick_params(labelsize=8)
+    bar.set_label(label, fontsize=8)
 
 
 def film_grid(
@@ -106,7 +163,7 @@ def film_grid(
     rows = -(-len(films) // columns)
     figure, grid = _axes(rows, columns, (1.9 * columns, 2.2 * rows + 0.4))
     names = sorted({name for each in masks or [] for name in each})
-    colours = dict(zip(names, (colour for _ in range(len(names)) for colour in OKABE_ITO[:7])))
+    colours = _finding_colours(names)
     for place, axes in enumerate(grid.flat):
         axes.set_axis_off()
         if place < len(films):
@@ -125,17 +182,20 @@ def attention_overlay(
     lesion_mask: np.ndarray | None = None,
     title: str = "",
 ) -> Figure:
-    """A film beside its heat map, overlaid. Shapes: heat_map [g, g], lesion_mask [H, W] (outlined
-    in orange).
+    """A film beside its heat map, overlaid. Shapes: heat_map [g, g], lesion_mask [H, W]
+    (outlined).
     """
-    figure, ((left, right),) = _axes(1, 2, (5.6, 2.7))
+    figure, ((left, right),) = _axes(1, 2, (5.8, 2.7))
     _film(left, image, "film")
     _film(right, image, title or "attention")
-    _heat(right, image, heat_map, 0.5)
+    # In multiples of the mean cell, an absent finding's map is not stretched to look like one
+    # that is sure.
+    times = np.asarray(heat_map) * np.size(heat_map) / np.sum(heat_map)
+    _heat(right, image, times, float(times.max()), 0.9)
     if lesion_mask is not None:
         for axes in (left, right):
             _outline(axes, lesion_mask)
-    figure.colorbar(right.images[-1], ax=right, shrink=0.75, label="attention, scaled 0 to 1")
+    _heat_bar(right, "attention, times the mean cell")
     return figure
 
 
@@ -150,52 +210,116 @@ def attention_grid(
     for layer, row in enumerate(grid):
         for head, axes in enumerate(row):
             _film(axes, image, f"layer {layer + 1}, head {head + 1}", 8)
-            _heat(axes, image, maps[layer][head], 0.55)
+            heat = np.asarray(maps[layer][head])
+            _heat(axes, image, heat, float(heat.max()), 0.9)
             if lesion_mask is not None:
                 _outline(axes, lesion_mask)
     return figure
 
 
 def attention_before_after(
-    image: np.ndarray, before: np.ndarray, after: np.ndarray, lesion_mask: np.ndarray | None = None
+    image: np.ndarray,
+    before: np.ndarray,
+    after: np.ndarray,
+    lesion_mask: np.ndarray | None = None,
+    boxed: bool = False,
 ) -> Figure:
-    """A model's attention to the image before and after training, and the change. Shape of the
-    maps: [g, g].
+    """A model's attention to the image before and after training on one scale, and the change.
+
+    Args:
+        before: Shape: [g, g], with sum 1; ``after`` likewise.
+        lesion_mask: outlined. Shape: [H, W].
+        boxed: draw a box around the cells that rose by half of the largest rise or more.
     """
-    figure, (panels,) = _axes(1, 4, (9.2, 2.3))
+    figure, (panels,) = _axes(1, 4, (10, 2.4))
+    cells = np.size(before)
+    top = cells * float(max(np.max(before), np.max(after)))
     _film(panels[0], image, "film")
-    top = max(np.max(before), np.max(after))
-    change = np.subtract(after, before)
-    limit, height, width = np.abs(change).max() + 1e-12, *np.shape(image)[:2]
-    place = (-0.5, width - 0.5, height - 0.5, -0.5)
     for axes, heat, title in zip(
         panels[1:3], (before, after), ("before training", "after training")
     ):
-        axes.imshow(heat, cmap=MAP_COLOURS, vmin=0, vmax=top, extent=place)
-        axes.set_axis_off()
-        _title(axes, title)
-    figure.colorbar(panels[2].images[0], ax=panels[2], shrink=0.8)
-    panels[3].imshow(change, cmap="PuOr_r", vmin=-limit, vmax=limit, extent=place)
-    panels[3].set_axis_off()
-    _title(panels[3], "after minus before")
-    figure.colorbar(panels[3].images[0], ax=panels[3], shrink=0.8)
+        _film(axes, image, title)
+        _heat(axes, image, cells * np.asarray(heat), top, 0.9)
+    _heat_bar(panels[2], "times the mean cell")
+    _film(panels[3], image, "after minus before")
+    change = cells * upsampled(np.subtract(after, before), np.shape(image))
+    limit = float(np.abs(change).max()) + 1e-12
+    # Opacity follows the size of the change, so that the film shows where nothing changed.
+    colours = colormaps["PuOr_r"](np.linspace(0, 1, 256))
+    colours[:, 3] = np.abs(np.linspace(-1, 1, 256))
+    panels[3].imshow(change, cmap=ListedColormap(colours), vmin=-limit, vmax=limit)
+    _heat_bar(panels[3], "times the mean cell")
+    rise = np.subtract(after, before)
+    if boxed and rise.max() > 0:
+        rows, columns = np.nonzero(rise >= rise.max() / 2)
+        down, across = np.shape(image)[0] / len(rise), np.shape(image)[1] / len(rise)
+        corner = (columns.min() * across - 0.5, rows.min() * down - 0.5)
+        width, height = np.ptp(columns) + 1, np.ptp(rows) + 1
+        box = Rectangle(corner, width * across, height * down, fill=False, edgecolor=RED, lw=1.8)
+        panels[2].add_patch(box)
     if lesion_mask is not None:
         for axes in panels:
-            _outline(axes, lesion_mask, BLACK if axes is panels[3] else RED)
+            _outline(axes, lesion_mask)
+    return figure
+
+
+def head_grid(table: Sequence[Mapping[str, Any]], names: Sequence[str], chance: float) -> Figure:
+    """Which heads look at the lesion: one square a head, for each model and for their difference.
+
+    A difference whose interval holds zero is written in brackets.
+
+    Args:
+        table: `lesion_attention.head_table`'s rows.
+        names: the models' names, and ``difference`` where it is to be shown.
+        chance: the lesion's share of the film, in percent.
+    """
+    layers = max(row["layer"] for row in table)
+    heads = max(row["head"] for row in table)
+    figure, (panels,) = _axes(1, len(names), (0.62 * heads * len(names) + 1, 0.5 * layers + 1.3))
+    most = max(row[name]["mean"] for row in table for name in names if name != "difference")
+    for axes, name in zip(panels, names, strict=True):
+        change = name == "difference"
+        values = np.zeros((layers, heads))
+        for row in table:
+            entry = row[name]
+            values[row["layer"] - 1, row["head"] - 1] = entry["mean"]
+            text = f"{entry['mean']:+.1f}" if change else f"{entry['mean']:.0f}"
+            if change and entry["low"] <= 0 <= entry["high"]:
+                text = f"({text})"
+            place = (row["head"] - 1, row["layer"] - 1)
+            axes.text(*place, text, ha="center", va="center", fontsize=8)
+        if change:
+            limit = float(np.abs(values).max()) or 1.0
+            axes.imshow(values, cmap="PuOr_r", vmin=-2 * limit, vmax=2 * limit, aspect="auto")
+        else:
+            axes.imshow(values, cmap="Blues", vmin=0, vmax=1.6 * most, aspect="auto")
+        axes.set_xticks(range(heads), [str(n + 1) for n in range(heads)], fontsize=8)
+        axes.set_yticks(range(layers), [str(n + 1) for n in range(layers)], fontsize=8)
+        axes.set_xlabel("head", fontsize=8)
+        _title(axes, f"{name}, points" if change else name)
+    panels[0].set_ylabel("layer", fontsize=8)
+    title = f"attention to the image that lies in the lesion, percent; by area {chance:.1f}"
+    figure.suptitle(title, fontsize=10)
     return figure
 
 
 def noise_comparison(
-    image: np.ndarray, lesion_mask: np.ndarray, noised: Mapping[str, np.ndarray]
+    image: np.ndarray,
+    mask: np.ndarray,
+    noised: Mapping[str, np.ndarray],
+    lesion: np.ndarray | None = None,
 ) -> Figure:
     """The original, the mask that the noise fills, and one column per kind of noise (name to
-    image).
+    image); the true lesion is outlined where it is known. Shape of all: [H, W].
     """
     figure, (panels,) = _axes(1, 2 + len(noised), (1.8 * (2 + len(noised)), 2.1))
     _film(panels[0], image, "original")
-    _film(panels[1], image, f"mask: {100 * np.mean(lesion_mask):.1f}% of the film")
-    mask = np.asarray(lesion_mask, float)
-    panels[1].imshow(np.ones_like(mask), cmap=MAP_COLOURS, vmin=0, vmax=1, alpha=0.6 * mask)
+    mask = np.asarray(mask, float)
+    _film(panels[1], image, f"mask: {100 * np.mean(mask):.1f}% of the film")
+    panels[1].imshow(np.ones_like(mask), cmap=ListedColormap([YELLOW]), alpha=0.5 * mask)
+    if lesion is not None:
+        for axes in panels[:2]:
+            _outline(axes, lesion)
     for axes, (name, picture) in zip(panels[2:], noised.items()):
         _film(axes, picture, name)
     return figure
@@ -236,24 +360,25 @@ def _paragraphs(
     ``limit`` letters.
     """
     axes.set_axis_off()
-    figure = axes.figure
-    assert isinstance(figure, Figure)
-    height = 11.4 / (figure.get_size_inches()[1] * 72)
-    place = 1.0
+    line = 12  # points
+    down = 0.0
     for heading, text, colour in parts:
-        lines = textwrap.wrap(textwrap.shorten(str(text), limit, placeholder=" ..."), width) or [
-            "(empty)"
-        ]
+        short = textwrap.shorten(str(text), limit, placeholder=" ...")
+        lines = textwrap.wrap(short, width) or ["(empty)"]
         settings: dict[str, Any] = {
+            "xy": (0, 1),
+            "xycoords": "axes fraction",
+            "textcoords": "offset points",
             "fontsize": 9,
             "va": "top",
-            "transform": axes.transAxes,
             "parse_math": False,
             "in_layout": False,
+            "annotation_clip": False,
         }
-        axes.text(0, place, heading, color=colour, weight="bold", **settings)
-        axes.text(0, place - 1.3 * height, "\n".join(lines), linespacing=1.25, **settings)
-        place -= height * (2 + len(lines))
+        axes.annotate(heading, xytext=(0, -down), color=colour, weight="bold", **settings)
+        body = "\n".join(lines)
+        axes.annotate(body, xytext=(0, -down - 1.2 * line), linespacing=1.25, **settings)
+        down += line * (1.9 + len(lines))
 
 
 def pair_card(
@@ -308,8 +433,9 @@ def debate_plot(turns: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
         )
     axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     axes.set(ylim=(-0.05, 1.05), xticks=range(1, len(turns) + 1))
-    _title(axes, title or "filled: an own score; hollow: agrees with the score before")
-    _tidy(axes, xlabel="turn", ylabel="relevance score")
+    _title(axes, title)
+    key = "turn (filled: an own score; hollow: agrees with the score before)"
+    _tidy(axes, xlabel=key, ylabel="relevance score")
     return figure
 
 
@@ -375,7 +501,7 @@ def chosen_curves(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
         axes.plot(
             steps[width - 1 :],
             np.convolve(values, np.ones(width) / width, "valid"),
-            color=OKABE_ITO[place % 7],
+            color=model_colour(name, place),
             marker="." if len(values) < 30 else "",
             label=name,
         )
@@ -385,10 +511,22 @@ def chosen_curves(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
     return figure
 
 
+def column_name(key: str) -> str:
+    """A published column's key in words: ``iu_xray_bleu1`` is "IU-Xray BLEU-1"."""
+    for part, words in COLUMN_WORDS.items():
+        key = key.replace(part, words)
+    return key.replace("_", " ")
+
+
 def score_dots(
-    rows: Sequence[Mapping[str, Any]], label: str, highlight: str = "", title: str = ""
+    rows: Sequence[Mapping[str, Any]],
+    label: str,
+    highlight: str = "",
+    title: str = "",
+    baseline: str = "",
 ) -> Figure:
-    """Published scores: one panel a column, one dot a row; the row named ``highlight`` is marked.
+    """Published scores: one panel a column, one dot a row; the row named ``highlight`` is marked,
+    and a dashed line stands at that of ``baseline``.
 
     Args:
         rows: one dict a method; ``label`` is the key of its name, every other key a column of
@@ -402,6 +540,9 @@ def score_dots(
         sharey=True,
     )
     for axes, column in zip(grid.flat, columns):
+        if baseline:
+            first = next(row for row in rows if row[label] == baseline)
+            axes.axvline(first[column], color="0.6", linestyle="--", linewidth=0.9)
         for place, row in enumerate(rows):
             if row[column] is not None:
                 marked = row[label] == highlight
@@ -415,7 +556,7 @@ def score_dots(
         axes.set_yticks(range(len(rows)), [row[label] for row in rows])
         axes.margins(x=0.12, y=0.08)
         axes.grid(axis="y", color="0.9")
-        _title(axes, column.replace("_", " "))
+        _title(axes, column_name(column))
         _tidy(axes)
     grid[0][0].invert_yaxis()
     for axes in grid.flat[len(columns) :]:
@@ -456,30 +597,35 @@ def undone_dots(rows: Sequence[Mapping[str, Any]], label: str, floor: float) -> 
     return figure
 
 
-def result_bars(
+def score_intervals(
     table: Mapping[str, Mapping[str, Mapping[str, float]]], metrics: Sequence[str] | None = None
 ) -> Figure:
     """Models side by side with 95% intervals, one panel a metric; ``table`` is what
-    `comparison.compare` returns. A model and its ``_shuffled`` twin share a colour, the twin paler.
+    `comparison.compare` returns. A ``_shuffled`` twin is the hollow mark in its model's colour; the
+    dashed line is the first model.
     """
     metrics = metrics or list(
         dict.fromkeys(metric for scores in table.values() for metric in scores)
     )
     figure, (panels,) = _axes(
-        1, len(metrics), (3.2 * len(metrics), 0.34 * len(table) + 1.2), sharey=True
+        1, len(metrics), (2.9 * len(metrics), 0.26 * len(table) + 1.1), sharey=True
     )
-    names = list(dict.fromkeys(name.removesuffix("_shuffled") for name in table))
+    first = next(iter(table.values()))
     for axes, metric in zip(panels, metrics):
+        if metric in first:
+            axes.axvline(first[metric]["mean"], color="0.6", linestyle="--", linewidth=0.9)
         for place, (name, scores) in enumerate(table.items()):
             if metric in scores:
-                bar = scores[metric]
-                colour = OKABE_ITO[names.index(name.removesuffix("_shuffled")) % 7]
-                alpha = 0.45 if name.endswith("_shuffled") else 1
-                axes.barh(place, bar["mean"], color=colour, alpha=alpha, height=0.7)
-                axes.plot([bar["low"], bar["high"]], [place, place], color=BLACK, linewidth=1.4)
-                axes.text(bar["high"], place, f" {bar['mean']:.1f}", va="center", fontsize=8)
+                entry = scores[metric]
+                colour = model_colour(name, place)
+                fill = "white" if name.endswith("_shuffled") else colour
+                axes.plot([entry["low"], entry["high"]], [place] * 2, color=colour, linewidth=1.6)
+                axes.plot(entry["mean"], place, "o", color=colour, markerfacecolor=fill)
+                text = f"  {entry['mean']:.1f}"
+                axes.text(entry["high"], place, text, va="center", fontsize=8)
         axes.set_yticks(range(len(table)), list(table))
-        axes.margins(x=0.15)
+        axes.margins(x=0.2)
+        axes.grid(axis="y", color="0.92")
         _title(axes, METRIC_NAMES.get(metric, metric))
         _tidy(axes, xlabel="percent")
     panels[0].invert_yaxis()
@@ -557,24 +703,27 @@ def pointing_game_bars(rates: Mapping[str, float], chance: Mapping[str, float] |
 
 
 def results_table(rows: Sequence[Mapping[str, Any]], caption: str = "", decimals: int = 1) -> str:
-    """An HTML table of dicts, columns in the order of their first appearance; every text is
-    escaped.
+    """An HTML table of dicts, columns in the order of their first appearance, headed by their names
+    in words; every text is escaped. A table wider than its place gets a scroll bar.
 
     A float gets ``decimals``, a missing value or None a dash, a ``{"mean", "low", "high"}`` its
     interval. Without rows the table says so.
     """
     columns = list(dict.fromkeys(key for row in rows for key in row)) or ["no rows"]
+    heads = [html.escape(column_name(str(name))) for name in columns]
     lines = [
-        "<table>",
+        '<div style="overflow-x:auto"><table>',
         f"<caption>{html.escape(caption)}</caption>" if caption else "",
-        "<tr>"
-        + "".join(f'<th scope="col">{html.escape(str(name))}</th>' for name in columns)
-        + "</tr>",
+        "<tr>" + "".join(f'<th scope="col">{head}</th>' for head in heads) + "</tr>",
     ]
     for row in rows:
-        cells = (html.escape(_cell(row.get(name), decimals)) for name in columns)
-        lines.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-    return "\n".join(line for line in [*lines, "</table>"] if line)
+        cells = []
+        for name in columns:
+            # JupyterLab sets all cells to the right, sentences too.
+            side = ' style="text-align:left"' if isinstance(row.get(name), str) else ""
+            cells.append(f"<td{side}>{html.escape(_cell(row.get(name), decimals))}</td>")
+        lines.append("<tr>" + "".join(cells) + "</tr>")
+    return "\n".join(line for line in [*lines, "</table></div>"] if line)
 
 
 def _cell(value: Any, decimals: int) -> str:

@@ -272,6 +272,23 @@ function choice(label, options, chosen, changed) {
   return element("label", {}, label, select);
 }
 
+/** Give a choice other options; the first is chosen. */
+function refill(label, options) {
+  const select = label.querySelector("select");
+  select.replaceChildren(...options.map((option) => element("option", {}, option)));
+  select.disabled = !options.length;
+}
+
+/** A table with a caption; its cells are shown as text. */
+function table(caption, heads, rows) {
+  const made = element("table", {}, element("caption", {}, caption));
+  made.append(element("tr", {}, ...heads.map((head) => element("th", { scope: "col" }, head))));
+  for (const row of rows) {
+    made.append(element("tr", {}, ...row.map((cell) => element("td", {}, String(cell)))));
+  }
+  return made;
+}
+
 /** A labelled slider that draws while it is dragged. */
 function slider(label, value, low, high, step, changed) {
   const shown = element("output", {}, Number(value).toFixed(2));

@@ -1,0 +1,134 @@
+"""From a control to the picture, in a real browser: ``python benchmarks/view_latency.py``. Writes
+``results/view_latency.json``.
+
+Each view is opened from a file in Chromium without a window, as an exported page is. A change is
+one step of a slider or one option of a choice. Its time runs from the control's event to the end of
+the frame in which the view has drawn: the script, and the wait for the frame. All of it happens in
+the browser; no kernel is asked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import statistics
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from common import ROOT, origin
+from PIL import Image
+from playwright.sync_api import Page as Tab
+from playwright.sync_api import sync_playwright
+
+from mmedpo_utils.base.files import write_json
+from mmedpo_utils.lvlm import load_lvlm
+from mmedpo_utils.medklip import load_medklip
+from mmedpo_utils.show.answer_view import ShownQuestion, answer_view
+from mmedpo_utils.show.attention_view import medklip_view
+from mmedpo_utils.show.noise_view import noise_view
+from mmedpo_utils.show.pages import Page
+
+CHANGES = 40
+FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+MEASURE = """async ([label, changes]) => {
+    const holds = (one) => one.textContent.startsWith(label);
+    const control = [...document.querySelectorAll("label")].find(holds)
+        .querySelector("select, input");
+    const frame = () => new Promise(requestAnimationFrame);
+    const times = [];
+    for (let n = 0; n < changes; n += 1) {
+        await frame();
+        await frame();
+        const begun = performance.now();
+        if (control.tagName === "SELECT") {
+            control.selectedIndex = (control.selectedIndex + 1) % control.options.length;
+            control.dispatchEvent(new Event("change"));
+        } else {
+            const [low, high] = [Number(control.min), Number(control.max)];
+            control.value = low + ((high - low) * (n % 20)) / 19;
+            control.dispatchEvent(new Event("input"));
+        }
+        await frame();
+        // A task after the frame: what the frame drew is done.
+        await new Promise((done) => setTimeout(done));
+        times.push(performance.now() - begun);
+    }
+    return times;
+}"""
+
+
+def views() -> dict[str, tuple[Page, list[str]]]:
+    """Each view of five films, and the controls that are moved."""
+    rng = np.random.default_rng(0)
+    films = []
+    for _ in range(5):
+        smooth = Image.fromarray(rng.integers(0, 256, (14, 14), dtype=np.uint8))
+        films.append(smooth.resize((224, 224), Image.Resampling.BICUBIC))
+    names = [f"film {n}" for n in range(len(films))]
+    medklip = load_medklip("phantom")
+    with torch.inference_mode():
+        output = medklip(medklip.preprocess(films))
+    lvlm = load_lvlm("phantom", "cpu")
+    lesion = np.zeros((224, 224), bool)
+    lesion[60:110, 40:90] = True
+    asked = [
+        ShownQuestion(film.convert("RGB"), name, "Is there a nodule?", masks={"nodule": lesion})
+        for film, name in zip(films, names)
+    ]
+    heats = list(output.attentions.mean((1, 2))[:, 0].view(-1, 14, 14).numpy())
+    return {
+        "medklip": (
+            medklip_view(films, output, names, [{"nodule": lesion}] * 5),
+            ["film", "finding", "threshold", "opacity", "mask", "signal"],
+        ),
+        "answer": (
+            answer_view({"one": lvlm, "other": lvlm}, asked, 8),
+            ["question", "layer", "head", "threshold", "opacity"],
+        ),
+        "noise": (noise_view(lvlm, asked[:2], heats[:2], 32), ["noise on", "signal"]),
+    }
+
+
+def measured(tab: Tab, labels: list[str]) -> list[float]:
+    """Milliseconds of ``CHANGES`` changes, spread over the controls."""
+    each = -(-CHANGES // len(labels))
+    times: list[float] = []
+    for label in labels:
+        times += tab.evaluate(MEASURE, [label, each])
+    return times[:CHANGES]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    default = ROOT / "benchmarks" / "results" / "view_latency.json"
+    parser.add_argument("--output", type=Path, default=default)
+    options = parser.parse_args()
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if chromium is None:
+        raise SystemExit("Chromium is not installed (Debian: apt install chromium)")
+    found = {}
+    with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
+        for name, (page, labels) in views().items():
+            page.save(Path(folder) / f"{name}.html")
+            tab = browser.new_page(viewport={"width": 1366, "height": 900})
+            tab.goto(f"file://{folder}/{name}.html")
+            tab.wait_for_selector("[data-live] canvas")
+            times = measured(tab, labels)
+            low, high = statistics.median(times), float(np.quantile(times, 0.95))
+            found[name] = {"median_ms": round(low, 1), "p95_ms": round(high, 1)}
+            found[name]["changes"] = len(times)
+            print(name, found[name], flush=True)
+            tab.close()
+        version = browser.version
+        browser.close()
+    load = os.getloadavg()[0]
+    result = {**origin(None), "chromium": version, "load": round(load, 2), "views": found}
+    write_json(options.output, result)
+
+
+if __name__ == "__main__":
+    main()

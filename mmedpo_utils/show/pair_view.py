@@ -1,0 +1,130 @@
+"""Preference pairs in the browser: filtered, side by side, with what tells them apart."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from difflib import SequenceMatcher
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from ..base.images import open_image, resolve_image
+from ..base.rows import Row, question_text
+from ..preference_rows import answer_text, row_source
+from . import plots
+from .leaks import told_apart
+from .pages import Packed, Page
+
+SIDE = 224  # pixels of a shown film
+
+
+def pair_view(
+    rows: Sequence[Row],
+    image_root: str | Path,
+    noised_root: str | Path | None = None,
+    debates: Sequence[Mapping[str, Any]] = (),
+    count: int = 24,
+) -> Page:
+    """Look at preference pairs: both films with a wipe between them, both answers with the words
+    that differ marked, the debate, and what words alone give away.
+
+    The view holds ``count`` pairs, every so-manieth of each source, so that it stays small.
+
+    Args:
+        rows: preference rows.
+        image_root: folder of the images.
+        noised_root: folder of the rejected images; None shows the same film on both sides.
+        debates: `curate.curate_text`'s, for the history of each score.
+    """
+    history = {item["id"]: item["history"] for item in debates}
+    told = told_apart(rows)
+    films: dict[str, np.ndarray] = {}
+    changes: list[np.ndarray] = []
+    listed = []
+    for row in _chosen(rows, count):
+        name = row["image"]
+        if name not in films:
+            films[name] = _shown(image_root, name)
+        change = None
+        if row.get("rejected_image") and noised_root is not None:
+            change = len(changes)
+            # uint8 wraps, and the browser's sum wraps back; outside the noise this is zero.
+            changes.append(_shown(noised_root, row["rejected_image"]) - films[name])
+        preferred, rejected = differing(answer_text(row), answer_text(row, rejected=True))
+        listed.append(
+            {
+                "label": f"{name}: {question_text(row)}",
+                "image": name,
+                "source": row_source(row),
+                "finding": row.get("finding"),
+                "origin": row.get("origin"),
+                "weight": row.get("weighted_score"),
+                "question": question_text(row),
+                "preferred": preferred,
+                "rejected": rejected,
+                "history": [_turn(turn) for turn in history.get(row["id"], ())],
+                "leak": told.get(row["id"]) if row_source(row) == "text" else None,
+                "film": list(films).index(name),
+                "change": change,
+            }
+        )
+    shape = (len(changes), SIDE, SIDE)
+    arrays = {
+        "films": Packed(np.stack(list(films.values())), "film"),
+        "changes": Packed(np.reshape(changes, shape), "bytes"),
+    }
+    first = listed[0]
+    row = next(row for row in rows if row["image"] == first["image"])
+    still = plots.pair_card(
+        films[first["image"]],
+        None,
+        question_text(row),
+        answer_text(row),
+        answer_text(row, rejected=True),
+        row.get("weighted_score"),
+    )
+    return Page("pairs", {"pairs": listed}, arrays, still, f"A pair about {first['image']}")
+
+
+def _chosen(rows: Sequence[Row], count: int) -> list[Row]:
+    """``count`` rows at most, spread evenly over the rows of each source."""
+    sources: dict[str, list[Row]] = {}
+    for row in rows:
+        sources.setdefault(row_source(row), []).append(row)
+    chosen = []
+    for of_source in sources.values():
+        share = max(1, count // len(sources))
+        places = np.linspace(0, len(of_source) - 1, min(share, len(of_source))).astype(int)
+        chosen += [of_source[place] for place in places]
+    return chosen
+
+
+def _shown(root: str | Path, name: str) -> np.ndarray:
+    """An image in grey, fitted into a square with black around it: uint8. Shape: [SIDE, SIDE]."""
+    film = open_image(resolve_image(root, name)).convert("L")
+    return np.asarray(ImageOps.pad(film, (SIDE, SIDE), Image.Resampling.BILINEAR))
+
+
+def _turn(turn: Mapping[str, Any]) -> dict[str, Any]:
+    agrees = "yes" if turn["agrees"] else "no"
+    score = f"{turn['score']:.2f}"
+    return {"member": turn["member"], "score": score, "agrees": agrees, "reason": turn["reason"]}
+
+
+def differing(one: str, other: str) -> tuple[list[list], list[list]]:
+    """Each text's words, and whether the other text lacks the word at its place.
+
+    Returns:
+        for each text a list of [word, differs].
+    """
+    words = one.split(), other.split()
+    marked = [[[word, True] for word in words[0]], [[word, True] for word in words[1]]]
+    lowered = [[word.lower() for word in text] for text in words]
+    matcher = SequenceMatcher(None, lowered[0], lowered[1], autojunk=False)
+    for block in matcher.get_matching_blocks():
+        for n in range(block.size):
+            marked[0][block.a + n][1] = False
+            marked[1][block.b + n][1] = False
+    return marked[0], marked[1]

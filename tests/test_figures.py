@@ -1,0 +1,77 @@
+"""Figures get into notebooks and files: in true colours, with alternative text, always the same
+bytes.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+
+import numpy as np
+import pytest
+from IPython.core.interactiveshell import InteractiveShell
+from IPython.utils.capture import capture_output
+from PIL import Image
+
+from mmedpo_utils.show import figures, plots
+
+EVIL = "<script>alert(1)</script>"
+RNG = np.random.default_rng(0)
+FILMS = [(40 * n + np.tile(np.arange(64), (64, 1))).astype(np.uint8) for n in range(3)]
+MASK = np.zeros((64, 64), bool)
+MASK[10:30, 20:40] = True
+
+
+def overlay():
+    return plots.attention_overlay(FILMS[0], np.arange(196.0).reshape(14, 14), MASK)
+
+
+def shown(figure, alt, save_as=None):
+    """What `figures.show` puts into a notebook."""
+    InteractiveShell.instance()
+    with capture_output() as captured:
+        figures.show(figure, alt, save_as)
+    InteractiveShell.clear_instance()
+    (output,) = captured.outputs
+    return output
+
+
+def test_saved_figures_are_sharp_stable_and_in_true_colours(tmp_path):
+    path = tmp_path / "new" / "overlay.png"
+    output = shown(overlay(), "an overlay", save_as=path)
+    assert [file.name for file in path.parent.iterdir()] == ["overlay.png"]
+    again = overlay()
+    assert base64.b64decode(output.data["image/png"]) == figures.figure_png(again, 110)
+    assert path.read_bytes() == figures.figure_png(again, 200)
+    with Image.open(path) as image:
+        assert image.format == "PNG" and image.mode == "RGB"
+        assert not {"Software", "Creation Time"} & set(image.info)
+        assert image.info["dpi"] == pytest.approx((200, 200), abs=0.1)
+        greys = {pixel for _, pixel in image.getcolors(1 << 20) if len(set(pixel)) == 1}
+    assert len(greys) > 60, "the film's 64 greys are not cut to a palette"
+
+
+def test_a_figure_without_images_is_written_as_svg_too(tmp_path):
+    shown(plots.pointing_game_bars({"a $x": 0.5}, 0.1), "bars", save_as=tmp_path / "bars.png")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["bars.png", "bars.svg"]
+    drawing = (tmp_path / "bars.svg").read_bytes()
+    shown(plots.pointing_game_bars({"a $x": 0.5}, 0.1), "bars", save_as=tmp_path / "2" / "b.png")
+    assert drawing == (tmp_path / "2" / "b.svg").read_bytes()
+    assert b"a $x" in drawing and b"<dc:date>" not in drawing
+
+
+def test_show_gives_a_png_with_its_alternative_text(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    output = shown(overlay(), f'a "quote" {EVIL}')
+    assert Image.open(io.BytesIO(base64.b64decode(output.data["image/png"]))).format == "PNG"
+    assert output.metadata["image/png"]["alt"] == f'a "quote" {EVIL}'
+    picture = output.data["text/html"]
+    assert EVIL not in picture and 'alt="a &quot;quote&quot; &lt;script&gt;' in picture
+    data = re.search(r'base64,([^"]+)"', picture)[1]
+    pixels = [
+        np.asarray(Image.open(io.BytesIO(base64.b64decode(found))).convert("L"), float)
+        for found in (data, output.data["image/png"])
+    ]
+    assert np.abs(pixels[0] - pixels[1]).mean() < 2, "the same picture"
+    assert not list(tmp_path.iterdir()), "without save_as no file is written"
