@@ -44,6 +44,7 @@ base-models: .venv/installed
 bench: .venv/installed
 	$(BIN)/python benchmarks/curate.py
 	$(BIN)/python benchmarks/train_step.py
+	$(BIN)/python benchmarks/view_latency.py
 
 .venv/installed: pyproject.toml constraints.txt
 	test -d .venv || $(PYTHON) -m venv .venv

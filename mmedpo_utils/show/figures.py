@@ -1,7 +1,7 @@
 """How figures and tables get into a notebook, and into files.
 
-A figure's output is a PNG, for files made from the notebook, and the same picture as HTML with
-alternative text, which JupyterLab gives to screen readers from there alone. Text from data is
+A figure's output is HTML with alternative text, which JupyterLab gives to screen readers from there
+alone, and a PNG for programs that read notebooks, such as the export to PDF. Text from data is
 escaped wherever it is shown.
 """
 
@@ -24,36 +24,53 @@ from . import plots
 
 SHOWN_DPI = 110
 SAVED_DPI = 200
+FILM_SHARE = 0.65  # of the shown width: the PNG of a film, which compresses badly
 
 
 def figure_png(figure: Figure, dpi: int) -> bytes:
     """A figure as a PNG in true colours, without dates: the same figure gives the same bytes."""
-    raw = io.BytesIO()
     small = io.BytesIO()
-    figure.savefig(raw, format="png", dpi=dpi, facecolor="white")
-    figure.set_layout_engine("none")  # a second save keeps the layout of the first
-    with Image.open(raw, formats=["PNG"]) as image:
-        image.convert("RGB").save(small, format="PNG", optimize=True, dpi=(dpi, dpi))
+    _drawn(figure, dpi).save(small, format="PNG", optimize=True, dpi=(dpi, dpi))
     return small.getvalue()
 
 
+def _drawn(figure: Figure, dpi: int) -> Image.Image:
+    raw = io.BytesIO()
+    figure.savefig(raw, format="png", dpi=dpi, facecolor="white")
+    figure.set_layout_engine("none")  # a second save keeps the layout of the first
+    with Image.open(raw, formats=["PNG"]) as image:
+        return image.convert("RGB")
+
+
 class ShownFigure:
-    """A figure as a notebook's output.
+    """A figure as a notebook's output: HTML with alternative text, and a smaller PNG.
 
     Args:
         alt: what the figure shows, for readers who cannot see it.
+        dpi: of the picture in the HTML.
     """
 
     def __init__(self, figure: Figure, alt: str, dpi: int = SHOWN_DPI) -> None:
-        self.png = figure_png(figure, dpi)
         self.alt = alt
+        picture = _drawn(figure, dpi)
+        films = any(axes.images for axes in figure.axes)
+        webp = io.BytesIO()
+        # Lines and letters are smaller without a loss, films much smaller with a slight one.
+        picture.save(webp, format="WEBP", lossless=not films, quality=90)
+        self.webp = webp.getvalue()
+        if films:
+            size = [round(FILM_SHARE * side) for side in picture.size]
+            picture = picture.resize(size, Image.Resampling.LANCZOS)
+        else:
+            # A plot has a few hundred colours, all of them shades at the edges of letters.
+            picture = picture.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+        png = io.BytesIO()
+        picture.save(png, format="PNG", optimize=True)
+        self.png = png.getvalue()
 
     def html(self) -> str:
-        """The figure as an image element, smaller than the PNG and with hardly a loss."""
-        small = io.BytesIO()
-        with Image.open(io.BytesIO(self.png), formats=["PNG"]) as image:
-            image.save(small, format="WEBP", quality=90, method=6)
-        data = base64.b64encode(small.getvalue()).decode()
+        """The figure as an image element."""
+        data = base64.b64encode(self.webp).decode()
         alt = html.escape(self.alt)
         return f'<img src="data:image/webp;base64,{data}" alt="{alt}" style="max-width:100%">'
 

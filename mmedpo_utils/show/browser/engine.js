@@ -291,7 +291,8 @@ function table(caption, heads, rows) {
 
 /** A labelled slider that draws while it is dragged. */
 function slider(label, value, low, high, step, changed) {
-  const shown = element("output", {}, Number(value).toFixed(2));
+  const digits = step < 1 ? 2 : 0;
+  const shown = element("output", {}, Number(value).toFixed(digits));
   const input = element("input", {
     ...KEEP_KEYS,
     type: "range",
@@ -300,7 +301,7 @@ function slider(label, value, low, high, step, changed) {
     step,
     value,
     oninput: (event) => {
-      shown.textContent = Number(event.target.value).toFixed(2);
+      shown.textContent = Number(event.target.value).toFixed(digits);
       changed(Number(event.target.value));
     },
   });

@@ -138,7 +138,7 @@ function drawn(tag, attributes) {
 function roundValues(low, high) {
   const rough = (high - low || 1) / 4;
   const power = 10 ** Math.floor(Math.log10(rough));
-  const size = [1, 2, 5, 10].map((factor) => factor * power).find((step) => step >= rough);
+  const size = [1, 2, 2.5, 5, 10].map((factor) => factor * power).find((step) => step >= rough);
   const found = [];
   for (let n = Math.ceil(low / size); n * size <= high; n += 1) {
     found.push(Number((n * size).toPrecision(6)));
