@@ -30,7 +30,7 @@ from mmedpo_utils.medklip import (
 from mmedpo_utils.phantom.texts import report
 from mmedpo_utils.phantom.world import FINDINGS, draw_film, films
 from mmedpo_utils.programs.build_phantom_medklip import read_report, training_films
-from mmedpo_utils.show.medklip_scores import score_maps, score_medklip
+from mmedpo_utils.show.medklip_scores import read_films, score_maps, score_medklip
 
 
 @pytest.fixture(scope="module")
@@ -281,7 +281,7 @@ def test_peak_and_hit_on_maps_drawn_by_hand():
 
 
 def test_the_shipped_weights_find_the_lesions(model, population, images):
-    scores = score_medklip(model, images, [film.masks for film in population])
+    scores = score_medklip(read_films(model, images), [film.masks for film in population])
     card = json.loads((PHANTOM_CHECKPOINT / "scores.json").read_text())
     assert card["pointing_game"] >= 6 * card["chance"] and card["pointing_game_nodule"] >= 0.45
     assert 0.93 <= card["auc"] <= 0.995
@@ -293,7 +293,9 @@ def test_the_shipped_weights_find_the_lesions(model, population, images):
 def test_the_shipped_maps_differ_and_noise_on_the_lesion_alone_lowers_the_confidence(
     model, population, images
 ):
-    scores = score_maps(model, images, [film.masks for film in population])
+    scores = score_maps(
+        model, read_films(model, images), images, [film.masks for film in population]
+    )
     assert scores["correlation_between_maps"] <= 0.7
     assert 8 <= scores["effective_cells"] <= 60
     assert scores["lesion_in_mask"] >= 0.65 and scores["largest_part"] >= 0.5
@@ -305,7 +307,7 @@ def test_the_shipped_maps_differ_and_noise_on_the_lesion_alone_lowers_the_confid
 
 def test_films_without_a_lesion_have_no_map_to_score(model):
     healthy = [Image.fromarray(draw_film(number, 0, ()).image) for number in range(2)]
-    assert set(score_maps(model, healthy, [{}, {}])) == {"undecided"}
+    assert set(score_maps(model, read_films(model, healthy), healthy, [{}, {}])) == {"undecided"}
 
 
 def test_the_card_states_the_measured_scores():

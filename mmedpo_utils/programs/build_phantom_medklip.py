@@ -34,7 +34,7 @@ from ..medklip import (
 )
 from ..phantom.texts import report
 from ..phantom.world import FINDINGS, ZONES, Film, draw_film, films
-from ..show.medklip_scores import score_maps, score_medklip
+from ..show.medklip_scores import read_films, score_maps, score_medklip
 from .noise_patches import noise_patches
 
 TRAINING_SEED = 1000
@@ -283,8 +283,11 @@ def measure(model: MedKLIP, count: int = 400, alone: int = 50) -> dict[str, Any]
     single = []
     for finding in FINDINGS:
         single += [draw_film(9000 + i, EVALUATION_SEED, (finding,)) for i in range(alone)]
-    scores = _scores(model, population)
-    scores["pointing_game_alone"] = _scores(model, single)["pointing_game_alone"]
+    masks = [film.masks for film in population]
+    output = read_films(model, _images(population))
+    scores = score_medklip(output, masks)
+    of_single = score_medklip(read_films(model, _images(single)), [film.masks for film in single])
+    scores["pointing_game_alone"] = of_single["pointing_game_alone"]
     measured = {
         "films": count,
         "films_alone": alone,
@@ -292,13 +295,11 @@ def measure(model: MedKLIP, count: int = 400, alone: int = 50) -> dict[str, Any]
         "chance": _pointing_chance(population),
         "location_accuracy": _location_accuracy(model, population),
     }
-    images = [Image.fromarray(film.image) for film in population]
-    return measured | scores | score_maps(model, images, [film.masks for film in population])
+    return measured | scores | score_maps(model, output, _images(population), masks)
 
 
-def _scores(model: MedKLIP, group: list[Film]) -> dict[str, Any]:
-    images = [Image.fromarray(film.image) for film in group]
-    return score_medklip(model, images, [film.masks for film in group])
+def _images(films: list[Film]) -> list[Image.Image]:
+    return [Image.fromarray(film.image) for film in films]
 
 
 def _pointing_chance(population: list[Film]) -> float:

@@ -23,7 +23,7 @@ from ..medklip import load_medklip
 from ..profiles import Profile, load_profile
 from ..show.comparison import compare_pair, score_table
 from ..show.lesion_attention import lesion_attention_of_test_split
-from ..show.medklip_scores import score_maps, score_medklip
+from ..show.medklip_scores import read_films, score_maps, score_medklip
 from . import run_notebooks
 from .export import add_scores
 
@@ -110,8 +110,9 @@ def medklip_scores(profile: Profile, dataset: FilmDataset) -> dict[str, float]:
     images = [dataset.image(name) for name in names]
     masks = [dataset.masks(name) for name in names]
     model = load_medklip(profile.visual_tool.checkpoint)
-    scores = score_medklip(model, images, masks)
-    maps = score_maps(model, images, masks)
+    output = read_films(model, images)
+    scores = score_medklip(output, masks)
+    maps = score_maps(model, output, images, masks)
     shares = ("largest_part", "lesion_in_mask", "undecided")
     return {
         "pointing_game": round(100 * scores["pointing_game"], 1),

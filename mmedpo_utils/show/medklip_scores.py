@@ -4,7 +4,7 @@ its confidence can carry the visual pairs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,15 +19,28 @@ from .premise import elsewhere
 
 
 @torch.inference_mode()
+def read_films(
+    model: MedKLIP, images: Sequence[Image.Image], batch_size: int = 32
+) -> MedKLIPOutput:
+    """What the network says about many films, read batch by batch."""
+    parts = []
+    for start in range(0, len(images), batch_size):
+        parts.append(model(model.preprocess(images[start : start + batch_size])))
+    return MedKLIPOutput(
+        model.queries,
+        torch.cat([part.logits for part in parts]),
+        torch.cat([part.attentions for part in parts]),
+        torch.cat([part.features for part in parts]),
+    )
+
+
 def score_medklip(
-    model: MedKLIP,
-    images: Sequence[Image.Image],
-    masks: Sequence[dict[str, np.ndarray]],
-    batch_size: int = 32,
+    output: MedKLIPOutput, masks: Sequence[Mapping[str, np.ndarray]]
 ) -> dict[str, Any]:
     """Presence and pointing of a model on films whose lesions are known.
 
     Args:
+        output: what the model says about the films (`read_films`).
         masks: per film, the mask of each finding that is present (an empty dictionary for a film
             without lesion).
 
@@ -40,28 +53,25 @@ def score_medklip(
     hits: list[bool] = []
     alone: dict[str, list[bool]] = {}
     own: dict[str, list[bool]] = {}
-    scores = []
-    for start in range(0, len(images), batch_size):
-        output = model(model.preprocess(images[start : start + batch_size]))
-        scores.append(torch.stack([confidence(output, query) for query in model.queries], 1))
-        maps = {query: heat_map(output, query) for query in model.queries}
-        for index, present in enumerate(masks[start : start + batch_size]):
-            if not present:
-                continue
-            lesion = np.any(list(present.values()), axis=0)
-            hit = pointing_hit(maps["disease"][index], lesion)
-            hits.append(hit)
-            for finding, mask in present.items():
-                own.setdefault(finding, []).append(pointing_hit(maps[finding][index], mask))
-                if len(present) == 1:
-                    alone.setdefault(finding, []).append(hit)
+    maps = {query: heat_map(output, query) for query in output.queries}
+    for index, present in enumerate(masks):
+        if not present:
+            continue
+        lesion = np.any(list(present.values()), axis=0)
+        hit = pointing_hit(maps["disease"][index], lesion)
+        hits.append(hit)
+        for finding, mask in present.items():
+            own.setdefault(finding, []).append(pointing_hit(maps[finding][index], mask))
+            if len(present) == 1:
+                alone.setdefault(finding, []).append(hit)
     found: dict[str, Any] = {}
     if hits:
         found["pointing_game"] = float(np.mean(hits))
-    found["pointing_game_alone"] = _shares(alone, model.queries)
-    found["pointing_game_own"] = _shares(own, model.queries)
+    found["pointing_game_alone"] = _shares(alone, output.queries)
+    found["pointing_game_own"] = _shares(own, output.queries)
     areas = {}
-    for query, column in zip(model.queries, torch.cat(scores).cpu().numpy().T, strict=True):
+    for query in output.queries:
+        column = confidence(output, query).cpu().numpy()
         truth = np.array([bool(m) if query == "disease" else query in m for m in masks])
         if 0 < truth.mean() < 1:
             areas[query] = _auc(column, truth)
@@ -84,16 +94,17 @@ def _auc(scores: np.ndarray, truth: np.ndarray) -> float:
     return float(wins / (len(positives) * len(negatives)))
 
 
-@torch.inference_mode()
 def score_maps(
     model: MedKLIP,
+    output: MedKLIPOutput,
     images: Sequence[Image.Image],
-    masks: Sequence[dict[str, np.ndarray]],
+    masks: Sequence[Mapping[str, np.ndarray]],
     seed: int = 0,
 ) -> dict[str, float]:
     """What the "disease" maps and confidences of a model are worth for the visual pairs.
 
     Args:
+        output: what the model says about the films (`read_films`); noised ones are read here.
         masks: per film, the mask of each finding that is present.
         seed: draws the noise and the control's place.
 
@@ -107,7 +118,6 @@ def score_maps(
         ``undecided`` (share with a confidence between 0.05 and 0.95), and this alone where no film
         shows a lesion.
     """
-    output = _read(model, images)
     undecided = confidence(output, "disease")
     undecided = ((undecided > 0.05) & (undecided < 0.95)).float().mean()
     rng = np.random.default_rng(seed)
@@ -133,8 +143,8 @@ def score_maps(
             changed = noised_pixels(pixels, region.astype(np.float32), "localized", 0.5, rng)
             noised[name].append(Image.fromarray(changed))
     clean = confidence(output, "disease")[rows]
-    hidden = confidence(_read(model, noised["lesion"]), "disease")
-    control = confidence(_read(model, noised["elsewhere"]), "disease")
+    hidden = confidence(read_films(model, noised["lesion"]), "disease")
+    control = confidence(read_films(model, noised["elsewhere"]), "disease")
     return {
         "correlation_between_maps": float(np.mean(each["correlation"])),
         "effective_cells": float(np.median(each["cells"])),
@@ -145,16 +155,3 @@ def score_maps(
         "confidence_elsewhere_noised": float(control.median()),
         "undecided": float(undecided),
     }
-
-
-def _read(model: MedKLIP, images: Sequence[Image.Image], batch_size: int = 32) -> MedKLIPOutput:
-    """What the network says about many films, batch by batch."""
-    parts = []
-    for start in range(0, len(images), batch_size):
-        parts.append(model(model.preprocess(images[start : start + batch_size])))
-    return MedKLIPOutput(
-        model.queries,
-        torch.cat([part.logits for part in parts]),
-        torch.cat([part.attentions for part in parts]),
-        torch.cat([part.features for part in parts]),
-    )
