@@ -238,7 +238,7 @@ def test_a_run_from_before_a_key_was_retired_is_still_known(workspace):
         "reuse_vision_features": True,
         "variants": {"dpo": values["training"]["variants"]["dpo"]},
     }
-    machine = ("logging_steps", "save_every", "report_to", "nodes", "hostfile")
+    machine = ("logging_steps", "samples", "save_every", "report_to", "nodes", "hostfile")
     training = {key: value for key, value in values["training"].items() if key not in machine}
     sections = ("seed", "data", "visual_tool", "noise", "lvlm", "relevance")
     deciding = {key: values[key] for key in sections}
