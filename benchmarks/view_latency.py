@@ -145,8 +145,8 @@ def main() -> None:
             tab.goto(f"file://{folder}/{name}.html")
             tab.wait_for_selector("[data-live] canvas")
             times = measured(tab, labels)
-            low, high = statistics.median(times), float(np.quantile(times, 0.95))
-            found[name] = {"median_ms": round(low, 1), "p95_ms": round(high, 1)}
+            middle, high = statistics.median(times), float(np.quantile(times, 0.95))
+            found[name] = {"median_ms": round(middle, 1), "p95_ms": round(high, 1)}
             found[name]["changes"] = len(times)
             print(name, found[name], flush=True)
             tab.close()

@@ -72,9 +72,11 @@ def test_every_pair_is_asked_by_what_has_not_learnt_its_image():
         return "It is there, clearly." if draw.random() < 0.5 else answer
 
     pairs = rows(300, half)
-    sure = told_apart(pairs)
-    assert set(sure) == {row["id"] for row in pairs}
-    leaking = {row["id"] for row in pairs if "clearly" in str(row["rejected_conversations"])}
-    assert all(sure[key] > 0.9 for key in leaking)
-    assert all(sure[key] == 0.5 for key in sure if key not in leaking), "the same words twice"
-    assert told_apart(pairs[:1]) == {}
+    visual = pairs[0] | {"source": "visual", "rejected_image": "0.png"}
+    *sure, of_visual = told_apart([*pairs, visual])
+    assert of_visual is None
+    leaking = ["clearly" in str(row["rejected_conversations"]) for row in pairs]
+    assert all(value > 0.9 for value, leaks in zip(sure, leaking, strict=True) if leaks)
+    same = [value for value, leaks in zip(sure, leaking, strict=True) if not leaks]
+    assert set(same) == {0.5}, "the same words twice"
+    assert told_apart(pairs[:1]) == [None]

@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mmedpo_utils.base.errors import InputError
 from mmedpo_utils.lvlm import load_lvlm
+from mmedpo_utils.phantom.errors import severity
 from mmedpo_utils.preference_rows import answer_text
 from mmedpo_utils.show.case_view import case_view
 from mmedpo_utils.show.own_view import PROMISE, own_view
@@ -72,7 +74,8 @@ def test_pairs_are_filtered_and_their_films_wiped(tab, images):
     rows = [
         pair(0, "left upper", f"right upper {EVIL}", weighted_score=0.4, origin="sampled"),
         pair(1, "yes", "no", weighted_score=0.9, origin="written", finding="nodule"),
-        pair(2, "yes", "yes", rejected_image="3.png", source="visual"),
+        # A visual pair has the id of its question's text pair.
+        pair(2, "yes", "yes", rejected_image="3.png", source="visual") | {"id": "0"},
     ]
     debates = [{"id": "0", "history": [turn]}]
     page = pair_view(rows, images, images, debates)
@@ -86,6 +89,7 @@ def test_pairs_are_filtered_and_their_films_wiped(tab, images):
     assert "by words alone" in told.inner_text() and chosen(tab, "wipe").is_disabled()
     assert changes(tab, lambda: move(tab, "source", ["v"]))
     assert "Pair 1 of 1" in told.inner_text() and "by words alone" not in told.inner_text()
+    assert "strict" not in text.inner_text(), "the debate was about another answer"
     films = [np.asarray(Image.open(images / name)) for name in ("2.png", "3.png")]
     for key, film in (("End", films[0]), ("Home", films[1])):
         move(tab, "wipe", [key])
@@ -94,6 +98,7 @@ def test_pairs_are_filtered_and_their_films_wiped(tab, images):
     move(tab, "source", ["a"])
     move(tab, "relevance at least", ["End"])
     assert told.inner_text() == "No pair fits these choices."
+    assert not text.is_visible(), "no pair that does not fit is left to look at"
     move(tab, "relevance at least", ["Home"])
     chosen(tab, "finding").select_option("nodule")
     pictures(tab)
@@ -131,6 +136,8 @@ def test_cases_are_filtered_by_disagreement_error_and_severity(tab, images):
         case(2, "OPEN", f"left upper {EVIL}", finding="effusion"),
     ]
     trained = [case(0, "CLOSED", "yes"), case(1, "CLOSED", "yes"), case(2, "OPEN", "right upper")]
+    base.append(case(3, "REPORT", "the lungs are clear."))
+    trained.append(case(3, "REPORT", "the lungs are clear."))
     mask = np.zeros((SIZE, SIZE), bool)
     mask[20:90, 30:100] = True
     dataset = SimpleNamespace(
@@ -144,8 +151,14 @@ def test_cases_are_filtered_by_disagreement_error_and_severity(tab, images):
     opened(tab, page, images)
     told = tab.locator("[role=status]")
     rows = tab.locator("td")
-    assert "Case 1 of 3" in told.inner_text()
+    assert "Case 1 of 4" in told.inner_text()
     assert "missed" in rows.all_inner_texts() and "✗ 0" in rows.all_inner_texts()
+    missed = severity("Is there a nodule?", "yes", "no")
+    assert f"{missed:.2f}" in rows.all_inner_texts()
+    assert changes(tab, lambda: move(tab, "type", ["R"]))
+    assert "0.00" not in rows.all_inner_texts(), "errors of reports are not counted"
+    chosen(tab, "type").select_option("any")
+    pictures(tab)
     assert changes(tab, lambda: move(tab, "attention of", ["b"]))
     assert changes(tab, lambda: move(tab, "opacity", ["Home"]))
     assert changes(tab, lambda: move(tab, "true lesions", ["Space"]))
@@ -162,6 +175,24 @@ def test_cases_are_filtered_by_disagreement_error_and_severity(tab, images):
     assert "Case 1 of 1" in told.inner_text()
 
 
+def test_without_costs_masks_or_models_no_control_stands_for_them(tab, images):
+    dataset = SimpleNamespace(image=lambda name: Image.open(images / name), masks=lambda name: {})
+    one, other = [case(0, "OPEN", "left upper")], [case(0, "OPEN", "right lower")]
+    opened(tab, case_view({"a": one, "b": other}, dataset, {}, 2), images)
+    labels = [text.split("\n")[0] for text in tab.locator("label").all_inner_texts()]
+    assert labels == ["type", "finding", "models disagree", "case"]
+    move(tab, "models disagree", ["Space"])
+    told = tab.locator("[role=status]").inner_text()
+    assert "Case 1 of 1" in told, "two answers of one score are two answers"
+    with pytest.raises(InputError, match="the same questions"):
+        case_view({"a": one, "b": [case(1, "OPEN", "left")]}, dataset, {}, 2)
+
+
+def test_no_pairs_to_show_is_one_sentence(images):
+    with pytest.raises(InputError, match="no preference pairs"):
+        pair_view([], images)
+
+
 def events(slope: float) -> list[dict]:
     logged = [
         {"step": step, "chosen_logp": -slope * step, "text_margin": slope * step}
@@ -169,6 +200,8 @@ def events(slope: float) -> list[dict]:
     ]
     sample = {"question": f"Is {EVIL} there?", "preferred": "yes", "answer": f"no {slope}"}
     logged[4]["samples"] = [sample]
+    logged[4]["validation_loss"] = 0.5
+    logged[9]["validation_loss"] = 0.3
     return logged
 
 
@@ -188,11 +221,16 @@ def test_training_runs_lie_over_each_other_with_their_answers(tab, tmp_path):
     move(tab, "quantity", ["r"])
     assert "reward margin, text pairs" in tab.locator("svg").get_attribute("aria-label")
     assert [line.get_attribute("points") for line in drawn.all()] != lines
+    chosen(tab, "quantity").select_option("loss, held-out")
+    move(tab, "mean of steps", ["End", *["ArrowLeft"] * 15])
+    move(tab, "step", ["End"])
+    assert "dpo 0.300" in tab.locator("[role=status]").inner_text(), "looks are not averaged"
+    assert tab.locator("svg circle").count() == 4, "two looks of two runs"
     move(tab, "mmedpo", ["Space"])
     assert drawn.count() == 1
 
 
-def test_ones_own_film_is_asked_here_and_a_bad_one_is_one_sentence(images, monkeypatch):
+def test_ones_own_film_is_asked_here(tab, images, monkeypatch, capsys):
     shown = []
     monkeypatch.setattr("mmedpo_utils.show.own_view.display", shown.append)
     view = own_view({"base": load_lvlm("phantom", "cpu")}, tiny_medklip(), 4)
@@ -203,13 +241,17 @@ def test_ones_own_film_is_asked_here_and_a_bad_one_is_one_sentence(images, monke
     question.value = f"Is {EVIL} there?"
     ask.click()
     assert [page.view for page in shown] == ["medklip", "answer"]
-    assert all(EVIL not in page.html() for page in shown)
+    opened(tab, shown[1], images)
+    assert EVIL in tab.locator(".note").first.inner_text() and tab.locator("img").count() == 0
     path.value = ""
     content = (images / "2.png").read_bytes()
     told = {"name": "../../mine.png", "type": "", "size": len(content), "content": content}
     upload.value = [told | {"last_modified": datetime.now()}]
     ask.click()
     assert len(shown) == 4 and shown[2].alt.startswith("mine.png")
+    question.value = " "
+    ask.click()
+    assert len(shown) == 4 and "no question" in capsys.readouterr().out
     bundle = view._repr_mimebundle_()
     assert "live notebook" in bundle["text/html"] and "VBox" not in bundle["text/plain"]
 

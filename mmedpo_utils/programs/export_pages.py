@@ -31,6 +31,7 @@ PAGE = """{%- extends 'lab/index.html.j2' -%}
 {%- block html_head_js_mermaidjs -%}{%- endblock -%}
 """
 FORMULA = re.compile(r"\$\$(.+?)\$\$|(?<![\\$\w])\$(?=\S)([^$\n]+?)(?<=\S)\$(?![$\w])", re.S)
+LINK = re.compile(r"\]\((\w+)\.ipynb(#[^)]*)?\)")
 DRAWING = re.compile(r"\.\./figures/(\w+\.svg)")
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
@@ -54,7 +55,7 @@ def page_of(notebook: NotebookNode, title: str) -> str:
     notebook.metadata["title"] = title
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
-            text = with_mathml(cell.source).replace(".ipynb)", ".html)")
+            text = LINK.sub(r"](\1.html\2)", with_mathml(cell.source))
             # A drawing beside the notebooks would be elsewhere from a page.
             cell.source = DRAWING.sub(_embedded, text)
         for output in cell.get("outputs", []):

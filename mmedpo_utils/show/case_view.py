@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
+from ..base.errors import InputError
 from ..base.rows import Row
 from ..dataset import FilmDataset
 from ..lvlm import MedLVLM, image_attention
 from ..metrics import answer_score
-from ..phantom.errors import errors
+from ..phantom.errors import errors, severity
 from . import plots
+from .answer_view import as_seen
 from .pages import Packed, Page
 
 SIDE = 168  # pixels of a shown film: whole pixels for maps of 8, 14 and 24 cells
@@ -36,17 +38,22 @@ def case_view(
         predictions: rows of `evaluate.predict` by model, about the same questions.
         models: those whose attention can be shown, by name.
         costs: name the errors and what they cost, which the phantom world alone states.
+
+    Raises:
+        InputError: the predictions are not about the same questions.
     """
-    tables = [{str(row["question_id"]): row for row in rows} for rows in predictions.values()]
-    questions = [key for key in tables[0] if all(key in table for table in tables)]
-    names = list(dict.fromkeys(tables[0][key]["image"] for key in questions))
+    lines = list(zip(*predictions.values(), strict=True))
+    if not lines or any(len({str(row["question_id"]) for row in line}) > 1 for line in lines):
+        raise InputError("case_view: expected predictions of the same questions in one order")
+    names = list(dict.fromkeys(line[0]["image"] for line in lines))
     places = np.linspace(0, len(names) - 1, min(films, len(names))).astype(int)
     shown = [names[place] for place in places]
-    asked = [key for key in questions if tables[0][key]["image"] in shown]
     listed = []
-    for key in asked:
-        row = tables[0][key]
-        answers = [_answer(table[key], costs) for table in tables]
+    for line in lines:
+        row = line[0]
+        if row["image"] not in shown:
+            continue
+        answers = [_answer(row, costs) for row in line]
         listed.append(
             {
                 "label": f"{row['image']}: {row['question']}",
@@ -59,14 +66,15 @@ def case_view(
                 "answers": answers,
             }
         )
-    pixels = [_fitted(dataset.image(name)) for name in shown]
+    cut = next(iter(models.values())).processor.image_processor if models else None
+    pixels = [_fitted(dataset.image(name), cut) for name in shown]
     masks: list[list[dict[str, Any]]] = []
     bits: list[np.ndarray] = []
     for name in shown:
         of_film = []
         for finding, mask in dataset.masks(name).items():
             of_film.append({"name": finding, "index": len(bits)})
-            bits.append(_fitted(Image.fromarray(np.uint8(mask) * 255)) > 127)
+            bits.append(_fitted(Image.fromarray(np.uint8(mask) * 255), cut) > 127)
         masks.append(of_film)
     maps = [_maps(lvlm, dataset, listed, batch_size) for lvlm in models.values()]
     arrays = {
@@ -81,20 +89,21 @@ def case_view(
         "cases": listed,
         "masks": masks,
         "masksKnown": bool(bits),
+        "costsKnown": costs,
     }
     still = plots.film_grid(pixels[:6], shown[:6], columns=6)
     return Page("cases", values, arrays, still, f"{len(shown)} films that the cases are about")
 
 
 def _answer(row: Row, costs: bool) -> dict[str, Any]:
-    found = []
-    if costs and row["answer_type"] != "REPORT":
-        found = errors(row["question"], str(row["answer"]), str(row["prediction"]))
+    # The errors of a report are not counted (`phantom.errors`).
+    counted = costs and row["answer_type"] != "REPORT"
+    texts = (row["question"], str(row["answer"]), str(row["prediction"]))
     return {
         "text": str(row["prediction"]),
         "score": round(answer_score(row), 3),
-        "errors": [error.kind for error in found],
-        "severity": round(sum(error.severity for error in found), 2) if costs else None,
+        "errors": [error.kind for error in errors(*texts)] if counted else [],
+        "severity": round(severity(*texts), 2) if counted else None,
     }
 
 
@@ -107,6 +116,11 @@ def _maps(
     return image_attention(lvlm, films, texts, batch_size).flatten(1).numpy()
 
 
-def _fitted(image: Image.Image) -> np.ndarray:
-    """In grey, fitted into a square with black around it: uint8. Shape: [SIDE, SIDE]."""
-    return np.asarray(ImageOps.pad(image.convert("L"), (SIDE, SIDE), Image.Resampling.BILINEAR))
+def _fitted(image: Image.Image, processor: Any) -> np.ndarray:
+    """In grey, as a model's processor cuts it, or without a model whole in a square with black
+    around it: uint8. Shape: [SIDE, SIDE].
+    """
+    square = image.convert("L")
+    if processor is not None:
+        square = Image.fromarray(as_seen(processor, image))
+    return np.asarray(ImageOps.pad(square, (SIDE, SIDE), Image.Resampling.BILINEAR))

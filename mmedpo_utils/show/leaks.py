@@ -49,23 +49,26 @@ def leak(rows: Sequence[Row], seed: int = 0) -> dict[str, float]:
     }
 
 
-def told_apart(rows: Sequence[Row], seed: int = 0) -> dict[str, float]:
+def told_apart(rows: Sequence[Row], seed: int = 0) -> list[float | None]:
     """How sure words and length alone are of each text pair's rejected answer.
 
     As `leak`, twice: each half of the images is asked by what has learnt from the other.
 
     Returns:
-        by the pair's id, the probability (0 to 1) that is given to the right order; empty where
-        fewer than two images have text pairs.
+        for each row the probability (0 to 1) that is given to the right order; None for visual
+        pairs, and for all where fewer than two images have text pairs.
     """
-    text = [row for row in rows if row_source(row) == "text"]
+    found: list[float | None] = [None] * len(rows)
+    places = [number for number, row in enumerate(rows) if row_source(row) == "text"]
+    text = [rows[number] for number in places]
     if len({row["image"] for row in text}) < 2:
-        return {}
+        return found
     kept, rejected = _answers(text)
     half = _half(text, seed)
     margins = np.where(half, _margins(kept, rejected, ~half), _margins(kept, rejected, half))
-    sure = 1 / (1 + np.exp(-margins))
-    return {row["id"]: float(value) for row, value in zip(text, sure, strict=True)}
+    for number, margin in zip(places, margins, strict=True):
+        found[number] = float(1 / (1 + np.exp(-margin)))
+    return found
 
 
 def _answers(text: Sequence[Row]) -> tuple[list[str], list[str]]:

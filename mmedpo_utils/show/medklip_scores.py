@@ -61,7 +61,8 @@ def score_medklip(
         hit = pointing_hit(maps["disease"][index], lesion)
         hits.append(hit)
         for finding, mask in present.items():
-            own.setdefault(finding, []).append(pointing_hit(maps[finding][index], mask))
+            if finding in maps:
+                own.setdefault(finding, []).append(pointing_hit(maps[finding][index], mask))
             if len(present) == 1:
                 alone.setdefault(finding, []).append(hit)
     found: dict[str, Any] = {}
@@ -126,9 +127,10 @@ def score_maps(
         return {"undecided": float(undecided)}
     each: dict[str, list[float]] = {"correlation": [], "cells": [], "part": [], "inside": []}
     noised: dict[str, list[Image.Image]] = {"lesion": [], "elsewhere": []}
+    heats = heat_map(output, "disease").cpu().numpy()
     for index in rows:
         lesion = np.any(list(masks[index].values()), axis=0)
-        heat = heat_map(output, "disease")[index].numpy()
+        heat = heats[index]
         maps = output.attentions[index, :, :, output.index("disease")].flatten(0, 1).numpy()
         # Maps that follow one another correlate with 1; the diagonal is left out.
         between = np.corrcoef(maps)[np.triu_indices(len(maps), 1)]
@@ -136,7 +138,8 @@ def score_maps(
         each["cells"].append(float(np.exp(-(heat * np.log(heat + 1e-12)).sum())))
         mask = lesion_mask(heat, lesion.shape) > 0
         parts, _ = label(mask)
-        each["part"].append(float(np.bincount(parts[mask]).max() / mask.sum()))
+        if mask.any():  # a constant map has no brightest part
+            each["part"].append(float(np.bincount(parts[mask]).max() / mask.sum()))
         each["inside"].append(float((mask & lesion).sum() / lesion.sum()))
         pixels = np.asarray(images[index])
         for name, region in (("lesion", lesion), ("elsewhere", elsewhere(lesion, lesion, rng))):

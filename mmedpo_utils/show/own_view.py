@@ -36,13 +36,19 @@ class OwnView(widgets.VBox):
         return bundle | {"text/plain": text, "text/html": f"<p>{text}</p>"}
 
 
-def own_view(models: Mapping[str, MedLVLM], medklip: MedKLIP, max_new_tokens: int) -> OwnView:
+def own_view(
+    models: Mapping[str, MedLVLM],
+    medklip: MedKLIP,
+    max_new_tokens: int,
+    with_gradient: bool = False,
+) -> OwnView:
     """Choose a film (PNG, JPEG, DICOM and others), type a question, and see what both networks
     answer and where they look.
 
     Args:
         models: one or two Med-LVLMs by name, as for `answer_view`.
         max_new_tokens: the longest answer, in tokens.
+        with_gradient: as for `answer_view`; slow in a large model.
     """
     path = widgets.Text(description="path", placeholder="film.png, or upload one")
     upload = widgets.FileUpload(description="upload", multiple=False)
@@ -55,6 +61,8 @@ def own_view(models: Mapping[str, MedLVLM], medklip: MedKLIP, max_new_tokens: in
         with shown:
             try:
                 film, name = _opened(path.value.strip(), upload.value)
+                if not question.value.strip():
+                    raise InputError("no question: type one")
             except InputError as error:
                 print(error)  # as text: a file's name is never read as HTML
                 return
@@ -62,7 +70,7 @@ def own_view(models: Mapping[str, MedLVLM], medklip: MedKLIP, max_new_tokens: in
                 output = medklip(medklip.preprocess([film]))
             display(medklip_view([film], output, [name]))
             asked = [ShownQuestion(film, name, question.value)]
-            display(answer_view(models, asked, max_new_tokens))
+            display(answer_view(models, asked, max_new_tokens, with_gradient))
 
     ask.on_click(look)
     form = widgets.HBox([path, upload, question, ask], layout={"flex_flow": "row wrap"})

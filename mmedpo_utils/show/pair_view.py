@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
+from ..base.errors import InputError
 from ..base.images import open_image, resolve_image
 from ..base.rows import Row, question_text
 from ..preference_rows import answer_text, row_source
@@ -35,15 +36,23 @@ def pair_view(
     Args:
         rows: preference rows.
         image_root: folder of the images.
-        noised_root: folder of the rejected images; None shows the same film on both sides.
-        debates: `curate.curate_text`'s, for the history of each score.
+        noised_root: folder of the rejected images; None leaves them out.
+        debates: `curate.curate_text`'s, for the history of each text pair's score.
+
+    Raises:
+        InputError: no rows.
     """
+    if not rows:
+        raise InputError("no preference pairs to show: curate some first (notebooks 02 and 03)")
     history = {item["id"]: item["history"] for item in debates}
     told = told_apart(rows)
     films: dict[str, np.ndarray] = {}
     changes: list[np.ndarray] = []
     listed = []
-    for row in _chosen(rows, count):
+    for number in _chosen(rows, count):
+        row = rows[number]
+        # Visual pairs have the ids of the questions that text pairs are made of, too.
+        of_text = row_source(row) == "text"
         name = row["image"]
         if name not in films:
             films[name] = _shown(image_root, name)
@@ -64,8 +73,8 @@ def pair_view(
                 "question": question_text(row),
                 "preferred": preferred,
                 "rejected": rejected,
-                "history": [_turn(turn) for turn in history.get(row["id"], ())],
-                "leak": told.get(row["id"]) if row_source(row) == "text" else None,
+                "history": [_turn(turn) for turn in history.get(row["id"], ()) if of_text],
+                "leak": told[number],
                 "film": list(films).index(name),
                 "change": change,
             }
@@ -76,10 +85,11 @@ def pair_view(
         "changes": Packed(np.reshape(changes, shape), "bytes"),
     }
     first = listed[0]
-    row = next(row for row in rows if row["image"] == first["image"])
+    row = rows[_chosen(rows, count)[0]]
+    film = films[first["image"]]
     still = plots.pair_card(
-        films[first["image"]],
-        None,
+        film,
+        None if first["change"] is None else film + changes[first["change"]],
         question_text(row),
         answer_text(row),
         answer_text(row, rejected=True),
@@ -88,11 +98,11 @@ def pair_view(
     return Page("pairs", {"pairs": listed}, arrays, still, f"A pair about {first['image']}")
 
 
-def _chosen(rows: Sequence[Row], count: int) -> list[Row]:
-    """``count`` rows at most, spread evenly over the rows of each source."""
-    sources: dict[str, list[Row]] = {}
-    for row in rows:
-        sources.setdefault(row_source(row), []).append(row)
+def _chosen(rows: Sequence[Row], count: int) -> list[int]:
+    """The numbers of ``count`` rows at most, spread evenly over the rows of each source."""
+    sources: dict[str, list[int]] = {}
+    for number, row in enumerate(rows):
+        sources.setdefault(row_source(row), []).append(number)
     chosen = []
     for of_source in sources.values():
         share = max(1, count // len(sources))

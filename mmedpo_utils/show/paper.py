@@ -97,6 +97,10 @@ def method_drawing(
 
 
 def _debate(axes: Axes, turns: Sequence[Mapping[str, Any]]) -> None:
+    if not turns:
+        axes.set_axis_off()
+        axes.text(0.5, 0.5, "no debate is stored", ha="center", fontsize=9)
+        return
     members = list(dict.fromkeys(turn["member"] for turn in turns))
     for number, turn in enumerate(turns, 1):
         place = members.index(turn["member"])

@@ -100,8 +100,10 @@ def model_colour(name: str, place: int = 0) -> str:
 def _finding_colours(names: Sequence[str]) -> dict[str, str]:
     """One colour a finding in all figures; other names get those that are left."""
     known = {name: OKABE_ITO[place % 7] for place, name in enumerate(FINDINGS)}
+    used = {known[name] for name in names if name in known}
+    left = [colour for colour in OKABE_ITO[:7] if colour not in used] or OKABE_ITO[:7]
     others = [name for name in names if name not in known]
-    return known | {name: OKABE_ITO[place % 7] for place, name in enumerate(others)}
+    return known | {name: left[place % len(left)] for place, name in enumerate(others)}
 
 
 def _film(axes: Axes, image: np.ndarray, title: str, title_size: float = 9) -> None:
@@ -494,9 +496,10 @@ def chosen_curves(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
     """
     figure, ((axes,),) = _axes(1, 1, (6.6, 3))
     for place, (name, events) in enumerate(runs.items()):
-        steps, values = np.transpose(
-            [(e["step"], e["chosen_logp"]) for e in events if e.get("chosen_logp") is not None]
-        )
+        logged = [(e["step"], e["chosen_logp"]) for e in events if e.get("chosen_logp") is not None]
+        if not logged:
+            continue
+        steps, values = np.transpose(logged)
         width = min(10, len(values))
         axes.plot(
             steps[width - 1 :],
@@ -542,7 +545,8 @@ def score_dots(
     for axes, column in zip(grid.flat, columns):
         if baseline:
             first = next(row for row in rows if row[label] == baseline)
-            axes.axvline(first[column], color="0.6", linestyle="--", linewidth=0.9)
+            if first[column] is not None:
+                axes.axvline(first[column], color="0.6", linestyle="--", linewidth=0.9)
         for place, row in enumerate(rows):
             if row[column] is not None:
                 marked = row[label] == highlight
@@ -711,8 +715,10 @@ def results_table(rows: Sequence[Mapping[str, Any]], caption: str = "", decimals
     """
     columns = list(dict.fromkeys(key for row in rows for key in row)) or ["no rows"]
     heads = [html.escape(column_name(str(name))) for name in columns]
+    label = html.escape(caption or "table")
     lines = [
-        '<div style="overflow-x:auto"><table>',
+        # By keys, too, a wide table can be scrolled.
+        f'<div style="overflow-x:auto" tabindex="0" role="region" aria-label="{label}"><table>',
         f"<caption>{html.escape(caption)}</caption>" if caption else "",
         "<tr>" + "".join(f'<th scope="col">{head}</th>' for head in heads) + "</tr>",
     ]

@@ -34,7 +34,7 @@ def training_view(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Page:
             for key, name in QUANTITIES.items():
                 metrics.append({"key": split + source + key, "name": name + of_source + of_split})
     keys = [metric["key"] for metric in metrics]
-    listed = []
+    listed: list[dict[str, Any]] = []
     for place, (name, events) in enumerate(runs.items()):
         points: dict[str, list[list[float]]] = {}
         for event in events:
@@ -47,9 +47,12 @@ def training_view(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Page:
                 asked = [_sample(sample) for sample in event["samples"]]
                 looks.append({"step": event["step"], "samples": asked})
         colour = plots.model_colour(name, place)
-        listed.append({"name": name, "colour": colour, "points": points, "looks": looks})
+        # Where a colour comes again, its line is dashed.
+        dash = "6 4" if colour in [run["colour"] for run in listed] else ""
+        run = {"name": name, "colour": colour, "dash": dash, "points": points, "looks": looks}
+        listed.append(run)
     known = {key for run in listed for key in run["points"]}
-    last = max(event["step"] for events in runs.values() for event in events)
+    last = max((event["step"] for events in runs.values() for event in events), default=1)
     values = {
         "runs": listed,
         "metrics": [metric for metric in metrics if metric["key"] in known],

@@ -29,8 +29,8 @@ function view(values, arrays) {
       const one = values.cases[n];
       const of = (key, options) => state[key] === 0 || one[key] === options[state[key]];
       const holds = state.kind === 0 || kindsOf(one).includes(kinds[state.kind]);
-      const scores = one.answers.map((answer) => answer.score);
-      const same = scores.every((score) => score === scores[0]);
+      const texts = one.answers.map((answer) => answer.text.trim().toLowerCase());
+      const same = texts.every((text) => text === texts[0]);
       const costs = one.answers.map((answer) => answer.severity);
       const grave = state.least === 0 || Math.max(...costs) >= state.least;
       return of("type", types) && of("finding", findings) && holds && grave && !(state.differ && same);
@@ -43,23 +43,34 @@ function view(values, arrays) {
   const told = status();
   const caseChoice = choice("case", [], 0, (place) => set({ place }));
   const opacity = slider("opacity", state.opacity, 0, 1, 0.05, (value) => set({ opacity: value }));
+  const attentionNames = ["none", ...values.attention];
+  const attentionChoice = choice("attention of", attentionNames, 0, (attention) =>
+    set({ attention }),
+  );
   const controls = element(
     "div",
     { class: "row controls" },
     choice("type", types, 0, (type) => set({ type })),
     choice("finding", findings, 0, (finding) => set({ finding })),
-    choice("kind of error", kinds, 0, (kind) => set({ kind })),
-    slider("severity at least", 0, 0, 1, 0.05, (least) => set({ least })),
+    ...(values.costsKnown
+      ? [
+          choice("kind of error", kinds, 0, (kind) => set({ kind })),
+          slider("severity at least", 0, 0, 1, 0.05, (least) => set({ least })),
+        ]
+      : []),
     tick("models disagree", state.differ, (differ) => set({ differ })),
     caseChoice,
-    choice("attention of", ["none", ...values.attention], 0, (attention) => set({ attention })),
-    opacity,
-    tick("true lesions", state.outlines, (outlines) => set({ outlines })),
+    ...(values.attention.length ? [attentionChoice, opacity] : []),
+    ...(values.masksKnown
+      ? [tick("true lesions", state.outlines, (outlines) => set({ outlines }))]
+      : []),
   );
+
+  const outlined = values.masks.map((listed) => lesionsOf(listed, arrays.masks, width, height));
 
   function paintFilm(one, number) {
     const film = part(arrays.films, one.film);
-    const lesions = lesionsOf(values.masks[one.film], arrays.masks, width, height);
+    const lesions = outlined[one.film];
     let heat = null;
     let full = 1;
     if (state.attention > 0) {
@@ -85,6 +96,7 @@ function view(values, arrays) {
       refill(caseChoice, numbers.map((n) => values.cases[n].label));
     }
     opacity.querySelector("input").disabled = state.attention === 0;
+    body.style.visibility = numbers.length ? "visible" : "hidden";
     if (!numbers.length) {
       told.textContent = "No case fits these choices.";
       return;
@@ -102,25 +114,18 @@ function view(values, arrays) {
       lines.push([values.models[model], answer.text, `${mark} ${score}`, wrong, cost]);
     }
     const heads = ["", "answer", "score", "errors", "severity"];
-    answers.replaceChildren(table("answers", heads, lines));
+    const columns = values.costsKnown ? heads.length : 3;
+    const cut = lines.map((line) => line.slice(0, columns));
+    answers.replaceChildren(table("answers", heads.slice(0, columns), cut));
     const said = one.answers[last].text;
     told.textContent =
       `Case ${state.place + 1} of ${numbers.length}. ${one.question} ` +
       `Truth: ${one.truth}. ${values.models[last]}: ${said}.`;
   }
 
+  const texts = element("div", { class: "text" }, question, answers);
+  const body = element("div", { class: "row" }, shown.figure, texts);
   const set = changer(state, draw);
   draw(Object.keys(state));
-  return element(
-    "div",
-    {},
-    controls,
-    element(
-      "div",
-      { class: "row" },
-      shown.figure,
-      element("div", { class: "text" }, question, answers),
-    ),
-    told,
-  );
+  return element("div", {}, controls, told, body);
 }

@@ -56,10 +56,12 @@ function view(values, arrays) {
     line.lineTo(border, height);
     const drawn = pair.change === null ? [] : [{ path: line, colour: "#f0e442" }];
     shown.paint(blend(joined, null, 1, {}, []), drawn);
-    shown.caption.textContent =
-      pair.change === null
-        ? `${pair.image}: both sides have this film`
-        : `${pair.image}: left of the line the preferred side's film, right of it the rejected one's`;
+    let sides = "left of the line the preferred side's film, right of it the rejected one's";
+    if (pair.change === null) {
+      const missing = pair.source === "visual";
+      sides = missing ? "the noised film is not at hand" : "both sides have this film";
+    }
+    shown.caption.textContent = `${pair.image}: ${sides}`;
     shown.canvas.setAttribute("aria-label", shown.caption.textContent);
   }
 
@@ -77,6 +79,7 @@ function view(values, arrays) {
       state.pair = 0;
       refill(pairChoice, numbers.map((n) => values.pairs[n].label));
     }
+    body.style.visibility = numbers.length ? "visible" : "hidden";
     if (!numbers.length) {
       told.textContent = "No pair fits these choices.";
       return;
@@ -100,18 +103,9 @@ function view(values, arrays) {
     told.textContent = `${parts.join(" · ")}.`;
   }
 
+  const texts = element("div", { class: "text" }, question, sides, debate);
+  const body = element("div", { class: "row" }, shown.figure, texts);
   const set = changer(state, draw);
   draw(Object.keys(state));
-  return element(
-    "div",
-    {},
-    controls,
-    told,
-    element(
-      "div",
-      { class: "row" },
-      shown.figure,
-      element("div", { class: "text" }, question, sides, debate),
-    ),
-  );
+  return element("div", {}, controls, told, body);
 }

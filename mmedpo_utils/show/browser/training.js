@@ -3,6 +3,7 @@
 
 const WIDE = 620;
 const HIGH = 260;
+const FEW_POINTS = 30;
 const EDGE = { left: 52, right: 12, top: 8, bottom: 34 };
 
 function view(values) {
@@ -17,7 +18,7 @@ function view(values) {
       hidden[on ? "delete" : "add"](n);
       set({ hidden });
     });
-    label.append(swatch(run.colour));
+    label.append(swatch(run));
     return label;
   });
   const controls = element(
@@ -29,8 +30,9 @@ function view(values) {
     ...ticks,
   );
 
-  function swatch(colour) {
-    const style = `display:inline-block;width:18px;height:3px;background:${colour}`;
+  function swatch({ colour, dash }) {
+    const line = dash ? "dashed" : "solid";
+    const style = `display:inline-block;width:22px;border-top:3px ${line} ${colour}`;
     return element("i", { style });
   }
 
@@ -38,8 +40,11 @@ function view(values) {
   function pointsOf(run) {
     const { key } = values.metrics[state.metric];
     const found = run.points[key] || [];
+    let first = 0;
     return found.map(([step], n) => {
-      const last = found.slice(Math.max(0, n + 1 - state.smooth), n + 1);
+      // Of steps, not of points: looks at held-out pairs lie far apart, and stay as they are.
+      while (found[first][0] <= step - state.smooth) first += 1;
+      const last = found.slice(first, n + 1);
       return [step, last.reduce((sum, [, value]) => sum + value, 0) / last.length];
     });
   }
@@ -111,7 +116,13 @@ function view(values) {
     for (const run of runs) {
       const points = run.points.map(([step, value]) => `${across(step)},${down(value)}`);
       const style = { fill: "none", stroke: run.colour, "stroke-width": 2 };
-      picture.append(drawn("polyline", { points: points.join(" "), ...style }));
+      const dash = run.dash ? { "stroke-dasharray": run.dash } : {};
+      picture.append(drawn("polyline", { points: points.join(" "), ...style, ...dash }));
+      if (run.points.length >= FEW_POINTS) continue;
+      for (const [step, value] of run.points) {
+        const dot = { cx: across(step), cy: down(value), r: 2.5, fill: run.colour };
+        picture.append(drawn("circle", dot));
+      }
     }
     return picture;
   }
