@@ -62,6 +62,15 @@ DOSE_POINTS = [
     for variant, seen in (("dpo", 650), ("stage2", 0))
     for passes in (1, 3)
 ]
+CURVES = {
+    "dpo": {
+        "looks": [
+            {"step": step, "validation_accuracy": 0.6, "validation_chosen_logp": -step / 10}
+            for step in (20, 40)
+        ],
+        "validation": [{"passes": n, "closed_accuracy": 60.0 + n} for n in (1, 3)],
+    }
+}
 HEADS = [
     {"layer": layer, "head": head, "base": ENTRY, "mmedpo": ENTRY, "difference": difference}
     for layer, head, difference in (
@@ -77,6 +86,7 @@ FIGURES = {
     "difference_dots": lambda: conditions.difference_dots(
         {"a - b": APART, "a - $c": TOUCHING}, list(BOTH)
     ),
+    "stop_curves": lambda: conditions.stop_curves(CURVES, ["closed_accuracy"]),
     "film_grid": lambda: plots.film_grid([FILM] * 5, ["a $b$ c"] * 5, [{"nodule": MASK}] * 5),
     "film_grid_plain": lambda: plots.film_grid([FILM], ["one"], columns=1),
     "attention_overlay": lambda: plots.attention_overlay(FILM, HEAT, MASK, title="disease"),
@@ -157,6 +167,13 @@ def test_a_dose_is_drawn_against_what_was_seen_and_visual_pairs_alone_see_no_tex
     assert [len(axes.lines) for axes in (by_passes, by_steps, by_text)] == [2, 2, 1]
     assert by_text.lines[0].get_xdata().tolist() == [650, 1950]
     assert by_steps.lines[0].get_xdata().tolist() == [27, 81]
+
+
+def test_when_to_stop_shows_looks_by_step_and_patients_by_passes():
+    right, chosen, patients = conditions.stop_curves(CURVES, ["closed_accuracy"]).axes
+    assert right.lines[0].get_xdata().tolist() == [20, 40]
+    assert chosen.lines[0].get_ydata().tolist() == [-2, -4]
+    assert patients.lines[0].get_xydata().tolist() == [[1, 61], [3, 63]]
 
 
 def test_training_curves_tell_the_time_left_and_hold_the_numbers():

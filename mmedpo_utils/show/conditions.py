@@ -140,3 +140,32 @@ def difference_dots(
         _tidy(axes, xlabel="points")
     panels[0].invert_yaxis()
     return figure
+
+
+def stop_curves(variants: Mapping[str, Mapping[str, Any]], metrics: Sequence[str]) -> Figure:
+    """When to stop: a run's looks at its held-out pairs beside the scores of the validation
+    patients.
+
+    Args:
+        variants: per variant ``looks`` (``step``, ``validation_accuracy``,
+            ``validation_chosen_logp``) and ``validation`` (``passes``, a score for each metric).
+    """
+    figure, (panels,) = _axes(1, 2 + len(metrics), (3 * (2 + len(metrics)), 2.9))
+    for name, curve in variants.items():
+        colour = model_colour(name)
+        looks = curve["looks"]
+        steps = [look["step"] for look in looks]
+        for axes, key in zip(panels, ("validation_accuracy", "validation_chosen_logp")):
+            axes.plot(steps, [look.get(key) for look in looks], "o-", color=colour, label=name)
+        points = curve["validation"]
+        passes = [point["passes"] for point in points]
+        for axes, metric in zip(panels[2:], metrics, strict=True):
+            axes.plot(passes, [point[metric] for point in points], "o-", color=colour)
+            _title(axes, f"{METRIC_NAMES.get(metric, metric)}, validation patients")
+            _tidy(axes, xlabel="passes")
+    panels[0].legend(fontsize=8, frameon=False)
+    _title(panels[0], "held-out pairs ranked right")
+    _title(panels[1], "held-out chosen log-probability")
+    _tidy(panels[0], xlabel="step")
+    _tidy(panels[1], xlabel="step", ylabel="nats")
+    return figure
