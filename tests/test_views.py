@@ -242,7 +242,7 @@ def test_the_numbers_beside_medklips_map_are_those_of_the_package(tab, read_film
     inside = attention_share(maps[0].numpy(), mask)
     hit = "hits" if pointing_hit(maps[0], mask) else "misses"
     told = float(re.search(r"nodule: confidence ([0-9.]+)", said.inner_text())[1])
-    assert told == pytest.approx(sure, abs=0.0011)  # three digits of a 16-bit number
+    assert told == pytest.approx(sure.item(), abs=0.0011)  # three digits of a 16-bit number
     assert f"{100 * inside:.0f}% of it in the true lesion" in said.inner_text()
     assert f"the peak {hit}" in said.inner_text()
     cut = lesion_mask(maps[1].numpy(), (SIZE, SIZE), quantile=0.8) > 0
