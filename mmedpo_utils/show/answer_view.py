@@ -14,7 +14,7 @@ from PIL import Image
 from ..lvlm import MedLVLM
 from . import plots
 from .answer_attention import AnswerReading, read_answer
-from .pages import Packed, Page
+from .pages import MaskList, Packed, Page
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,9 @@ def answer_view(
     """
     arrays: dict[str, Packed] = {}
     listed: list[dict[str, Any]] = []
-    bits: list[np.ndarray] = []
-    films: list[np.ndarray] = []
     cut = next(iter(models.values())).processor.image_processor
+    films = [as_seen(cut, one.film) for one in asked]
+    lesions = MaskList((films[0].shape[0], films[0].shape[1]))
     first: dict[str, AnswerReading] = {}
     for number, one in enumerate(asked):
         readings = []
@@ -70,11 +70,7 @@ def answer_view(
                 arrays[f"gradient {number} {place}"] = Packed(reading.gradient, "half")
             sure = [round(float(value), 4) for value in reading.probabilities]
             readings.append({"words": reading.words, "probabilities": sure})
-        masks = []
-        for finding, mask in one.masks.items():
-            masks.append({"name": finding, "index": len(bits)})
-            bits.append(as_seen(cut, Image.fromarray(np.uint8(mask) * 255)) > 127)
-        films.append(as_seen(cut, one.film))
+        seen = {name: mask_as_seen(cut, mask) for name, mask in one.masks.items()}
         listed.append(
             {
                 "film": number,
@@ -82,15 +78,15 @@ def answer_view(
                 "question": one.question,
                 "truth": one.truth,
                 "readings": readings,
-                "masks": masks,
+                "masks": lesions.add(seen),
             }
         )
     arrays["films"] = Packed(np.stack(films), "film")
-    arrays["masks"] = Packed(np.reshape(bits, (len(bits), *films[0].shape)), "bits")
+    arrays["masks"] = lesions.packed()
     name, reading = list(first.items())[-1]
     heat = reading.attention[0].mean((0, 1))
     grid = int(heat.size**0.5)
-    lesion = np.any(bits[: len(asked[0].masks)], axis=0) if asked[0].masks else None
+    lesion = np.any(lesions.masks[: len(asked[0].masks)], axis=0) if asked[0].masks else None
     word = reading.words[0]
     title = f"{name}: {word}"
     still = plots.attention_overlay(films[0], heat.reshape(grid, grid), lesion, title=title)
@@ -98,8 +94,13 @@ def answer_view(
     return Page("answer", {"models": list(models), "asked": listed}, arrays, still, alt)
 
 
+def mask_as_seen(processor: Any, mask: np.ndarray) -> np.ndarray:
+    """A mask, bool [H, W], cut as the vision tower gets its film: bool. Shape: [H, W]."""
+    return as_seen(processor, Image.fromarray(np.uint8(mask) * 255)) > 127
+
+
 def as_seen(processor: Any, image: Image.Image) -> np.ndarray:
-    """A film, or a mask, resized and cut as the vision tower gets it: uint8. Shape: [H, W]."""
+    """A film, resized and cut as the vision tower gets it: uint8. Shape: [H, W]."""
     pixels = processor(
         image.convert("RGB"), do_rescale=False, do_normalize=False, return_tensors="np"
     )["pixel_values"][0]

@@ -9,7 +9,7 @@ from PIL import Image
 
 from ..medklip import IMAGE_SIZE, MedKLIPOutput, confidence
 from . import plots
-from .pages import Packed, Page
+from .pages import MaskList, Packed, Page
 
 
 def medklip_view(
@@ -40,21 +40,19 @@ def medklip_view(
     pixels = np.stack([np.asarray(film) for film in grey])
     maps = output.attentions.float().cpu().numpy()
     known = masks if masks is not None else [{}] * len(films)
+    lesions = MaskList(square)
     listed = []
-    bits: list[np.ndarray] = []
     for of_film in known:
-        entries = []
+        small = {}
         for name, mask in of_film.items():
-            entries.append({"name": name, "index": len(bits)})
-            small = Image.fromarray(np.asarray(mask, bool)).resize(square)
-            bits.append(np.asarray(small, bool))
-        listed.append(entries)
+            small[name] = np.asarray(Image.fromarray(np.asarray(mask, bool)).resize(square), bool)
+        listed.append(lesions.add(small))
     confidences = np.stack([confidence(output, name).numpy() for name in output.queries], axis=1)
     noise = np.random.default_rng(0).standard_normal(square)
     arrays = {
         "films": Packed(pixels, "film"),
         "maps": Packed(maps, "half"),
-        "masks": Packed(np.reshape(bits, (len(bits), *square)), "bits"),
+        "masks": lesions.packed(),
         "confidences": Packed(confidences, "half"),
         "noise": Packed(noise, "half"),
     }
@@ -69,6 +67,6 @@ def medklip_view(
     }
     grid = int(maps.shape[-1] ** 0.5)
     heat = maps[0, :, :, output.index(query)].mean((0, 1)).reshape(grid, grid)
-    lesion = np.any(bits[: len(listed[0])], axis=0) if listed[0] else None
+    lesion = np.any(lesions.masks[: len(listed[0])], axis=0) if listed[0] else None
     still = plots.attention_overlay(pixels[0], heat, lesion, title=f"{names[0]}: {query}")
     return Page("medklip", values, arrays, still, f"{names[0]}: attention of {query}")

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from ..base.errors import InputError
 from ..base.rows import Row
@@ -16,7 +16,7 @@ from ..metrics import answer_score
 from ..phantom.errors import errors, severity
 from . import plots
 from .answer_view import as_seen
-from .pages import Packed, Page
+from .pages import MaskList, Packed, Page, fitted
 
 SIDE = 168  # pixels of a shown film: whole pixels for maps of 8, 14 and 24 cells
 
@@ -68,18 +68,17 @@ def case_view(
         )
     cut = next(iter(models.values())).processor.image_processor if models else None
     pixels = [_fitted(dataset.image(name), cut) for name in shown]
-    masks: list[list[dict[str, Any]]] = []
-    bits: list[np.ndarray] = []
+    lesions = MaskList((SIDE, SIDE))
+    masks = []
     for name in shown:
-        of_film = []
+        of_film = {}
         for finding, mask in dataset.masks(name).items():
-            of_film.append({"name": finding, "index": len(bits)})
-            bits.append(_fitted(Image.fromarray(np.uint8(mask) * 255), cut) > 127)
-        masks.append(of_film)
+            of_film[finding] = _fitted(Image.fromarray(np.uint8(mask) * 255), cut) > 127
+        masks.append(lesions.add(of_film))
     maps = [_maps(lvlm, dataset, listed, batch_size) for lvlm in models.values()]
     arrays = {
         "films": Packed(np.stack(pixels), "film"),
-        "masks": Packed(np.reshape(bits, (len(bits), SIDE, SIDE)), "bits"),
+        "masks": lesions.packed(),
     }
     if maps:
         arrays["attention"] = Packed(np.stack(maps), "half")
@@ -88,7 +87,7 @@ def case_view(
         "attention": list(models),
         "cases": listed,
         "masks": masks,
-        "masksKnown": bool(bits),
+        "masksKnown": bool(lesions.masks),
         "costsKnown": costs,
     }
     still = plots.film_grid(pixels[:6], shown[:6], columns=6)
@@ -120,7 +119,6 @@ def _fitted(image: Image.Image, processor: Any) -> np.ndarray:
     """In grey, as a model's processor cuts it, or without a model whole in a square with black
     around it: uint8. Shape: [SIDE, SIDE].
     """
-    square = image.convert("L")
     if processor is not None:
-        square = Image.fromarray(as_seen(processor, image))
-    return np.asarray(ImageOps.pad(square, (SIDE, SIDE), Image.Resampling.BILINEAR))
+        image = Image.fromarray(as_seen(processor, image))
+    return fitted(image, SIDE)

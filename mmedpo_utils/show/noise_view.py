@@ -14,7 +14,7 @@ from ..lvlm import MedLVLM, generate
 from ..noise import noise_mask, noised_pixels, signal_schedule, step_for_signal
 from ..pairs import generator
 from . import plots
-from .answer_view import ShownQuestion, as_seen
+from .answer_view import ShownQuestion, as_seen, mask_as_seen
 from .pages import Packed, Page
 from .premise import answer_logps, elsewhere
 
@@ -93,9 +93,7 @@ def _lesion(cut: Any, one: ShownQuestion) -> np.ndarray | None:
     """All true lesions of a question's film, as the vision tower gets it: bool [H, W]; None where
     none is known.
     """
-    seen = [
-        as_seen(cut, Image.fromarray(np.uint8(mask) * 255)) > 127 for mask in one.masks.values()
-    ]
+    seen = [mask_as_seen(cut, mask) for mask in one.masks.values()]
     return np.any(seen, axis=0) if seen else None
 
 

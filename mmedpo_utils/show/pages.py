@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from PIL import Image, ImageOps
 
 from ..base.files import atomic_write
 from .figures import ShownFigure
@@ -53,6 +54,35 @@ class Packed:
         if self.kind == "bits":
             return np.packbits(np.asarray(self.values, bool)).tobytes()
         return np.asarray(self.values, np.uint8).tobytes()
+
+
+class MaskList:
+    """The lesions of many films in one array, and where each film's lie in it.
+
+    Args:
+        size: height and width of every mask.
+    """
+
+    def __init__(self, size: tuple[int, int]) -> None:
+        self.size = size
+        self.masks: list[np.ndarray] = []
+
+    def add(self, lesions: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
+        """Take one film's masks by name, bool; what the browser reads (``lesionsOf``)."""
+        listed = []
+        for name, mask in lesions.items():
+            listed.append({"name": name, "index": len(self.masks)})
+            self.masks.append(mask)
+        return listed
+
+    def packed(self) -> Packed:
+        """All of them. Shape: [N, H, W]."""
+        return Packed(np.reshape(self.masks, (len(self.masks), *self.size)), "bits")
+
+
+def fitted(image: Image.Image, side: int) -> np.ndarray:
+    """An image in grey, whole, in a square with black around it: uint8. Shape: [side, side]."""
+    return np.asarray(ImageOps.pad(image.convert("L"), (side, side), Image.Resampling.BILINEAR))
 
 
 def pack(values: Mapping[str, Any], arrays: Mapping[str, Packed]) -> str:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
 
 from ..base.errors import InputError
 from ..base.images import open_image, resolve_image
@@ -16,7 +15,7 @@ from ..base.rows import Row, question_text
 from ..preference_rows import answer_text, row_source
 from . import plots
 from .leaks import told_apart
-from .pages import Packed, Page
+from .pages import Packed, Page, fitted
 
 SIDE = 224  # pixels of a shown film
 
@@ -49,18 +48,20 @@ def pair_view(
     films: dict[str, np.ndarray] = {}
     changes: list[np.ndarray] = []
     listed = []
-    for number in _chosen(rows, count):
+    chosen = _chosen(rows, count)
+    for number in chosen:
         row = rows[number]
         # Visual pairs have the ids of the questions that text pairs are made of, too.
         of_text = row_source(row) == "text"
         name = row["image"]
         if name not in films:
-            films[name] = _shown(image_root, name)
+            films[name] = fitted(open_image(resolve_image(image_root, name)), SIDE)
         change = None
         if row.get("rejected_image") and noised_root is not None:
             change = len(changes)
+            noised = open_image(resolve_image(noised_root, row["rejected_image"]))
             # uint8 wraps, and the browser's sum wraps back; outside the noise this is zero.
-            changes.append(_shown(noised_root, row["rejected_image"]) - films[name])
+            changes.append(fitted(noised, SIDE) - films[name])
         preferred, rejected = differing(answer_text(row), answer_text(row, rejected=True))
         listed.append(
             {
@@ -85,7 +86,7 @@ def pair_view(
         "changes": Packed(np.reshape(changes, shape), "bytes"),
     }
     first = listed[0]
-    row = rows[_chosen(rows, count)[0]]
+    row = rows[chosen[0]]
     film = films[first["image"]]
     still = plots.pair_card(
         film,
@@ -109,12 +110,6 @@ def _chosen(rows: Sequence[Row], count: int) -> list[int]:
         places = np.linspace(0, len(of_source) - 1, min(share, len(of_source))).astype(int)
         chosen += [of_source[place] for place in places]
     return chosen
-
-
-def _shown(root: str | Path, name: str) -> np.ndarray:
-    """An image in grey, fitted into a square with black around it: uint8. Shape: [SIDE, SIDE]."""
-    film = open_image(resolve_image(root, name)).convert("L")
-    return np.asarray(ImageOps.pad(film, (SIDE, SIDE), Image.Resampling.BILINEAR))
 
 
 def _turn(turn: Mapping[str, Any]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from .plots import (
     _paragraphs,
     _tidy,
     _title,
-    model_colour,
+    draw_debate,
 )
 
 
@@ -101,18 +101,9 @@ def _debate(axes: Axes, turns: Sequence[Mapping[str, Any]]) -> None:
         axes.set_axis_off()
         axes.text(0.5, 0.5, "no debate is stored", ha="center", fontsize=9)
         return
-    members = list(dict.fromkeys(turn["member"] for turn in turns))
-    for number, turn in enumerate(turns, 1):
-        place = members.index(turn["member"])
-        colour = model_colour("", place)
-        face = "white" if turn["agrees"] else colour
-        marker = "os^Dv"[place % 5]
-        axes.plot(number, turn["score"], marker, color=colour, markerfacecolor=face)
-    for place, member in enumerate(members):
-        axes.plot([], [], "os^Dv"[place % 5], color=model_colour("", place), label=str(member))
+    draw_debate(axes, turns)
     axes.legend(fontsize=7, frameon=False, loc="upper center", ncols=3)
     _title(axes, "text: a panel debates")
-    axes.set_xticks(range(1, len(turns) + 1))
     _tidy(axes, ylim=(-0.05, 1.25))
     axes.set_xlabel("turn (hollow: agrees)", fontsize=8)
 

@@ -416,29 +416,35 @@ def pair_card(
 def debate_plot(turns: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
     """The scores of one debate, turn by turn; ``turns`` is a `Debate`'s history as plain values."""
     figure, ((axes,),) = _axes(1, 1, (6.4, 2.9))
+    draw_debate(axes, turns)
+    axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    _title(axes, title)
+    key = "turn (filled: an own score; hollow: agrees with the score before)"
+    _tidy(axes, xlabel=key, ylabel="relevance score")
+    return figure
+
+
+def draw_debate(axes: Axes, turns: Sequence[Mapping[str, Any]]) -> None:
+    """A debate's scores by turn, a colour and a mark for each member; a turn that agrees with the
+    score before it is hollow.
+    """
     scores = [turn["score"] for turn in turns]
     axes.plot(range(1, len(turns) + 1), scores, color="0.6", linewidth=1, zorder=1)
     members = list(dict.fromkeys(turn["member"] for turn in turns))
     for place, member in enumerate(members):
         spoken = [(n, turn) for n, turn in enumerate(turns, 1) if turn["member"] == member]
+        colour, marker = OKABE_ITO[place % 7], "os^Dv"[place % 5]
         axes.scatter(
             [n for n, _ in spoken],
             [turn["score"] for _, turn in spoken],
             s=60,
             zorder=2,
-            facecolors=["white" if turn["agrees"] else OKABE_ITO[place % 7] for _, turn in spoken],
-            edgecolors=OKABE_ITO[place % 7],
-            marker="os^Dv"[place % 5],
+            facecolors=["white" if turn["agrees"] else colour for _, turn in spoken],
+            edgecolors=colour,
+            marker=marker,
         )
-        axes.scatter(
-            [], [], s=60, color=OKABE_ITO[place % 7], marker="os^Dv"[place % 5], label=str(member)
-        )
-    axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+        axes.scatter([], [], s=60, color=colour, marker=marker, label=str(member))
     axes.set(ylim=(-0.05, 1.05), xticks=range(1, len(turns) + 1))
-    _title(axes, title)
-    key = "turn (filled: an own score; hollow: agrees with the score before)"
-    _tidy(axes, xlabel=key, ylabel="relevance score")
-    return figure
 
 
 def training_curves(events: Sequence[Mapping[str, float]]) -> Figure:
