@@ -29,7 +29,7 @@ from mmedpo_utils.show.answer_attention import read_answer
 from mmedpo_utils.show.answer_view import ShownQuestion, answer_view, as_seen
 from mmedpo_utils.show.attention_view import medklip_view
 from mmedpo_utils.show.lesion_attention import attention_share
-from mmedpo_utils.show.noise_view import RELEASED, noise_view
+from mmedpo_utils.show.noise_view import RELEASED, SIGNALS, noise_view
 from mmedpo_utils.show.pages import BROWSER, Packed, map_colours, pack
 
 EVIL = "<img src=x onerror=alert(1)>"
@@ -429,7 +429,7 @@ def test_the_noise_view_shows_what_the_package_draws_and_what_the_model_says(
     pictures(tab)
     film = as_seen(phantom.processor.image_processor, asked[0].film)
     region = asked[0].masks["nodule"].astype(np.float32)
-    noised = noised_pixels(film, region, "localized", 0.1, np.random.default_rng(4))
+    noised = noised_pixels(film, region, "localized", SIGNALS[1], np.random.default_rng(4))
     ((said,),) = generate(phantom, [Image.fromarray(noised)], [asked[0].question], 16, 1)
     told = tab.locator("[role=status]").inner_text()
     assert f'The model says "{said}"' in told

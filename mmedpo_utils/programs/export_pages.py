@@ -81,7 +81,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--notebooks", type=Path, default=_notebooks(), help="folder of the executed notebooks"
     )
-    parser.add_argument("--output", type=Path, default=Path("pages"), help="folder of the pages")
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/pages"), help="folder of the pages"
+    )
     options = parser.parse_args(arguments)
 
     def action() -> None:

@@ -91,7 +91,8 @@ def case_view(
         "costsKnown": costs,
     }
     still = plots.film_grid(pixels[:6], shown[:6], columns=6)
-    return Page("cases", values, arrays, still, f"{len(shown)} films that the cases are about")
+    alt = f"{len(shown[:6])} of the {len(shown)} films that the cases are about"
+    return Page("cases", values, arrays, still, alt)
 
 
 def _answer(row: Row, costs: bool) -> dict[str, Any]:

@@ -22,8 +22,8 @@ from .answer_view import ShownQuestion, answer_view
 from .attention_view import medklip_view
 
 PROMISE = (
-    "The film is read by the kernel of this notebook and goes nowhere else: no file is kept, and "
-    "no other machine is asked."
+    "The film is read by the kernel of this notebook. No copy of it is written, and no other "
+    "machine is asked. A notebook that you save with its outputs may hold the film."
 )
 
 
@@ -74,7 +74,7 @@ def own_view(
 
     ask.on_click(look)
     form = widgets.HBox([path, upload, question, ask], layout={"flex_flow": "row wrap"})
-    return OwnView([widgets.Label(PROMISE), form, shown])
+    return OwnView([widgets.HTML(PROMISE), form, shown])
 
 
 def _opened(path: str, uploaded: tuple[Mapping[str, Any], ...]) -> tuple[Image.Image, str]:
