@@ -7,7 +7,18 @@ import torch
 
 from mmedpo_utils.phantom.texts import pack_masks
 from mmedpo_utils.phantom.world import FINDINGS, draw_film
-from mmedpo_utils.programs.build_phantom_lvlm import GRID, PATCH, training_film, visible_coverage
+from mmedpo_utils.programs.build_phantom_lvlm import (
+    GRID,
+    PATCH,
+    build_model,
+    build_processor,
+    corpus,
+    pack,
+    text_loss,
+    training_film,
+    visible_coverage,
+    vocabulary,
+)
 from mmedpo_utils.programs.noise_patches import AREAS, noise_patches
 
 
@@ -51,3 +62,32 @@ def test_one_training_film_in_four_is_as_the_world_draws_it():
     counts = [len(training_film(row, 5).zones) for row in range(1, 120) if row % 4]
     by_world = [len(draw_film(row, 5).zones) for row in range(1, 120) if row % 4]
     assert np.mean(counts) > 1.5 * np.mean(by_world)
+
+
+def test_another_backbone_differs_in_the_language_model_alone_and_learns_from_the_same_batches():
+    films = [draw_film(row, 0, ("opacity",)) for row in range(2)]
+    processor = build_processor(vocabulary(films))
+    shapes = {}
+    for llama in (False, True):
+        torch.manual_seed(0)
+        model = build_model(processor.tokenizer, llama)
+        shapes[llama] = {name: value.shape for name, value in model.state_dict().items()}
+        packed = pack(corpus(films, np.random.default_rng(0), biased=False), processor)
+        loss = text_loss(model, packed, torch.randn(2, GRID * GRID, 128))
+        known = float(np.log(len(processor.tokenizer)))
+        assert abs(loss.item() - known) < 1, "untrained, every word is about as likely"
+        loss.backward()
+        assert all(
+            parameter.grad is not None
+            for parameter in model.model.language_model.layers.parameters()
+        )
+    assert shapes[False].keys() == shapes[True].keys()
+    differing = {name for name in shapes[True] if shapes[True][name] != shapes[False][name]}
+    assert differing and all("language_model.layers" in name for name in differing)
+    assert {name.split(".")[-2] for name in differing} == {
+        "k_proj",
+        "v_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    }

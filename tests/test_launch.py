@@ -40,17 +40,18 @@ from mmedpo_utils.preference_rows import read_manifest, write_manifest
 from mmedpo_utils.profiles import load_profile
 from mmedpo_utils.programs import launch as launch_program
 from mmedpo_utils.programs import train as train_program
+from mmedpo_utils.programs.plan import plan
 from mmedpo_utils.programs.train import (
     EventWriter,
     build_trainer,
     deepspeed_config,
-    held_out,
     sampled_questions,
     settle_environment,
     training_arguments,
 )
 from mmedpo_utils.relevance import training_weights
 from mmedpo_utils.run_folder import read_events, run_digest
+from mmedpo_utils.scale.estimate import held_out
 from mmedpo_utils.scale.fast_trainer import FastTrainer
 from mmedpo_utils.scale.nodes import check_hostfile, node_commands
 from mmedpo_utils.show.plots import training_curves
@@ -114,6 +115,9 @@ def test_the_real_launcher_trains_with_zero_in_two_processes_and_a_second_call_l
         and run.result["processes"] == 2
         and run.result["pairs"] + run.result["validation_pairs"] == 40
     )
+    planned = plan(profile, "mmedpo", 1)
+    assert f"; {run.result['validation_pairs']} of them are held out" in planned
+    assert f" epochs of {run.result['pairs']} pairs; " in planned
     steps = [event for event in run.events if "loss" in event]
     assert [event["step"] for event in steps] == [1, 2, 3, 4] and all(
         event["total_steps"] == 4 for event in steps

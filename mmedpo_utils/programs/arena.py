@@ -47,6 +47,7 @@ from ..show.premise import (
     premise_table,
 )
 from .baselines import Ingredients
+from .build_phantom_lvlm import build
 from .recipes import (
     Arena,
     Job,
@@ -440,6 +441,27 @@ def baselines(arena: Arena) -> dict[str, Any]:
     return compared(arena, "baselines", models, SEEDS)
 
 
+def backbone(arena: Arena) -> dict[str, Any]:
+    """Another language model, a LLaMA, on the same vision tower (the paper's Figure 4): pairs are
+    sampled from it, rate, beta and passes are those that `tune` chose for the shipped model.
+    """
+    folder = arena.profile.output / "llama"
+    if not (folder / "scores.json").is_file():  # written last
+        build(folder, llama=True)
+    names = ("sft", "dpo", "mmedpo")
+    training = arena.profile.training
+    profile = replace(
+        arena.profile,
+        lvlm=replace(arena.profile.lvlm, model=str(folder)),
+        training=replace(training, variants={name: training.variants[name] for name in names}),
+        output=folder / "runs",
+    )
+    models: dict[str, Recipe | None] = {"base": None}
+    models |= {name: tuned(arena, name) for name in names}
+    pairs = [("dpo", "base"), ("mmedpo", "base"), ("mmedpo", "dpo"), ("sft", "mmedpo")]
+    return compared(Arena(profile, arena.workers), "backbone", models, SEEDS, pairs)
+
+
 EXPERIMENTS: dict[str, Callable[[Arena], dict[str, Any]]] = {
     "tune": tune,
     "main": main_table,
@@ -452,6 +474,7 @@ EXPERIMENTS: dict[str, Callable[[Arena], dict[str, Any]]] = {
     "curves": curves,
     "baselines": baselines,
     "rates": rates,
+    "backbone": backbone,
 }
 
 

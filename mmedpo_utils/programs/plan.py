@@ -18,7 +18,7 @@ from ..launch import check_variant, folder_of
 from ..launch_command import launch_command, process_count
 from ..preference_rows import row_source
 from ..profiles import Profile, load_profile, profile_names
-from ..scale.estimate import describe
+from ..scale.estimate import VALIDATION_PAIRS, VALIDATION_SHARE, describe, held_out
 from ..scale.nodes import node_commands
 from .launch import add_run_arguments
 
@@ -39,13 +39,18 @@ def plan(profile: Profile, variant: str, seed: int = 0) -> str:
     for source in profile.training.variants[variant].sources:
         made = sum(row_source(row) == source for row in rows)
         counts[source] = made if rows else profile.curation.text_pairs
+    total = sum(counts.values())
     pairs = ", ".join(f"{count} {source}" for source, count in counts.items())
-    if not rows:
+    if rows:
+        held = int(held_out(rows, seed).sum())
+        pairs += f"; {held} of them are held out"
+    else:
+        held = int(min(VALIDATION_SHARE * total, VALIDATION_PAIRS))
         pairs += "; they are not made yet (notebook 03), estimated with curation.text_pairs"
     processes = process_count(profile, dry_run=True)
     lines = [
         f"Pairs of {shorten(manifest)}: {pairs}",
-        describe(profile, variant, rows, sum(counts.values()), processes),
+        describe(profile, variant, rows, total - held, processes),
     ]
     folder = folder_of(profile, variant, seed)
     shipped = profile.name in profile_names() and load_profile(profile.name) == profile

@@ -40,7 +40,7 @@ from ..base.errors import InputError
 from ..base.files import write_json
 from ..base.images import open_image, resolve_image
 from ..base.precision import train_in_32_bits
-from ..base.rows import Row, patient_of, question_text
+from ..base.rows import Row, question_text
 from ..base.sections import Variant
 from ..base.tensors import model_digest
 from ..curate import manifest_path, training_rows
@@ -59,14 +59,12 @@ from ..run_folder import (
     run_digest,
     run_lock,
 )
-from ..scale.estimate import accumulation, total_steps
+from ..scale.estimate import accumulation, held_out, total_steps
 from ..scale.fast_trainer import FastTrainer, PackingCollator
 from ..trainer import MMedPOTrainer, PreferenceCollator, adapter_config, preference_dataset
 from .export import write_model_card
 from .launch import add_run_arguments
 
-VALIDATION_SHARE = 0.1
-VALIDATION_PAIRS = 64
 SHARED_DISK_SECONDS = 30
 DECIDING_PREFIXES = ("ACCELERATE_", "FSDP_", "MEGATRON_LM_", "PARALLELISM_CONFIG_")
 OF_SEVERAL = (
@@ -94,23 +92,6 @@ OF_SEVERAL = (
     "MV2_COMM_WORLD_LOCAL_RANK",
     "MV2_COMM_WORLD_LOCAL_SIZE",
 )
-
-
-def held_out(rows: Sequence[dict[str, Any]], seed: int) -> np.ndarray:
-    """Choose validation pairs: about a tenth of the patients (of the images, where patients are not
-    named), 64 pairs at most.
-
-    No patient is on both sides. With fewer than ten patients nothing is held out.
-
-    Returns:
-        True where a row is for validation. Shape: [N].
-    """
-    patients = np.array([patient_of(row) for row in rows])
-    names = np.unique(patients)
-    share = min(VALIDATION_SHARE, VALIDATION_PAIRS / len(rows))
-    return np.isin(
-        patients, np.random.default_rng(seed).permutation(names)[: int(share * len(names))]
-    )
 
 
 def deepspeed_config(profile: Profile) -> dict[str, Any]:

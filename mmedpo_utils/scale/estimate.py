@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import (
@@ -24,7 +25,7 @@ from transformers import (
 )
 
 from ..base.errors import InputError, first_line
-from ..base.rows import question_text
+from ..base.rows import patient_of, question_text
 from ..base.sections import Training
 from ..lvlm import PHANTOM_WEIGHTS
 from ..preference_rows import answer_text
@@ -58,6 +59,8 @@ BYTES_PER_TRAINED_PARAMETER = {
 SHARDED_FROM_STAGE = {"optimiser": 1, "gradients": 2, "weights": 3}
 OFFLOADED_FROM_STAGE = {"optimiser": 1, "gradients": 1, "weights": 3}
 
+VALIDATION_SHARE = 0.1
+VALIDATION_PAIRS = 64
 WORD_TOKENS = 1.4  # tokens per word of English
 TEMPLATE_TOKENS = 20  # of a chat template
 UNKNOWN_WORDS = {"prompt": 15, "answer": 40}  # words where there is no manifest yet
@@ -193,6 +196,23 @@ def total_steps(training: Training, pairs: int, processes: int) -> int:
         raise ValueError("a profile has either training.max_steps or training.epochs")
     batches = math.ceil(math.ceil(pairs / training.per_device_batch_size) / processes)
     return math.ceil(training.epochs * math.ceil(batches / accumulation(training, processes)))
+
+
+def held_out(rows: Sequence[dict[str, Any]], seed: int) -> np.ndarray:
+    """Choose validation pairs: about a tenth of the patients (of the images, where patients are not
+    named), 64 pairs at most.
+
+    No patient is on both sides. With fewer than ten patients nothing is held out.
+
+    Returns:
+        True where a row is for validation. Shape: [N].
+    """
+    patients = np.array([patient_of(row) for row in rows])
+    names = np.unique(patients)
+    share = min(VALIDATION_SHARE, VALIDATION_PAIRS / len(rows))
+    return np.isin(
+        patients, np.random.default_rng(seed).permutation(names)[: int(share * len(names))]
+    )
 
 
 def pair_size(config: LlavaConfig, rows: Sequence[dict[str, Any]], max_length: int) -> PairSize:
@@ -354,7 +374,7 @@ def describe(
 
     Args:
         rows: the variant's pairs; none where they are not made yet.
-        pairs: how many there are, or will be.
+        pairs: how many are trained on, or will be.
         processes: over all nodes.
     """
     training = profile.training
@@ -383,7 +403,8 @@ def describe(
     batch = global_batch(training)
     epochs = steps * batch / max(1, pairs)
     lines.append(
-        f"Length: {steps} steps of {batch} pairs, {epochs:.1f} epochs; a pair has about "
-        f"{size.prompt:.0f} tokens of image and question, and {size.answer:.0f} of each answer"
+        f"Length: {steps} steps of {batch} pairs, {epochs:.1f} epochs of {pairs} pairs; a pair has "
+        f"about {size.prompt:.0f} tokens of image and question, and {size.answer:.0f} of each "
+        "answer"
     )
     return "\n".join(lines)

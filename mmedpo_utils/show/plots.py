@@ -46,6 +46,8 @@ MODEL_COLOURS = {
     "stage2": PINK,
     "mmedpo": BLUE,
 }
+# For names that the kit does not know: none of these is a known model's.
+OTHER_COLOURS = (RED, "#5D3A9B", "#8B5A2B", "#7F7F7F", YELLOW)
 COLUMN_WORDS = {
     "slake": "SLAKE",
     "vqa_rad": "VQA-RAD",
@@ -88,13 +90,13 @@ def _tidy(axes: Axes, **settings: Any) -> None:
 
 
 def model_colour(name: str, place: int = 0) -> str:
-    """The colour of a model, or of its variant such as ``dpo_shuffled`` or ``dpo-live``; that of
-    the ``place`` for a name that the kit does not know.
+    """The colour of a model, or of its variant such as ``dpo_shuffled`` or ``dpo-live``; for a name
+    that the kit does not know, another one by its ``place``.
     """
     for known, colour in MODEL_COLOURS.items():
         if name == known or name.startswith((f"{known}_", f"{known}-")):
             return colour
-    return OKABE_ITO[place % 7]
+    return OTHER_COLOURS[place % len(OTHER_COLOURS)]
 
 
 def _finding_colours(names: Sequence[str]) -> dict[str, str]:
