@@ -250,6 +250,36 @@ def test_the_numbers_beside_medklips_map_are_those_of_the_package(tab, read_film
     assert f"over union {shared:.2f}" in tab.locator("figcaption").nth(2).inner_text()
 
 
+def test_the_pointer_reads_the_map_and_a_larger_picture_is_the_same_picture(
+    tab, read_films, tmp_path
+):
+    view = opened(tab, medklip_view(**read_films), tmp_path)
+    tab.get_by_label("smooth").click()  # plain cells: the value under the pointer is one cell's
+    pictures(tab)
+    canvas = tab.locator("figure canvas").nth(1)
+    maps = read_films["output"].attentions[0, :, :, 1].mean((0, 1)).view(14, 14)
+    film = read_films["films"][0]
+    before = distance(canvas, np.asarray(film))
+    for factor in (1, 2):
+        if factor == 2:
+            view.get_by_label("size").select_option("200%")
+            pictures(tab)
+        box = canvas.bounding_box()
+        assert box["width"] == 300 * factor and box["height"] == 300 * factor
+        for row, column in ((0, 0), (3, 11), (13, 13)):
+            place = {
+                "x": (column + 0.5) / 14 * box["width"],
+                "y": (row + 0.5) / 14 * box["height"],
+            }
+            canvas.hover(position=place)
+            told = float(
+                re.match(r"([0-9.]+) times the mean cell", canvas.get_attribute("title"))[1]
+            )
+            assert told == pytest.approx(maps[row, column].item() * 196, abs=0.02)
+    assert distance(canvas, np.asarray(film)) == pytest.approx(before, abs=1)
+    assert not tab.locator("figure canvas").nth(3).get_attribute("title"), "no map lies over it"
+
+
 def test_names_and_texts_are_shown_and_never_read_as_html(tab, read_films, tmp_path):
     page = medklip_view(**read_films)
     assert EVIL not in page.html()

@@ -4,22 +4,17 @@ of rules.
 
 from __future__ import annotations
 
-import io
-import multiprocessing
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from ..base.bootstrap import bootstrap_interval, paired_difference
 from ..base.errors import InputError
 from ..base.files import write_json
 from ..base.rows import patient_of, question_text
-from ..dataset import FilmDataset, prepare_dataset
+from ..dataset import FilmDataset
 from ..evaluate import asked_questions, predict_test_split, profile_decoding
 from ..lvlm import image_attention, load_profile_lvlm
 from ..metrics import RELEASED_SCORES, Row, row_statistics, score_predictions
@@ -38,48 +33,15 @@ def predict_models(
 ) -> dict[str, list[Row]]:
     """Every model's predictions on the test split (`evaluate.predict_test_split`), by name.
 
-    ``evaluation.processes`` models answer at once, each in a process with one thread: a small model
-    gains little from a second one.
-
     Args:
         adapters: each model's adapter by name; None is the base model.
         shuffle: ask each question about another patient's film, under the name ``NAME_shuffled``.
     """
-    labels = {name: f"{name}_shuffled" if shuffle else name for name in adapters}
-    workers = min(profile.evaluation.processes, len(adapters))
-    if workers == 1:
-        return {
-            labels[name]: predict_test_split(profile, dataset, labels[name], adapter, shuffle)
-            for name, adapter in adapters.items()
-        }
     found = {}
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, _take_one_thread) as pool:
-        tasks = {
-            labels[name]: pool.submit(_predict, profile, labels[name], adapter, shuffle)
-            for name, adapter in adapters.items()
-        }
-        for label, task in tasks.items():
-            found[label], said = task.result()
-            print(said, end="")
+    for name, adapter in adapters.items():
+        label = f"{name}_shuffled" if shuffle else name
+        found[label] = predict_test_split(profile, dataset, label, adapter, shuffle)
     return found
-
-
-def _take_one_thread() -> None:
-    torch.set_num_threads(1)
-
-
-def _predict(
-    profile: Profile, label: str, adapter: str | Path | None, shuffle: bool
-) -> tuple[list[Row], str]:
-    """One model's predictions, and what was printed meanwhile: a worker's own output would miss the
-    notebook.
-    """
-    with redirect_stdout(io.StringIO()):
-        dataset = prepare_dataset(profile)  # what it says has been said before
-    with redirect_stdout(io.StringIO()) as said:
-        rows = predict_test_split(profile, dataset, label, adapter, shuffle)
-    return rows, said.getvalue()
 
 
 def _joined(

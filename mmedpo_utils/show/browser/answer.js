@@ -69,6 +69,7 @@ function view(values, arrays) {
     tick("smooth", state.smooth, (smooth) => set({ smooth })),
     tick("attention sinks", state.sinks, (sinks) => set({ sinks })),
     tick("true lesions", state.outlines, (outlines) => set({ outlines })),
+    sizes([...panels, change]),
   );
 
   const key = (kind, model) => `${kind} ${state.asked} ${model}`;
@@ -154,8 +155,9 @@ function view(values, arrays) {
 
   function paintMap(map, model, full) {
     const panel = panels[model];
-    const pixels = blend(film(), atSize(map), full, state, arrays.colours.data);
-    panel.paint(pixels, state.outlines ? lesions : []);
+    const heat = atSize(map);
+    const pixels = blend(film(), heat, full, state, arrays.colours.data);
+    panel.paint(pixels, state.outlines ? lesions : [], heat);
     const { words } = values.asked[state.asked].readings[model];
     const parts = [`"${words[state.words[model]]}"`];
     if (state.method === 0) {

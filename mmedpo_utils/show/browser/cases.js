@@ -64,6 +64,7 @@ function view(values, arrays) {
     ...(values.masksKnown
       ? [tick("true lesions", state.outlines, (outlines) => set({ outlines }))]
       : []),
+    sizes([shown]),
   );
 
   const outlined = values.masks.map((listed) => lesionsOf(listed, arrays.masks, width, height));
@@ -79,7 +80,7 @@ function view(values, arrays) {
       full = largest(map);
     }
     const pixels = blend(film, heat, full, { opacity: state.opacity, threshold: 0.1 }, arrays.colours.data);
-    shown.paint(pixels, state.outlines ? lesions : []);
+    shown.paint(pixels, state.outlines ? lesions : [], heat);
     const names = lesions.map((lesion) => lesion.name).join(", ");
     const parts = [one.image];
     if (values.masksKnown) parts.push(`on the film: ${names || "no finding"}`);

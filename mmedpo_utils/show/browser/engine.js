@@ -183,13 +183,16 @@ function outline(mask, width, height) {
   return path;
 }
 
-/** A canvas of one film. `paint(pixels, paths)` draws; a path has a colour and maybe a dash. */
+/**
+ * A canvas of one film.
+ *
+ * `paint(pixels, paths, heat)` draws; a path has a colour and maybe a dash, and where `heat` (at the
+ * film's size) is given, the pointer is told its value. `resize(factor)` draws the same again,
+ * larger.
+ */
 function picture(width, height, shown, label) {
   const canvas = document.createElement("canvas");
   const density = window.devicePixelRatio || 1;
-  canvas.width = Math.round(shown * density);
-  canvas.height = Math.round((shown * density * height) / width);
-  canvas.style.width = `${shown}px`;
   canvas.setAttribute("role", "img");
   canvas.setAttribute("aria-label", label);
   const small = document.createElement("canvas");
@@ -197,7 +200,11 @@ function picture(width, height, shown, label) {
   small.height = height;
   const draft = small.getContext("2d");
   const context = canvas.getContext("2d");
-  function paint(pixels, paths = []) {
+  let last = null;
+
+  function paint(pixels, paths = [], heat = null) {
+    last = { pixels, paths, heat };
+    canvas.title = "";
     draft.putImageData(new ImageData(pixels, width, height), 0, 0);
     context.imageSmoothingQuality = "high";
     context.drawImage(small, 0, 0, canvas.width, canvas.height);
@@ -216,7 +223,26 @@ function picture(width, height, shown, label) {
     }
     context.restore();
   }
-  return { canvas, paint };
+
+  function resize(factor) {
+    const size = shown * factor;
+    canvas.width = Math.round(size * density);
+    canvas.height = Math.round((size * density * height) / width);
+    canvas.style.width = `${size}px`;
+    if (last) paint(last.pixels, last.paths, last.heat);
+  }
+
+  canvas.addEventListener("pointermove", (event) => {
+    if (!last || !last.heat) return;
+    const along = (place, length, pixels) =>
+      Math.min(Math.floor((place / length) * pixels), pixels - 1);
+    const x = along(event.offsetX, canvas.clientWidth, width);
+    const y = along(event.offsetY, canvas.clientHeight, height);
+    const mean = last.heat.reduce((sum, value) => sum + value, 0) / last.heat.length;
+    canvas.title = `${(last.heat[y * width + x] / mean).toFixed(2)} times the mean cell`;
+  });
+  resize(1);
+  return { canvas, paint, resize };
 }
 
 /** A picture with a caption under it, as one figure. */
@@ -224,6 +250,13 @@ function panel(width, height, shown, label) {
   const drawn = picture(width, height, shown, label);
   const caption = element("figcaption");
   return { ...drawn, caption, figure: element("figure", {}, drawn.canvas, caption) };
+}
+
+/** A choice of how large panels are shown. */
+function sizes(panels) {
+  const factors = [1, 1.5, 2, 3];
+  const names = factors.map((factor) => `${100 * factor}%`);
+  return choice("size", names, 0, (n) => panels.forEach((one) => one.resize(factors[n])));
 }
 
 // Lesions' outlines: blue to green, which the map's purple to yellow does not use.

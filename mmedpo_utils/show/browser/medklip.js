@@ -95,6 +95,7 @@ function view(values, arrays) {
       set({ quantile }),
     ),
     slider("signal kept", state.signal, 0, 1, 0.05, (signal) => set({ signal })),
+    sizes([chosen, whole, masked, noised]),
   );
 
   let lesions = [];
@@ -120,7 +121,7 @@ function view(values, arrays) {
     const heat = (state.smooth ? upsampled : inCells)(map, width, height);
     const scale = state.own ? largest(map) : full;
     const pixels = blend(film, heat, scale, state, arrays.colours.data);
-    panelOf.paint(pixels, state.outlines ? lesions : []);
+    panelOf.paint(pixels, state.outlines ? lesions : [], heat);
     return map;
   }
 

@@ -32,6 +32,7 @@ function view(values, arrays) {
     signalSlider,
     seedChoice,
     tick("true lesions", state.outlines, (outlines) => set({ outlines })),
+    sizes([clean, noised]),
   );
   const told = status();
 

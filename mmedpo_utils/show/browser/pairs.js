@@ -38,6 +38,7 @@ function view(values, arrays) {
     slider("relevance at least", 0, 0, 1, 0.05, (least) => set({ least })),
     pairChoice,
     wipe,
+    sizes([shown]),
   );
 
   /** The film of the rejected side: the preferred side's, with what the noise changes added. */
