@@ -40,7 +40,7 @@ from .base.settings import (
     section,
 )
 
-RETIRED_KEYS = [("training", "reuse_vision_features")]
+RETIRED_KEYS = [("training", "reuse_vision_features"), ("evaluation", "processes")]
 # What older profiles do not say, and what they did; a digest leaves these values out.
 ADDED_KEYS: dict[tuple[str, str], Any] = {
     ("curation", "still_true"): "keep",

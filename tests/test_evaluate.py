@@ -16,7 +16,7 @@ from mmedpo_utils import evaluate, lvlm, metrics
 from mmedpo_utils.base.errors import InputError
 from mmedpo_utils.base.images import open_image
 from mmedpo_utils.base.rows import question_text
-from mmedpo_utils.dataset import FilmDataset, prepare_dataset
+from mmedpo_utils.dataset import FilmDataset
 from mmedpo_utils.phantom.texts import read_masks, write_dataset
 from mmedpo_utils.preference_rows import read_questions
 from mmedpo_utils.profiles import load_profile
@@ -57,23 +57,6 @@ def predict(world, path, **more):
     return evaluate.predict(
         world["model"], world["questions"], world["images"], path, 4, decoding, **more
     )
-
-
-def test_models_that_answer_at_once_say_what_they_say_one_after_another(tmp_path, capsys):
-    answers = []
-    for processes in (1, 2):
-        values = {"evaluation.questions": 8, "evaluation.processes": processes}
-        profile = load_profile(
-            "phantom-smoke", {"output": str(tmp_path / str(processes)), **values}
-        )
-        data = prepare_dataset(profile)
-        capsys.readouterr()
-        models = {"base": None, "again": None}
-        answers.append(comparison.predict_models(profile, data, models, shuffle=True))
-        said = capsys.readouterr().out
-        assert "base_shuffled.jsonl: computed" in said and "again_shuffled.jsonl: computed" in said
-    assert list(answers[0]) == ["base_shuffled", "again_shuffled"]
-    assert answers[0] == answers[1]
 
 
 def test_predictions_are_what_generate_says_in_the_order_of_the_questions(world, tmp_path, capsys):

@@ -253,7 +253,6 @@ class Evaluation:
     adapters: Values[ModelName] | None
     decoding: Literal["greedy", "released"]
     batch_size: Count
-    processes: Count
     questions: Count | None
     bootstrap_samples: Count
     seeds: Different[Annotated[StrictInt, Field(ge=0)]]
