@@ -1,10 +1,10 @@
 """From a control to the picture, in a real browser: ``python benchmarks/view_latency.py``. Writes
 ``results/view_latency.json``.
 
-Each view is opened from a file in Chromium without a window, as an exported page is. A change is
-one step of a slider or one option of a choice. Its time runs from the control's event to the end of
-the frame in which the view has drawn: the script, and the wait for the frame. All of it happens in
-the browser; no kernel is asked.
+Each view is taken from the committed notebooks, and opened from a file in Chromium without a
+window, as an exported page is. A change is one step of a slider or one option of a choice. Its time
+runs from the control's event to the end of the frame in which the view has drawn: the script, and
+the wait for the frame. All of it happens in the browser; no kernel is asked.
 
 What the kernel does beforehand is measured once for the token grid of LLaVA-Med (24 x 24 image
 tokens, 32 layers, 32 heads; random weights, a narrow network): one answer of 8 tokens, with and
@@ -23,6 +23,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import torch
 from common import ROOT, Shape, origin, save_lvlm
@@ -33,13 +34,21 @@ from playwright.sync_api import sync_playwright
 
 from mmedpo_utils.base.files import write_json
 from mmedpo_utils.lvlm import load_lvlm
-from mmedpo_utils.medklip import load_medklip
 from mmedpo_utils.show.answer_attention import read_answer
-from mmedpo_utils.show.answer_view import ShownQuestion, answer_view
-from mmedpo_utils.show.attention_view import medklip_view
-from mmedpo_utils.show.noise_view import noise_view
-from mmedpo_utils.show.pages import Page
+from mmedpo_utils.show.pages import BROWSER
 
+# Each view, the notebook that shows it, and the controls that are moved.
+VIEWS = {
+    "medklip": (
+        "01_medklip_attention",
+        ["film", "finding", "threshold", "opacity", "mask", "signal"],
+    ),
+    "noise": ("02_lesion_noise", ["question", "noise on", "signal", "seed"]),
+    "pairs": ("03_preference_pairs", ["source", "relevance", "pair", "wipe"]),
+    "training": ("04_dpo_training", ["quantity", "mean of steps", "step"]),
+    "answer": ("05_evaluation", ["question", "layer", "head", "threshold", "opacity"]),
+    "cases": ("05_evaluation", ["case", "attention of", "opacity", "type"]),
+}
 CHANGES = 40
 ANSWER_TOKENS = 8
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
@@ -70,36 +79,15 @@ MEASURE = """async ([label, changes]) => {
 }"""
 
 
-def views() -> dict[str, tuple[Page, list[str]]]:
-    """Each view of five films, and the controls that are moved."""
-    rng = np.random.default_rng(0)
-    films = []
-    for _ in range(5):
-        smooth = Image.fromarray(rng.integers(0, 256, (14, 14), dtype=np.uint8))
-        films.append(smooth.resize((224, 224), Image.Resampling.BICUBIC))
-    names = [f"film {n}" for n in range(len(films))]
-    medklip = load_medklip("phantom")
-    with torch.inference_mode():
-        output = medklip(medklip.preprocess(films))
-    lvlm = load_lvlm("phantom", "cpu")
-    lesion = np.zeros((224, 224), bool)
-    lesion[60:110, 40:90] = True
-    asked = [
-        ShownQuestion(film.convert("RGB"), name, "Is there a nodule?", masks={"nodule": lesion})
-        for film, name in zip(films, names)
-    ]
-    heats = list(output.attentions.mean((1, 2))[:, 0].view(-1, 14, 14).numpy())
-    return {
-        "medklip": (
-            medklip_view(films, output, names, [{"nodule": lesion}] * 5),
-            ["film", "finding", "threshold", "opacity", "mask", "signal"],
-        ),
-        "answer": (
-            answer_view({"one": lvlm, "other": lvlm}, asked, 8),
-            ["question", "layer", "head", "threshold", "opacity"],
-        ),
-        "noise": (noise_view(lvlm, asked[:2], heats[:2], 32), ["noise on", "signal"]),
-    }
+def view_of(notebook: str, view: str) -> str:
+    """The output that holds a view: the one with the first line of its script."""
+    head = (BROWSER / f"{view}.js").read_text("utf-8").splitlines()[0]
+    cells = nbformat.read(ROOT / "notebooks" / f"{notebook}.ipynb", as_version=4).cells
+    for output in (output for cell in cells for output in cell.get("outputs", ())):
+        text = output.get("data", {}).get("text/html", "")
+        if head in text:
+            return text
+    raise SystemExit(f"notebooks/{notebook}.ipynb: no output holds the view {view}; run it first")
 
 
 def large_answer(with_gradient: bool) -> dict[str, float]:
@@ -139,11 +127,12 @@ def main() -> None:
     found = {}
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
-        for name, (page, labels) in views().items():
-            page.save(Path(folder) / f"{name}.html")
+        for name, (notebook, labels) in VIEWS.items():
+            text = f'<!doctype html><meta charset="utf-8">{view_of(notebook, name)}'
+            (Path(folder) / f"{name}.html").write_text(text, encoding="utf-8")
             tab = browser.new_page(viewport={"width": 1366, "height": 900})
             tab.goto(f"file://{folder}/{name}.html")
-            tab.wait_for_selector("[data-live] canvas")
+            tab.wait_for_selector("[data-live] :is(canvas, svg)")
             times = measured(tab, labels)
             middle, high = statistics.median(times), float(np.quantile(times, 0.95))
             found[name] = {"median_ms": round(middle, 1), "p95_ms": round(high, 1)}

@@ -16,6 +16,8 @@ const RISE = [230, 159, 0];
 const FALL = [86, 180, 233];
 const WALL_TILE = 40;
 const LARGEST_WALL = 64; // tiles; a larger network gets one square a head instead
+// Changes that leave the walls as they are.
+const ONLY_THE_LARGE = ["layer", "head", "method", "smooth", "sinks", "outlines"];
 const SINK = 5; // times the median cell
 
 function view(values, arrays) {
@@ -149,7 +151,8 @@ function view(values, arrays) {
     const full = Math.max(...maps.map(largest));
     const said = maps.map((map, model) => paintMap(map, model, full));
     if (two) paintChange(maps);
-    paintWalls();
+    if (changes.some((name) => !ONLY_THE_LARGE.includes(name))) paintWalls();
+    markChosen();
     told.textContent = said.join(" ");
   }
 
@@ -251,7 +254,7 @@ function view(values, arrays) {
   /** Every head's map of the word; in a large network, its share of attention on the image. */
   function paintWalls() {
     const smallFilm = small ? reduced(film(), width, height, WALL_TILE) : null;
-    walls.forEach(({ tiles, choose }, model) => {
+    walls.forEach(({ tiles }, model) => {
       const raw = arrays[key("raw", model)];
       tiles.forEach(({ tile, button }, place) => {
         const row = part(raw, state.words[model], Math.floor(place / heads), place % heads);
@@ -265,6 +268,11 @@ function view(values, arrays) {
           button.firstChild.style.background = `rgb(${red}, ${green}, ${blue})`;
         }
       });
+    });
+  }
+
+  function markChosen() {
+    walls.forEach(({ tiles, choose }) => {
       choose(state.layer >= 0 && state.head >= 0 ? state.layer * heads + state.head : -1);
       if (state.layer < 0 || state.head < 0) tiles[0].button.tabIndex = 0;
     });

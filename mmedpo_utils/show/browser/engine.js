@@ -71,39 +71,48 @@ function meanOf(parts) {
 /** A square map at the film's size: bilinear between cell centres, the border held. */
 function upsampled(map, width, height) {
   const grid = Math.round(Math.sqrt(map.length));
-  const across = weights(grid, width);
-  const down = weights(grid, height);
+  const across = between(grid, width);
+  const down = between(grid, height);
   const values = new Float32Array(width * height);
   for (let y = 0; y < height; y += 1) {
-    const [top, bottom, low] = down[y];
+    const top = down.first[y] * grid;
+    const bottom = down.second[y] * grid;
+    const low = down.share[y];
     for (let x = 0; x < width; x += 1) {
-      const [left, right, near] = across[x];
-      const above = map[top * grid + left] * (1 - near) + map[top * grid + right] * near;
-      const below = map[bottom * grid + left] * (1 - near) + map[bottom * grid + right] * near;
+      const left = across.first[x];
+      const right = across.second[x];
+      const near = across.share[x];
+      const above = map[top + left] * (1 - near) + map[top + right] * near;
+      const below = map[bottom + left] * (1 - near) + map[bottom + right] * near;
       values[y * width + x] = above * (1 - low) + below * low;
     }
   }
   return values;
 }
 
-function weights(cells, pixels) {
-  return Array.from({ length: pixels }, (_, pixel) => {
+/** For each pixel of a row the two cells that it lies between, and the second one's share. */
+function between(cells, pixels) {
+  const first = new Int32Array(pixels);
+  const second = new Int32Array(pixels);
+  const share = new Float32Array(pixels);
+  for (let pixel = 0; pixel < pixels; pixel += 1) {
     const place = ((pixel + 0.5) * cells) / pixels - 0.5;
     const held = Math.min(Math.max(place, 0), cells - 1);
-    const first = Math.floor(held);
-    return [first, Math.min(first + 1, cells - 1), held - first];
-  });
+    first[pixel] = Math.floor(held);
+    second[pixel] = Math.min(first[pixel] + 1, cells - 1);
+    share[pixel] = held - first[pixel];
+  }
+  return { first, second, share };
 }
 
 /** A square map at the film's size, every cell one plain square. */
 function inCells(map, width, height) {
   const grid = Math.round(Math.sqrt(map.length));
   const values = new Float32Array(width * height);
+  const columns = Int32Array.from({ length: width }, (_, x) => Math.floor((x * grid) / width));
   for (let y = 0; y < height; y += 1) {
     const row = Math.floor((y * grid) / height) * grid;
-    for (let x = 0; x < width; x += 1) {
-      values[y * width + x] = map[row + Math.floor((x * grid) / width)];
-    }
+    for (let x = 0; x < width; x += 1) values[y * width + x] = map[row + columns[x]];
   }
   return values;
 }
@@ -131,7 +140,10 @@ function reduced(film, width, height, size) {
 
 /** The value below which a share of the numbers lies, as numpy's quantile. */
 function quantile(values, share) {
-  const sorted = Float32Array.from(values).sort();
+  return quantileOfSorted(Float32Array.from(values).sort(), share);
+}
+
+function quantileOfSorted(sorted, share) {
   const place = share * (sorted.length - 1);
   const below = Math.floor(place);
   const above = Math.min(below + 1, sorted.length - 1);
@@ -145,16 +157,31 @@ function quantile(values, share) {
  * heat: numbers at the film's size; full: the value that gets the last colour.
  */
 function blend(film, heat, full, { opacity, threshold }, colours) {
+  if (!heat) return greyPixels(film);
   const pixels = new Uint8ClampedArray(4 * film.length);
   for (let n = 0; n < film.length; n += 1) {
-    const share = heat ? Math.min(Math.max(heat[n] / full, 0), 1) : 0;
-    const alpha = !heat || share < threshold ? 0 : opacity * share;
+    const share = Math.min(Math.max(heat[n] / full, 0), 1);
+    const alpha = share < threshold ? 0 : opacity * share;
+    const below = film[n] * (1 - alpha);
     const colour = 3 * Math.round(255 * share);
-    for (let channel = 0; channel < 3; channel += 1) {
-      const over = heat ? colours[colour + channel] : 0;
-      pixels[4 * n + channel] = Math.round(film[n] * (1 - alpha) + over * alpha);
-    }
-    pixels[4 * n + 3] = 255;
+    const place = 4 * n;
+    pixels[place] = below + colours[colour] * alpha;
+    pixels[place + 1] = below + colours[colour + 1] * alpha;
+    pixels[place + 2] = below + colours[colour + 2] * alpha;
+    pixels[place + 3] = 255;
+  }
+  return pixels;
+}
+
+/** A grey film as pixels of a canvas; values are rounded and cut to 0 and 255. */
+function greyPixels(film) {
+  const pixels = new Uint8ClampedArray(4 * film.length);
+  for (let n = 0; n < film.length; n += 1) {
+    const place = 4 * n;
+    pixels[place] = film[n];
+    pixels[place + 1] = film[n];
+    pixels[place + 2] = film[n];
+    pixels[place + 3] = 255;
   }
   return pixels;
 }

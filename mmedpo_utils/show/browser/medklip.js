@@ -5,6 +5,7 @@ const TILE = 56; // pixels of a small map on the wall
 const LARGE = 300; // pixels of a large one
 // Changes that leave the wall, or mask and noise, as they are.
 const ONLY_THE_LARGE = ["cell", "smooth", "outlines", "quantile", "signal"];
+const MASK_NEEDS = ["film", "cell", "quantile"];
 const ONLY_THE_MAPS = ["query", "threshold", "opacity", "smooth", "own"];
 
 function view(values, arrays) {
@@ -168,22 +169,33 @@ function view(values, arrays) {
     return false;
   }
 
-  function paintNoise(map) {
-    const film = part(arrays.films, state.film);
-    const heat = upsampled(map, width, height);
-    const border = quantile(heat, state.quantile);
-    const mask = Uint8Array.from(heat, (value) => (value > border ? 1 : 0));
-    const path = { path: outline(mask, width, height), colour: "#f0e442" };
-    masked.paint(blend(film, null, 1, {}, []), [path, ...(state.outlines ? lesions : [])]);
-    const hidden = new Uint8ClampedArray(4 * film.length);
-    const kept = state.signal;
-    const spread = Math.sqrt(1 - kept * kept);
-    for (let n = 0; n < film.length; n += 1) {
-      const value = mask[n] ? 255 * spread * arrays.noise.data[n] + kept * film[n] : film[n];
-      hidden.fill(Math.round(value), 4 * n, 4 * n + 3);
-      hidden[4 * n + 3] = 255;
+  // What the noise would hide. A sort and an outline take a frame: they are kept while they hold.
+  let heat = null;
+  let sorted = null;
+  let mask = null;
+  let path = null;
+
+  function readMask(map, changes) {
+    if (changes.includes("film") || changes.includes("cell")) {
+      heat = upsampled(map, width, height);
+      sorted = Float32Array.from(heat).sort();
     }
-    noised.paint(hidden, state.outlines ? lesions : []);
+    const border = quantileOfSorted(sorted, state.quantile);
+    mask = Uint8Array.from(heat, (value) => (value > border ? 1 : 0));
+    path = { path: outline(mask, width, height), colour: "#f0e442" };
+  }
+
+  function paintNoise() {
+    const film = part(arrays.films, state.film);
+    masked.paint(greyPixels(film), [path, ...(state.outlines ? lesions : [])]);
+    const kept = state.signal;
+    const spread = 255 * Math.sqrt(1 - kept * kept);
+    const noise = arrays.noise.data;
+    const hidden = Float32Array.from(film);
+    for (let n = 0; n < film.length; n += 1) {
+      if (mask[n]) hidden[n] = spread * noise[n] + kept * film[n];
+    }
+    noised.paint(greyPixels(hidden), state.outlines ? lesions : []);
     let text = `The mask: the brightest ${(100 * (1 - state.quantile)).toFixed(0)}% of the map`;
     if (union) {
       const covered = shareInside(union, mask);
@@ -202,7 +214,8 @@ function view(values, arrays) {
     if (changes.some((name) => !ONLY_THE_LARGE.includes(name))) paintWall(full);
     chosen.caption.textContent = numbers(state.query, map);
     whole.caption.textContent = numbers(disease, ofDisease);
-    if (!changes.every((name) => ONLY_THE_MAPS.includes(name))) paintNoise(ofDisease);
+    if (changes.some((name) => MASK_NEEDS.includes(name))) readMask(ofDisease, changes);
+    if (!changes.every((name) => ONLY_THE_MAPS.includes(name))) paintNoise();
     const onFilm = lesions.map((lesion) => lesion.name).join(", ");
     const shown = `${values.films[state.film]}, ${nameOf(state.cell)}. `;
     const known = values.masksKnown ? `On the film: ${onFilm || "no finding"}. ` : "";

@@ -61,16 +61,15 @@ function view(values, arrays) {
     const kept = values.kept[state.signal];
     const signal = Math.sqrt(kept);
     const spread = 255 * Math.sqrt(1 - kept);
-    const pixels = new Uint8ClampedArray(4 * film.length);
+    const released = isReleased();
+    const hidden = Float32Array.from(film);
     for (let n = 0; n < film.length; n += 1) {
-      let value = film[n];
+      if (!mask[n]) continue;
       // The released code wraps its noise at 256, the paper's is cut at black and white.
-      if (mask[n] && isReleased()) value = ((Math.trunc(10 * noise[n]) % 256) + 256) % 256;
-      else if (mask[n]) value = signal * film[n] + spread * noise[n];
-      pixels.fill(value, 4 * n, 4 * n + 3);
-      pixels[4 * n + 3] = 255;
+      if (released) hidden[n] = ((Math.trunc(10 * noise[n]) % 256) + 256) % 256;
+      else hidden[n] = signal * film[n] + spread * noise[n];
     }
-    return pixels;
+    return greyPixels(hidden);
   }
 
   function draw(changes) {
@@ -86,7 +85,7 @@ function view(values, arrays) {
     if (state.outlines && asked().lesion !== null) {
       lesion.push({ path: outline(maskOf(asked().lesion), width, height), colour: "#56b4e9" });
     }
-    clean.paint(blend(film, null, 1, {}, []), [mask, ...lesion]);
+    clean.paint(greyPixels(film), [mask, ...lesion]);
     noised.paint(noisedPixels(), lesion);
     const share = maskOf(place().mask).reduce((sum, value) => sum + value, 0) / film.length;
     clean.caption.textContent = `yellow: the noise's mask, ${(100 * share).toFixed(0)}% of the film`;

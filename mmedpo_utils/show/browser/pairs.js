@@ -56,7 +56,7 @@ function view(values, arrays) {
     line.moveTo(border, 0);
     line.lineTo(border, height);
     const drawn = pair.change === null ? [] : [{ path: line, colour: "#f0e442" }];
-    shown.paint(blend(joined, null, 1, {}, []), drawn);
+    shown.paint(greyPixels(joined), drawn);
     let sides = "left of the line the preferred side's film, right of it the rejected one's";
     if (pair.change === null) {
       const missing = pair.source === "visual";
