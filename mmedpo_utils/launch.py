@@ -16,7 +16,7 @@ from IPython.display import Pretty, display
 from .base.checkpoints import newest_checkpoint, remove_half_written
 from .base.doors import open_door
 from .base.environment import check_device
-from .base.errors import InputError
+from .base.errors import InputError, Interrupted, ToldInFull
 from .base.processes import cause_of_death, last_words, log_text, printed, shorten, started
 from .curate import manifest_path
 from .launch_command import launch_command, process_count
@@ -30,7 +30,7 @@ PORT_ATTEMPTS = 3
 PORT_TAKEN = re.compile("EADDRINUSE|address already in use", re.IGNORECASE)
 
 
-class TrainingError(RuntimeError):
+class TrainingError(ToldInFull, RuntimeError):
     """A training process failed. The message carries its own last lines."""
 
 
@@ -68,10 +68,11 @@ def train(profile: Profile, variant: str, seed: int = 0, live: bool = True) -> R
         live: redraw the curves in the notebook, or print the logged steps in a terminal, while it
             trains.
 
-    An interrupt stops every process and keeps the last checkpoint. Over several nodes that no
-    hostfile names, it starts this one as the first and prints the commands of the others.
+    Over several nodes that no hostfile names, it starts this one as the first and prints the
+    commands of the others.
 
     Raises:
+        Interrupted: the reader stopped it; every process is stopped, the last checkpoint is kept.
         InputError: no such variant, no manifest, a package or a GPU that is asked for is missing,
             or another process trains into the same run folder.
         TrainingError: a process failed; the message says why and carries its last lines.
@@ -92,10 +93,8 @@ def train(profile: Profile, variant: str, seed: int = 0, live: bool = True) -> R
             if returned or found is None:
                 raise TrainingError(_what_happened(folder, digest, returned))
         except KeyboardInterrupt:
-            print(
-                f"Interrupted. The same cell or command, run again, {_next_time(folder, digest)}."
-            )
-            raise
+            next_time = _next_time(folder, digest)
+            raise Interrupted(f"The same cell or command, run again, {next_time}.") from None
         finally:
             remove_half_written(folder)
     seconds = found.result["seconds"]
@@ -240,6 +239,10 @@ def _follow(process: subprocess.Popen, folder: Path, live: bool) -> None:
             running = False
         except subprocess.TimeoutExpired:
             pass
+        except KeyboardInterrupt:
+            if handle and shown:
+                handle.update(_curves(read_events(folder), stopped=True))
+            raise
         events = read_events(folder) if live else []
         if len(events) == shown:
             continue
@@ -251,9 +254,9 @@ def _follow(process: subprocess.Popen, folder: Path, live: bool) -> None:
         shown = len(events)
 
 
-def _curves(events: list[dict[str, Any]]) -> ShownFigure:
+def _curves(events: list[dict[str, Any]], stopped: bool = False) -> ShownFigure:
     alt = "Training curves so far: loss, log-probabilities, margin, accuracy"
-    return ShownFigure(plots.training_curves(events), alt, dpi=80)
+    return ShownFigure(plots.training_curves(events, stopped), alt, dpi=80)
 
 
 def _progress(event: dict[str, Any]) -> str:

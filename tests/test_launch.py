@@ -25,12 +25,13 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from IPython.core.interactiveshell import InteractiveShell
 from PIL import Image
 from safetensors.torch import load_file
 
 from mmedpo_utils import launch
 from mmedpo_utils.base.environment import cores_for
-from mmedpo_utils.base.errors import InputError
+from mmedpo_utils.base.errors import InputError, Interrupted
 from mmedpo_utils.base.processes import free_port
 from mmedpo_utils.curate import manifest_path
 from mmedpo_utils.launch import TrainingError, load_run, train
@@ -177,12 +178,27 @@ def test_an_interrupt_leaves_no_process_and_no_result(workspace):
     )  # a shell's background job starts with it ignored
     try:
         threading.Thread(target=interrupt, daemon=True).start()
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Interrupted, match="The same cell or command, run again, ") as caught:
             train(profile, "dpo", live=False)
     finally:
         signal.signal(signal.SIGINT, usual)
+    shown = caught.value._render_traceback_()  # what IPython asks an error for
+    assert shown == [f"Interrupted: {caught.value}"]
     assert len(seen) == 4 and not processes_of(folder)
     assert load_run(folder, run_digest(profile, "dpo", 0, manifest_path(profile, "dpo"))) is None
+
+
+def test_a_notebook_shows_what_an_error_says_and_not_the_way_to_it(capsys):
+    shell = InteractiveShell.instance()
+    try:
+        shell.run_cell("from mmedpo_utils.profiles import load_profile\nload_profile('phantm')")
+        shown = capsys.readouterr().out
+        assert "InputError: " in shown and "phantom" in shown
+        assert len(shown.strip().splitlines()) == 1
+        shell.run_cell("1 / 0")
+        assert "Traceback" in capsys.readouterr().out, "other errors keep theirs"
+    finally:
+        InteractiveShell.clear_instance()
 
 
 def test_a_crash_raises_with_the_workers_own_error_and_can_be_repeated(workspace, tmp_path):

@@ -179,6 +179,7 @@ def test_when_to_stop_shows_looks_by_step_and_patients_by_passes():
 def test_training_curves_tell_the_time_left_and_hold_the_numbers():
     figure = plots.training_curves(EVENTS)
     assert figure.get_suptitle() == "step 20 of 40, about 20 s left"
+    assert plots.training_curves(EVENTS, stopped=True).get_suptitle() == "step 20 of 40, stopped"
     rejected = next(line for line in figure.axes[1].lines if line.get_label() == "rejected")
     assert rejected.get_ydata()[-1] == -29
     sparse = plots.training_curves([{"step": 1, "total_steps": 9, "loss": 0.7, "seconds_left": 0}])

@@ -13,7 +13,20 @@ LONGEST = 300
 NAMED = 5  # rows that a warning names one by one
 
 
-class InputError(ValueError):
+class ToldInFull:
+    """An error whose message says all: a notebook shows it alone, without the lines of this package
+    that led to it (``%debug`` still walks them).
+    """
+
+    def _render_traceback_(self) -> list[str]:
+        return [f"{type(self).__name__}: {self}"]
+
+
+class Interrupted(ToldInFull, KeyboardInterrupt):
+    """The reader has stopped what ran. The message says what the same call does next."""
+
+
+class InputError(ToldInFull, ValueError):
     """Something the reader gave us cannot be used.
 
     The message names the file, the row and the field, says what was expected and what to do.

@@ -41,8 +41,8 @@ def main() -> int:
     except (InputError, TrainingError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(f"interrupted. {error}".strip(), file=sys.stderr)
         return 130
     return 0
 

@@ -449,8 +449,9 @@ def draw_debate(axes: Axes, turns: Sequence[Mapping[str, Any]]) -> None:
     axes.set(ylim=(-0.05, 1.05), xticks=range(1, len(turns) + 1))
 
 
-def training_curves(events: Sequence[Mapping[str, float]]) -> Figure:
-    """Loss, log-probabilities, margin and accuracy by step; the title tells the time left.
+def training_curves(events: Sequence[Mapping[str, float]], stopped: bool = False) -> Figure:
+    """Loss, log-probabilities, margin and accuracy by step; the title tells the time left, or that
+    the run was ``stopped``.
 
     ``events`` hold ``step``, ``total_steps``, ``loss``, ``chosen_logp``, ``rejected_logp``,
     ``margin``, ``accuracy`` and ``seconds_left``; a key that an event lacks is not drawn for it.
@@ -486,7 +487,9 @@ def training_curves(events: Sequence[Mapping[str, float]]) -> Figure:
     if events:
         left = events[-1].get("seconds_left") or 0
         last = events[-1]
-        if left >= 90:
+        if stopped:
+            ending = "stopped"
+        elif left >= 90:
             ending = f"about {left / 60:.0f} min left"
         elif left:
             ending = f"about {left:.0f} s left"
