@@ -51,11 +51,12 @@ def test_a_share_of_leaking_pairs_is_won_and_the_rest_is_a_coin():
 def test_what_can_only_be_learnt_by_heart_is_no_leak():
     numbers = iter(range(10_000))
     found = leak(rows(200, lambda answer, draw: f"word{next(numbers)}"))
-    turned = []
+    by_heart = []
     for row in rows(200, lambda answer, draw: f"other{next(numbers)}"):
         said = {"from": "gpt", "value": f"word{next(numbers)}"}
-        turned.append(row | {"conversations": [row["conversations"][0], said]})
-    assert leak(turned)["ranked_right"] == 50, "both sides have words that no other pair has"
+        by_heart.append(row | {"conversations": [row["conversations"][0], said]})
+    assert leak(by_heart)["ranked_right"] == 50, "both sides have words that no other pair has"
+    assert told_apart(by_heart) == pytest.approx([0.5] * 200), "nobody has learnt these words"
     assert found["ranked_right"] == 100, "yes and no are on one side alone"
 
 

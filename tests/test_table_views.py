@@ -210,6 +210,8 @@ def test_training_runs_lie_over_each_other_with_their_answers(tab, tmp_path):
     opened(tab, page, tmp_path)
     drawn = tab.locator("svg polyline")
     assert drawn.count() == 2
+    mean_of_five = "chosen answer: dpo -0.080, mmedpo -0.160"  # of steps 6 to 10
+    assert mean_of_five in tab.locator("[role=status]").inner_text()
     move(tab, "mean of steps", ["Home"])
     assert "chosen answer: dpo -0.100, mmedpo -0.200" in tab.locator("[role=status]").inner_text()
     answers = tab.locator("table").last
