@@ -52,6 +52,18 @@ def test_saved_figures_are_sharp_stable_and_in_true_colours(tmp_path):
     assert len(greys) > 60, "the film's 64 greys are not cut to a palette"
 
 
+def test_a_plots_two_pictures_have_the_same_colours():
+    entry = {"mean": 50, "low": 45, "high": 60}
+    models = ("base", "sft", "dpo", "stage1", "stage2", "mmedpo")
+    figure = plots.score_intervals({name: {"bleu": entry} for name in models})
+    drawn = figures.ShownFigure(figure, "scores")
+    one, other = (
+        np.asarray(Image.open(io.BytesIO(picture)).convert("RGB"), int)
+        for picture in (drawn.webp, drawn.png)
+    )
+    assert np.abs(one - other).max() <= 8, "the smaller palette holds every colour"
+
+
 def test_a_figure_without_images_is_written_as_svg_too(tmp_path):
     shown(plots.pointing_game_bars({"a $x": 0.5}, 0.1), "bars", save_as=tmp_path / "bars.png")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["bars.png", "bars.svg"]

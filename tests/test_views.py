@@ -439,6 +439,36 @@ def test_between_two_equal_models_nothing_is_coloured(tab, phantom, asked, tmp_p
     assert coloured[0] > 0 and coloured[1] > 0 and coloured[2] == 0
 
 
+def test_what_rose_is_orange_and_what_fell_is_blue(tab, phantom, asked, tmp_path):
+    film = ShownQuestion(Image.new("RGB", (SIZE, SIZE), (90, 90, 90)), "grey", "Is it clear?")
+    readings = [read_answer(phantom, one.film, one.question, 4) for one in (film, asked[0])]
+    maps = [reading.attention[0].mean((0, 1)) for reading in readings]
+    # The second model's answer is one to another film.
+    with pytest.MonkeyPatch.context() as patch:
+        given = iter(readings)
+        patch.setattr("mmedpo_utils.show.answer_view.read_answer", lambda *_: next(given))
+        page = answer_view({"one": phantom, "other": phantom}, [film], 4)
+    opened(tab, page, tmp_path)
+    rise = maps[1] / maps[1].sum() - maps[0] / maps[0].sum()
+    most, least = int(rise.argmax()), int(rise.argmin())
+    change = tab.locator("figure canvas").nth(2)
+    grid = int(rise.size**0.5)
+
+    def colour(cell: int) -> list[int]:
+        across, down = (cell % grid + 0.3) / grid, (cell // grid + 0.3) / grid
+        return change.evaluate(
+            """(canvas, [x, y]) => [...canvas.getContext("2d").getImageData(
+                Math.floor(x * canvas.width), Math.floor(y * canvas.height), 1, 1).data]""",
+            [across, down],
+        )
+
+    red, _, blue, _ = colour(most)
+    assert red > 150 > 90 > blue, "orange over grey"
+    strength = -rise[least] / np.abs(rise).max()
+    red, _, blue, _ = colour(least)
+    assert (blue > 120 and blue > red) if strength > 0.2 else red == blue
+
+
 def test_the_noise_view_shows_what_the_package_draws_and_what_the_model_says(
     tab, phantom, asked, tmp_path
 ):
