@@ -233,7 +233,8 @@ function picture(width, height, shown, label) {
     last = { pixels, paths, heat };
     canvas.title = "";
     draft.putImageData(new ImageData(pixels, width, height), 0, 0);
-    context.imageSmoothingQuality = "high";
+    // Bilinear: without a graphics card the better ways take half a frame.
+    context.imageSmoothingQuality = "low";
     context.drawImage(small, 0, 0, canvas.width, canvas.height);
     context.save();
     const scale = canvas.width / width;

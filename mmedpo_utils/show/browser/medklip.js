@@ -3,8 +3,9 @@
 
 const TILE = 56; // pixels of a small map on the wall
 const LARGE = 300; // pixels of a large one
-// Changes that leave the wall, or mask and noise, as they are.
+// Changes that leave the wall, or mask and noise, or all maps as they are.
 const ONLY_THE_LARGE = ["cell", "smooth", "outlines", "quantile", "signal"];
+const ONLY_THE_NOISE = ["quantile", "signal"];
 const MASK_NEEDS = ["film", "cell", "quantile"];
 const ONLY_THE_MAPS = ["query", "threshold", "opacity", "smooth", "own"];
 
@@ -185,9 +186,20 @@ function view(values, arrays) {
     path = { path: outline(mask, width, height), colour: "#f0e442" };
   }
 
-  function paintNoise() {
+  function paintMask() {
     const film = part(arrays.films, state.film);
     masked.paint(greyPixels(film), [path, ...(state.outlines ? lesions : [])]);
+    let text = `The mask: the brightest ${(100 * (1 - state.quantile)).toFixed(0)}% of the map`;
+    if (union) {
+      const covered = shareInside(union, mask);
+      text += ` · ${(100 * covered).toFixed(0)}% of the lesions inside`;
+      text += ` · intersection over union ${overlap(mask, union).toFixed(2)}`;
+    }
+    masked.caption.textContent = text;
+  }
+
+  function paintNoise() {
+    const film = part(arrays.films, state.film);
     const kept = state.signal;
     const spread = 255 * Math.sqrt(1 - kept * kept);
     const noise = arrays.noise.data;
@@ -196,17 +208,20 @@ function view(values, arrays) {
       if (mask[n]) hidden[n] = spread * noise[n] + kept * film[n];
     }
     noised.paint(greyPixels(hidden), state.outlines ? lesions : []);
-    let text = `The mask: the brightest ${(100 * (1 - state.quantile)).toFixed(0)}% of the map`;
-    if (union) {
-      const covered = shareInside(union, mask);
-      text += ` · ${(100 * covered).toFixed(0)}% of the lesions inside`;
-      text += ` · intersection over union ${overlap(mask, union).toFixed(2)}`;
-    }
-    masked.caption.textContent = text;
     noised.caption.textContent = `The noised film: ${(100 * kept).toFixed(0)}% of the signal kept`;
   }
 
   function draw(changes) {
+    if (changes.some((name) => !ONLY_THE_NOISE.includes(name))) paintMaps(changes);
+    if (changes.some((name) => MASK_NEEDS.includes(name))) {
+      readMask(mapAt(disease, state.cell), changes);
+    }
+    if (changes.every((name) => ONLY_THE_MAPS.includes(name))) return;
+    if (changes.some((name) => name !== "signal")) paintMask();
+    paintNoise();
+  }
+
+  function paintMaps(changes) {
     const all = layers * columns + heads;
     const full = Math.max(largest(mapAt(state.query, all)), largest(mapAt(disease, all)));
     const map = paintMap(chosen, state.query, state.cell, full);
@@ -214,8 +229,6 @@ function view(values, arrays) {
     if (changes.some((name) => !ONLY_THE_LARGE.includes(name))) paintWall(full);
     chosen.caption.textContent = numbers(state.query, map);
     whole.caption.textContent = numbers(disease, ofDisease);
-    if (changes.some((name) => MASK_NEEDS.includes(name))) readMask(ofDisease, changes);
-    if (!changes.every((name) => ONLY_THE_MAPS.includes(name))) paintNoise();
     const onFilm = lesions.map((lesion) => lesion.name).join(", ");
     const shown = `${values.films[state.film]}, ${nameOf(state.cell)}. `;
     const known = values.masksKnown ? `On the film: ${onFilm || "no finding"}. ` : "";
