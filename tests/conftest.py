@@ -63,8 +63,10 @@ def browser() -> Iterator:
 
 
 @pytest.fixture()
-def tab(browser) -> Iterator:
-    """A page that fails the test where a script fails or asks a host for anything."""
+def tab(browser, tmp_path) -> Iterator:
+    """A page that fails the test where a script fails or asks a host for anything. What it shows in
+    the end is kept as tab.png in the test's folder, which pytest keeps for three runs.
+    """
     page = browser.new_page(viewport={"width": 1366, "height": 900})
     troubles: list[str] = []
     page.on("pageerror", lambda error: troubles.append(str(error)))
@@ -76,6 +78,7 @@ def tab(browser) -> Iterator:
 
     page.on("request", asked)
     yield page
+    page.screenshot(path=tmp_path / "tab.png", full_page=True)
     page.close()
     assert not troubles
 

@@ -85,6 +85,12 @@ def opened(browser, lab, name: str, cells: list):
     return page, elsewhere
 
 
+def closed(page, lab, name: str) -> None:
+    """Keep what the page shows in the end as a picture beside the notebook, and close it."""
+    page.screenshot(path=lab[1] / f"{name}.png")
+    page.close()
+
+
 def test_a_view_starts_in_a_live_kernel_and_keeps_its_keys(browser, lab):
     page, elsewhere = opened(browser, lab, "live.ipynb", [nbformat.v4.new_code_cell(CELL)])
     # What is run before the kernel is there is lost.
@@ -105,7 +111,7 @@ def test_a_view_starts_in_a_live_kernel_and_keeps_its_keys(browser, lab):
     page.keyboard.type("ax")
     assert film.input_value() == "axe"
     assert not elsewhere
-    page.close()
+    closed(page, lab, "live")
 
 
 def test_a_notebook_that_is_not_trusted_shows_the_still_picture(browser, lab):
@@ -121,7 +127,7 @@ def test_a_notebook_that_is_not_trusted_shows_the_still_picture(browser, lab):
     assert page.locator("[data-live]").count() == 0
     assert page.locator(".jp-OutputArea img").first.bounding_box()["width"] > 300
     assert not elsewhere
-    page.close()
+    closed(page, lab, "untrusted")
 
 
 def test_ones_own_film_is_asked_by_the_form(browser, lab):
@@ -147,4 +153,4 @@ def test_ones_own_film_is_asked_by_the_form(browser, lab):
     page.get_by_text("absent.png: cannot be opened as an image").wait_for(timeout=30_000)
     assert page.locator("[data-live]").count() == 0
     assert page.locator(".jp-Cell").count() == cells and not elsewhere
-    page.close()
+    closed(page, lab, "own")
