@@ -180,7 +180,7 @@ def test_without_costs_masks_or_models_no_control_stands_for_them(tab, images):
     one, other = [case(0, "OPEN", "left upper")], [case(0, "OPEN", "right lower")]
     opened(tab, case_view({"a": one, "b": other}, dataset, {}, 2), images)
     labels = [text.split("\n")[0] for text in tab.locator("label").all_inner_texts()]
-    assert labels == ["type", "finding", "models disagree", "case"]
+    assert labels == ["type", "finding", "models disagree", "case", "size"]
     move(tab, "models disagree", ["Space"])
     told = tab.locator("[role=status]").inner_text()
     assert "Case 1 of 1" in told, "two answers of one score are two answers"
