@@ -267,6 +267,7 @@ function picture(width, height, shown, label) {
     const x = along(event.offsetX, canvas.clientWidth, width);
     const y = along(event.offsetY, canvas.clientHeight, height);
     const mean = last.heat.reduce((sum, value) => sum + value, 0) / last.heat.length;
+    if (!mean) return; // a gradient may be negative everywhere, and its map is empty
     canvas.title = `${(last.heat[y * width + x] / mean).toFixed(2)} times the mean cell`;
   });
   resize(1);
