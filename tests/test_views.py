@@ -439,7 +439,7 @@ def test_between_two_equal_models_nothing_is_coloured(tab, phantom, asked, tmp_p
     assert coloured[0] > 0 and coloured[1] > 0 and coloured[2] == 0
 
 
-def test_what_rose_is_orange_and_what_fell_is_blue(tab, phantom, asked, tmp_path):
+def test_what_rose_is_orange_in_a_box_and_what_fell_is_blue(tab, phantom, asked, tmp_path):
     film = ShownQuestion(Image.new("RGB", (SIZE, SIZE), (90, 90, 90)), "grey", "Is it clear?")
     readings = [read_answer(phantom, one.film, one.question, 4) for one in (film, asked[0])]
     maps = [reading.attention[0].mean((0, 1)) for reading in readings]
@@ -467,6 +467,24 @@ def test_what_rose_is_orange_and_what_fell_is_blue(tab, phantom, asked, tmp_path
     strength = -rise[least] / np.abs(rise).max()
     red, _, blue, _ = colour(least)
     assert (blue > 120 and blue > red) if strength > 0.2 else red == blue
+    opacity = tab.locator("label", has_text="opacity").locator("input")
+    opacity.focus()
+    tab.keyboard.press("Home")  # the box alone over the grey film
+    pictures(tab)
+    drawn = change.evaluate(
+        """(canvas) => {
+            const { width, height } = canvas;
+            const { data } = canvas.getContext("2d").getImageData(0, 0, width, height);
+            const places = [...Array(width * height).keys()].filter((n) => data[4 * n] !== 90);
+            const [columns, rows] = [places.map((n) => n % width), places.map((n) => n / width)];
+            const ends = [columns, rows].map((all) => [Math.min(...all), Math.max(...all)]);
+            return ends.map((pair) => pair.map((end) => end / width));
+        }"""
+    )
+    rows, columns = np.nonzero(rise.reshape(grid, grid) >= rise.max() / 2)
+    for ends, cells in zip(drawn, (columns, rows), strict=True):
+        borders = (cells.min() / grid, (cells.max() + 1) / grid)
+        assert ends == pytest.approx(borders, abs=3 / 280), "half of the line and a pixel"
 
 
 def test_the_noise_view_shows_what_the_package_draws_and_what_the_model_says(

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -89,7 +90,8 @@ def answer_view(
     lesion = np.any(lesions.masks[: len(asked[0].masks)], axis=0) if asked[0].masks else None
     word = reading.words[0]
     title = f"{name}: {word}"
-    still = plots.attention_overlay(films[0], heat.reshape(grid, grid), lesion, title=title)
+    heat = heat.reshape(grid, grid)
+    still = partial(plots.attention_overlay, films[0], heat, lesion, title=title)
     alt = f"{asked[0].name}: where {name} looks when it writes {word}"
     return Page("answer", {"models": list(models), "asked": listed}, arrays, still, alt)
 

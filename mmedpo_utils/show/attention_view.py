@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import numpy as np
 from PIL import Image
@@ -68,5 +69,6 @@ def medklip_view(
     grid = int(maps.shape[-1] ** 0.5)
     heat = maps[0, :, :, output.index(query)].mean((0, 1)).reshape(grid, grid)
     lesion = np.any(lesions.masks[: len(listed[0])], axis=0) if listed[0] else None
-    still = plots.attention_overlay(pixels[0], heat, lesion, title=f"{names[0]}: {query}")
+    title = f"{names[0]}: {query}"
+    still = partial(plots.attention_overlay, pixels[0], heat, lesion, title=title)
     return Page("medklip", values, arrays, still, f"{names[0]}: attention of {query}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -90,7 +91,7 @@ def case_view(
         "masksKnown": bool(lesions.masks),
         "costsKnown": costs,
     }
-    still = plots.film_grid(pixels[:6], shown[:6], columns=6)
+    still = partial(plots.film_grid, pixels[:6], shown[:6], columns=6)
     alt = f"{len(shown[:6])} of the {len(shown)} films that the cases are about"
     return Page("cases", values, arrays, still, alt)
 

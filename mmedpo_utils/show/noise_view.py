@@ -5,6 +5,7 @@ says about the film.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -85,7 +86,7 @@ def noise_view(
     }
     place = noise_mask(heats[0], size, "localized", "quantile", 0.85)
     noised = np.asarray(next(iter(_noised(films[0], place, "", seeds[:1]))))
-    still = plots.noise_comparison(films[0], place > 0, {"noised": noised})
+    still = partial(plots.noise_comparison, films[0], place > 0, {"noised": noised})
     return Page("noise", values, arrays, still, f"{asked[0].name}, clean and noised")
 
 

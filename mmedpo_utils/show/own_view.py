@@ -68,9 +68,9 @@ def own_view(
                 return
             with torch.inference_mode():
                 output = medklip(medklip.preprocess([film]))
-            display(medklip_view([film], output, [name]))
+            display(medklip_view([film], output, [name]).live())
             asked = [ShownQuestion(film, name, question.value)]
-            display(answer_view(models, asked, max_new_tokens, with_gradient))
+            display(answer_view(models, asked, max_new_tokens, with_gradient).live())
 
     ask.on_click(look)
     form = widgets.HBox([path, upload, question, ask], layout={"flex_flow": "row wrap"})

@@ -14,12 +14,14 @@ import html
 import json
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from IPython.display import HTML
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 
@@ -100,7 +102,7 @@ def pack(values: Mapping[str, Any], arrays: Mapping[str, Packed]) -> str:
     header = json.dumps({"values": values, "arrays": listed}).encode()
     parts = [struct.pack("<I", len(header)), header]
     parts += [array.data() for array in arrays.values()]
-    return base64.b64encode(zlib.compress(b"".join(parts), 9)).decode()
+    return base64.b64encode(zlib.compress(b"".join(parts))).decode()
 
 
 def map_colours() -> np.ndarray:
@@ -115,7 +117,7 @@ class Page:
         view: the view's script in ``show/browser``, without its ending.
         values: what the script reads beside the arrays; anything that JSON holds.
         arrays: films, maps, masks.
-        still: a figure of the same data, for readers whose page does not run scripts.
+        draw_still: draws a figure of the same data, for readers whose page does not run scripts.
         alt: what the figure shows, in words.
     """
 
@@ -124,17 +126,31 @@ class Page:
         view: str,
         values: Mapping[str, Any],
         arrays: Mapping[str, Packed],
-        still: Figure,
+        draw_still: Callable[[], Figure],
         alt: str,
     ) -> None:
         self.view = view
         self.alt = alt
-        self.still = ShownFigure(still, alt, STILL_DPI)
+        self.draw_still = draw_still
         arrays = dict(arrays) | {"colours": Packed(map_colours(), "bytes")}
         self.packed = pack(values, arrays)
 
+    @cached_property
+    def still(self) -> ShownFigure:
+        """The figure as a notebook shows it."""
+        return ShownFigure(self.draw_still(), self.alt, STILL_DPI)
+
     def html(self) -> str:
         """The page's own part: a picture, and the script that puts the view in its place."""
+        return self._with_script(self.still.html())
+
+    def live(self) -> HTML:
+        """The view alone, where a kernel answers a reader who waits: drawing the still picture
+        takes most of a second.
+        """
+        return HTML(self._with_script(f"<p>{html.escape(self.alt)}</p>"))
+
+    def _with_script(self, until_it_runs: str) -> str:
         scripts = [(BROWSER / f"{name}.js").read_text("utf-8") for name in ("engine", self.view)]
         style = (BROWSER / "style.css").read_text("utf-8")
         # The same output gets the same name: a notebook that is run again shows no difference.
@@ -142,7 +158,7 @@ class Page:
         return "\n".join(
             [
                 f'<div class="mmedpo" data-view="{name}">',
-                self.still.html(),
+                until_it_runs,
                 "</div>",
                 f"<style>{style}</style>",
                 "<script>(() => {",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from difflib import SequenceMatcher
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,8 @@ def pair_view(
     first = listed[0]
     row = rows[chosen[0]]
     film = films[first["image"]]
-    still = plots.pair_card(
+    still = partial(
+        plots.pair_card,
         film,
         None if first["change"] is None else film + changes[first["change"]],
         question_text(row),

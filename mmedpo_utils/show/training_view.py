@@ -5,6 +5,7 @@ each model answered on the way.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from . import plots
@@ -58,7 +59,7 @@ def training_view(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Page:
         "metrics": [metric for metric in metrics if metric["key"] in known],
         "lastStep": int(last),
     }
-    still = plots.chosen_curves(runs)
+    still = partial(plots.chosen_curves, runs)
     return Page("training", values, {}, still, f"Training curves of {', '.join(runs)}")
 
 

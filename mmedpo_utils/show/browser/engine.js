@@ -138,16 +138,31 @@ function reduced(film, width, height, size) {
   return sums.map((sum, n) => sum / counts[n]);
 }
 
-/** The value below which a share of the numbers lies, as numpy's quantile. */
-function quantile(values, share) {
-  return quantileOfSorted(Float32Array.from(values).sort(), share);
-}
+const BINS = 1024;
 
-function quantileOfSorted(sorted, share) {
-  const place = share * (sorted.length - 1);
+/**
+ * The value below which a share of the numbers lies, as numpy's quantile. Only the numbers near it
+ * are sorted: sorting all pixels of a film takes half a frame.
+ */
+function quantile(values, share) {
+  const high = largest(values);
+  let low = Infinity;
+  for (const value of values) low = value < low ? value : low;
+  if (!(high > low)) return low;
+  const binOf = (value) => Math.min(Math.floor(((value - low) / (high - low)) * BINS), BINS - 1);
+  const counts = new Int32Array(BINS);
+  for (const value of values) counts[binOf(value)] += 1;
+  const place = share * (values.length - 1);
   const below = Math.floor(place);
-  const above = Math.min(below + 1, sorted.length - 1);
-  return sorted[below] + (place - below) * (sorted[above] - sorted[below]);
+  const above = Math.min(below + 1, values.length - 1);
+  let before = 0;
+  let first = 0;
+  while (before + counts[first] <= below) before += counts[first++];
+  let last = first;
+  for (let end = before + counts[first]; end <= above; end += counts[last]) last += 1;
+  const near = values.filter((value) => binOf(value) >= first && binOf(value) <= last).sort();
+  const [one, next] = [near[below - before], near[above - before]];
+  return one + (place - below) * (next - one);
 }
 
 /**
@@ -157,18 +172,19 @@ function quantileOfSorted(sorted, share) {
  * heat: numbers at the film's size; full: the value that gets the last colour.
  */
 function blend(film, heat, full, { opacity, threshold }, colours) {
-  if (!heat) return greyPixels(film);
-  const pixels = new Uint8ClampedArray(4 * film.length);
+  const pixels = greyPixels(film);
+  if (!heat) return pixels;
+  const lowest = threshold * full;
   for (let n = 0; n < film.length; n += 1) {
-    const share = Math.min(Math.max(heat[n] / full, 0), 1);
-    const alpha = share < threshold ? 0 : opacity * share;
+    if (!(heat[n] > 0 && heat[n] >= lowest)) continue;
+    const share = Math.min(heat[n] / full, 1);
+    const alpha = opacity * share;
     const below = film[n] * (1 - alpha);
     const colour = 3 * Math.round(255 * share);
     const place = 4 * n;
     pixels[place] = below + colours[colour] * alpha;
     pixels[place + 1] = below + colours[colour + 1] * alpha;
     pixels[place + 2] = below + colours[colour + 2] * alpha;
-    pixels[place + 3] = 255;
   }
   return pixels;
 }
@@ -176,11 +192,12 @@ function blend(film, heat, full, { opacity, threshold }, colours) {
 /** A grey film as pixels of a canvas; values are rounded and cut to 0 and 255. */
 function greyPixels(film) {
   const pixels = new Uint8ClampedArray(4 * film.length);
+  const grey = new Uint8ClampedArray(film);
   for (let n = 0; n < film.length; n += 1) {
     const place = 4 * n;
-    pixels[place] = film[n];
-    pixels[place + 1] = film[n];
-    pixels[place + 2] = film[n];
+    pixels[place] = grey[n];
+    pixels[place + 1] = grey[n];
+    pixels[place + 2] = grey[n];
     pixels[place + 3] = 255;
   }
   return pixels;
@@ -189,25 +206,37 @@ function greyPixels(film) {
 /** The border between inside and outside of a mask, as a path in film pixels. */
 function outline(mask, width, height) {
   const path = new Path2D();
-  const at = (x, y) => (x < 0 || y < 0 || x >= width || y >= height ? 0 : mask[y * width + x]);
-  const sides = [
-    { lines: height + 1, length: width, edge: (y, x) => !at(x, y) !== !at(x, y - 1) },
-    { lines: width + 1, length: height, edge: (x, y) => !at(x, y) !== !at(x - 1, y) },
-  ];
-  sides.forEach(({ lines, length, edge }, upright) => {
-    const move = (to, line, place) =>
-      upright ? path[to](line, place) : path[to](place, line);
-    for (let line = 0; line < lines; line += 1) {
-      // Neighbours are one long line: a path of few parts is drawn fast.
-      for (let place = 0; place < length; place += 1) {
-        if (!edge(line, place)) continue;
-        move("moveTo", line, place);
-        while (place < length && edge(line, place)) place += 1;
-        move("lineTo", line, place);
-      }
-    }
+  // Across, then down. Neighbours are one long line: a path of few parts is drawn fast.
+  borders(mask, height, width, width, 1, (line, from, to) => {
+    path.moveTo(from, line);
+    path.lineTo(to, line);
+  });
+  borders(mask, width, height, 1, width, (line, from, to) => {
+    path.moveTo(line, from);
+    path.lineTo(line, to);
   });
   return path;
+}
+
+/**
+ * Where neighbouring lines of a mask differ: `found(line, from, to)` for each stretch of the border
+ * above line `line`. A line holds `length` pixels, `along` apart; lines lie `across` apart.
+ */
+function borders(mask, lines, length, across, along, found) {
+  for (let line = 0; line <= lines; line += 1) {
+    const here = line * across;
+    let from = -1;
+    for (let place = 0; place <= length; place += 1) {
+      const at = here + place * along;
+      const inside = place < length && line < lines && mask[at] > 0;
+      const before = place < length && line > 0 && mask[at - across] > 0;
+      if (inside !== before && from < 0) from = place;
+      if (inside === before && from >= 0) {
+        found(line, from, place);
+        from = -1;
+      }
+    }
+  }
 }
 
 /**
@@ -303,7 +332,11 @@ function lesionsOf(listed, masks, width, height) {
 /** All lesions as one mask; null where there is none. */
 function unionOf(lesions) {
   if (!lesions.length) return null;
-  return lesions[0].mask.map((_, n) => (lesions.some(({ mask }) => mask[n]) ? 1 : 0));
+  const union = new Uint8Array(lesions[0].mask.length);
+  for (const { mask } of lesions) {
+    for (let n = 0; n < union.length; n += 1) union[n] |= mask[n];
+  }
+  return union;
 }
 
 /** An element with attributes and children; texts are set as text and never read as HTML. */
@@ -416,21 +449,29 @@ function radios(label, buttons, columns, changed) {
 }
 
 /**
- * A function that sets values of a state and has the view drawn at the next frame: several changes
- * within one frame are drawn once. `draw` gets the names of what has changed.
+ * A function that sets values of a state and has the view drawn: at once, and what changes again
+ * before the next frame is drawn together in that frame. `draw` gets the names of what has changed.
  */
 function changer(state, draw) {
   const changed = new Set();
+  let waiting = false;
+
+  function drawChanged() {
+    const names = [...changed];
+    changed.clear();
+    draw(names);
+  }
+
   return (changes) => {
     Object.assign(state, changes);
-    if (!changed.size) {
-      requestAnimationFrame(() => {
-        const names = [...changed];
-        changed.clear();
-        draw(names);
-      });
-    }
     Object.keys(changes).forEach((name) => changed.add(name));
+    if (waiting) return;
+    waiting = true;
+    requestAnimationFrame(() => {
+      waiting = false;
+      if (changed.size) drawChanged();
+    });
+    drawChanged();
   };
 }
 

@@ -103,9 +103,18 @@ function view(values, arrays) {
   let lesions = [];
   let union = null;
   let smallFilm = null;
+  let smooth = new Map(); // of this film, by finding and place on the wall
+
+  /** The map of a place on the wall at the film's size. */
+  function heatAt(query, cell) {
+    const key = `${query} ${cell}`;
+    if (!smooth.has(key)) smooth.set(key, upsampled(mapAt(query, cell), width, height));
+    return smooth.get(key);
+  }
 
   /** What depends on the film alone. */
   function readFilm() {
+    smooth = new Map();
     lesions = lesionsOf(values.masks[state.film], arrays.masks, width, height);
     union = unionOf(lesions);
     smallFilm = reduced(part(arrays.films, state.film), width, height, TILE);
@@ -120,7 +129,7 @@ function view(values, arrays) {
   function paintMap(panelOf, query, cell, full) {
     const map = mapAt(query, cell);
     const film = part(arrays.films, state.film);
-    const heat = (state.smooth ? upsampled : inCells)(map, width, height);
+    const heat = state.smooth ? heatAt(query, cell) : inCells(map, width, height);
     const scale = state.own ? largest(map) : full;
     const pixels = blend(film, heat, scale, state, arrays.colours.data);
     panelOf.paint(pixels, state.outlines ? lesions : [], heat);
@@ -136,7 +145,7 @@ function view(values, arrays) {
     });
   }
 
-  function numbers(query, map) {
+  function numbers(query, map, cell) {
     const parts = [`${values.queries[query]}: confidence ${confidence(query)}`];
     parts.push(`peak ${(largest(map) * map.length).toFixed(0)} times the mean cell`);
     parts.push(`${effectiveCells(map).toFixed(0)} effective cells`);
@@ -144,7 +153,7 @@ function view(values, arrays) {
     if (mask) {
       const inside = shareInside(inCells(map, width, height), mask);
       parts.push(`${(100 * inside).toFixed(0)}% of it in the true lesion`);
-      parts.push(pointing(map, mask) ? "the peak hits" : "the peak misses");
+      parts.push(pointing(heatAt(query, cell), mask) ? "the peak hits" : "the peak misses");
     } else if (values.masksKnown) {
       parts.push("not on this film");
     }
@@ -156,8 +165,7 @@ function view(values, arrays) {
   }
 
   /** Whether the map's highest pixel lies in the lesion, or at most 8 pixels beside it. */
-  function pointing(map, mask) {
-    const heat = upsampled(map, width, height);
+  function pointing(heat, mask) {
     const peak = heat.indexOf(largest(heat));
     const x = peak % width;
     const y = Math.floor(peak / width);
@@ -170,19 +178,15 @@ function view(values, arrays) {
     return false;
   }
 
-  // What the noise would hide. A sort and an outline take a frame: they are kept while they hold.
-  let heat = null;
-  let sorted = null;
+  // What the noise would hide.
   let mask = null;
   let path = null;
 
-  function readMask(map, changes) {
-    if (changes.includes("film") || changes.includes("cell")) {
-      heat = upsampled(map, width, height);
-      sorted = Float32Array.from(heat).sort();
-    }
-    const border = quantileOfSorted(sorted, state.quantile);
-    mask = Uint8Array.from(heat, (value) => (value > border ? 1 : 0));
+  function readMask() {
+    const heat = heatAt(disease, state.cell);
+    const border = quantile(heat, state.quantile);
+    mask = new Uint8Array(heat.length);
+    for (let n = 0; n < heat.length; n += 1) mask[n] = heat[n] > border ? 1 : 0;
     path = { path: outline(mask, width, height), colour: "#f0e442" };
   }
 
@@ -203,7 +207,7 @@ function view(values, arrays) {
     const kept = state.signal;
     const spread = 255 * Math.sqrt(1 - kept * kept);
     const noise = arrays.noise.data;
-    const hidden = Float32Array.from(film);
+    const hidden = new Float32Array(film);
     for (let n = 0; n < film.length; n += 1) {
       if (mask[n]) hidden[n] = spread * noise[n] + kept * film[n];
     }
@@ -213,9 +217,7 @@ function view(values, arrays) {
 
   function draw(changes) {
     if (changes.some((name) => !ONLY_THE_NOISE.includes(name))) paintMaps(changes);
-    if (changes.some((name) => MASK_NEEDS.includes(name))) {
-      readMask(mapAt(disease, state.cell), changes);
-    }
+    if (changes.some((name) => MASK_NEEDS.includes(name))) readMask();
     if (changes.every((name) => ONLY_THE_MAPS.includes(name))) return;
     if (changes.some((name) => name !== "signal")) paintMask();
     paintNoise();
@@ -227,13 +229,13 @@ function view(values, arrays) {
     const map = paintMap(chosen, state.query, state.cell, full);
     const ofDisease = paintMap(whole, disease, state.cell, full);
     if (changes.some((name) => !ONLY_THE_LARGE.includes(name))) paintWall(full);
-    chosen.caption.textContent = numbers(state.query, map);
-    whole.caption.textContent = numbers(disease, ofDisease);
+    chosen.caption.textContent = numbers(state.query, map, state.cell);
+    whole.caption.textContent = numbers(disease, ofDisease, state.cell);
     const onFilm = lesions.map((lesion) => lesion.name).join(", ");
     const shown = `${values.films[state.film]}, ${nameOf(state.cell)}. `;
     const known = values.masksKnown ? `On the film: ${onFilm || "no finding"}. ` : "";
     told.textContent = shown + known + chosen.caption.textContent;
-    const alt = `${values.films[state.film]}, attention of ${numbers(state.query, map)}`;
+    const alt = `${values.films[state.film]}, attention of ${numbers(state.query, map, state.cell)}`;
     chosen.canvas.setAttribute("aria-label", alt);
   }
 

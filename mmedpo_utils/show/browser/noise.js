@@ -62,7 +62,7 @@ function view(values, arrays) {
     const signal = Math.sqrt(kept);
     const spread = 255 * Math.sqrt(1 - kept);
     const released = isReleased();
-    const hidden = Float32Array.from(film);
+    const hidden = new Float32Array(film);
     for (let n = 0; n < film.length; n += 1) {
       if (!mask[n]) continue;
       // The released code wraps its noise at 256, the paper's is cut at black and white.
