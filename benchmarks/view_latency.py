@@ -8,11 +8,11 @@ the wait for the frame. All of it happens in the browser; no kernel is asked.
 
 The kernel is asked by the form for one's own film: from the press of its button until MedKLIP's
 view is made, and until the answers of two Med-LVLMs, both the shipped one, are made too. 40
-phantom films, one question, answers without the gradient.
+phantom films, one question.
 
 What the kernel does for a large network is measured for the token grid of LLaVA-Med (24 x 24 image
-tokens, 32 layers, 32 heads; random weights, a narrow network): one answer of 8 tokens, with and
-without the gradient, each in a process of its own.
+tokens, 32 layers, 32 heads; random weights, a narrow network): one answer of 8 tokens, in a process
+of its own.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def view_of(notebook: str, view: str) -> str:
     raise SystemExit(f"notebooks/{notebook}.ipynb: no output holds the view {view}; run it first")
 
 
-def large_answer(with_gradient: bool) -> dict[str, float]:
+def large_answer() -> dict[str, float]:
     """Seconds and peak GiB of reading one answer of a network with LLaVA-Med's token grid."""
     shape = Shape(512, 1024, 32, 32, 8, 640, 96, 384, 3, 2)
     film = Image.fromarray(np.random.default_rng(0).integers(0, 256, (336, 336), dtype=np.uint8))
@@ -106,7 +106,7 @@ def large_answer(with_gradient: bool) -> dict[str, float]:
         save_lvlm(Path(folder) / "lvlm", shape, "cpu")
         lvlm = load_lvlm(str(Path(folder) / "lvlm"), "cpu")
         begun = time.perf_counter()
-        reading = read_answer(lvlm, film.convert("RGB"), "w1 w2", ANSWER_TOKENS, with_gradient)
+        reading = read_answer(lvlm, film.convert("RGB"), "w1 w2", ANSWER_TOKENS)
         seconds = time.perf_counter() - begun
     return {
         "tokens": len(reading.words),
@@ -176,13 +176,11 @@ def main() -> None:
         own = own_films(Path(folder))
     print("own film", own, flush=True)
     context = multiprocessing.get_context("spawn")
-    answers = {}
-    for name, with_gradient in (("without_gradient", False), ("with_gradient", True)):
-        with ProcessPoolExecutor(1, context) as pool:
-            answers[name] = pool.submit(large_answer, with_gradient).result()
-        print(name, answers[name], flush=True)
+    with ProcessPoolExecutor(1, context) as pool:
+        answer = pool.submit(large_answer).result()
+    print("LLaVA-Med's grid", answer, flush=True)
     result = {**origin(torch.get_num_threads()), "chromium": version, "load": round(load, 2)}
-    result |= {"views": found, "own_film": own, "answer_of_llava_meds_grid": answers}
+    result |= {"views": found, "own_film": own, "answer_of_llava_meds_grid": answer}
     write_json(options.output, result)
 
 

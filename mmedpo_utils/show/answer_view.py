@@ -41,7 +41,6 @@ def answer_view(
     models: Mapping[str, MedLVLM],
     asked: Sequence[ShownQuestion],
     max_new_tokens: int,
-    with_gradient: bool = True,
 ) -> Page:
     """Answers word by word, of one model or of two side by side with their difference.
 
@@ -51,8 +50,6 @@ def answer_view(
         models: one or two, by name; the first is the one that the difference is taken from.
         asked: the questions that the view offers.
         max_new_tokens: the longest answer, in tokens.
-        with_gradient: offer gradient times attention, too; it costs a backward pass for each word,
-            which a model of 32 layers takes most of the time for.
     """
     arrays: dict[str, Packed] = {}
     listed: list[dict[str, Any]] = []
@@ -63,12 +60,11 @@ def answer_view(
     for number, one in enumerate(asked):
         readings = []
         for place, (name, lvlm) in enumerate(models.items()):
-            reading = read_answer(lvlm, one.film, one.question, max_new_tokens, with_gradient)
+            reading = read_answer(lvlm, one.film, one.question, max_new_tokens)
             first.setdefault(name, reading)
             arrays[f"raw {number} {place}"] = Packed(reading.attention, "half")
             arrays[f"rollout {number} {place}"] = Packed(reading.rollout, "half")
-            if reading.gradient is not None:
-                arrays[f"gradient {number} {place}"] = Packed(reading.gradient, "half")
+            arrays[f"gradient {number} {place}"] = Packed(reading.gradient, "half")
             sure = [round(float(value), 4) for value in reading.probabilities]
             readings.append({"words": reading.words, "probabilities": sure})
         seen = {name: mask_as_seen(cut, mask) for name, mask in one.masks.items()}

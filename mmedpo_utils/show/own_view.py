@@ -40,7 +40,6 @@ def own_view(
     models: Mapping[str, MedLVLM],
     medklip: MedKLIP,
     max_new_tokens: int,
-    with_gradient: bool = False,
 ) -> OwnView:
     """Choose a film (PNG, JPEG, DICOM and others), type a question, and see what both networks
     answer and where they look.
@@ -48,7 +47,6 @@ def own_view(
     Args:
         models: one or two Med-LVLMs by name, as for `answer_view`.
         max_new_tokens: the longest answer, in tokens.
-        with_gradient: as for `answer_view`; slow in a large model.
     """
     path = widgets.Text(description="path", placeholder="film.png, or upload one")
     upload = widgets.FileUpload(description="upload", multiple=False)
@@ -70,7 +68,7 @@ def own_view(
                 output = medklip(medklip.preprocess([film]))
             display(medklip_view([film], output, [name]).live())
             asked = [ShownQuestion(film, name, question.value)]
-            display(answer_view(models, asked, max_new_tokens, with_gradient).live())
+            display(answer_view(models, asked, max_new_tokens).live())
 
     ask.on_click(look)
     form = widgets.HBox([path, upload, question, ask], layout={"flex_flow": "row wrap"})

@@ -36,7 +36,6 @@ function view(values, arrays) {
   };
   const [, layers, heads, cells] = arrays["raw 0 0"].shape;
   const two = values.models.length === 2;
-  const methods = "gradient 0 0" in arrays ? METHODS : METHODS.slice(0, 2);
 
   const panels = values.models.map((name) => {
     const made = panel(width, height, 280, name);
@@ -53,7 +52,7 @@ function view(values, arrays) {
   ];
   const layerChoice = choice("layer", numbered(layers, "layer"), 0, (n) => set({ layer: n - 1 }));
   const headChoice = choice("head", numbered(heads, "head"), 0, (n) => set({ head: n - 1 }));
-  const methodChoice = choice("method", methods.map(([name]) => name), 0, (method) =>
+  const methodChoice = choice("method", METHODS.map(([name]) => name), 0, (method) =>
     set({ method }),
   );
   const question = element("p", { class: "note" });
