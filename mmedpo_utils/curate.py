@@ -16,7 +16,7 @@ from typing import Any
 
 from .base.doors import open_door
 from .base.errors import InputError
-from .base.files import read_or_compute, write_json
+from .base.files import load_json, read_or_compute, write_json
 from .base.images import with_images
 from .base.rows import Row, row_sha
 from .base.tensors import model_digest
@@ -49,10 +49,7 @@ def curate_visual(profile: Profile, dataset: FilmDataset, model: MedKLIP) -> lis
     folder = profile.output / "pairs"
     inputs = inputs_digest(profile, questions, "seed", "data", "visual_tool", "noise")
     inputs = f"{inputs} {model_digest(model)}"
-    audit = folder / "audit.json"
-    if audit.is_file() and json.loads(audit.read_text(encoding="utf-8"))["skipped"]:
-        # The reader may have corrected what was skipped.
-        (folder / "visual.sha256").unlink(missing_ok=True)
+    target, audit = folder / "visual.json", folder / "audit.json"
 
     def compute() -> None:
         open_door("visual curation")(
@@ -66,8 +63,15 @@ def curate_visual(profile: Profile, dataset: FilmDataset, model: MedKLIP) -> lis
             inputs,
         )
 
-    read_or_compute(folder / "visual.json", inputs, compute)
-    return read_manifest(folder / "visual.json", dataset.image_root, folder / "noised", strict=True)
+    def whole() -> bool:
+        skipped = json.loads(audit.read_text(encoding="utf-8"))["skipped"]
+        rows = json.loads(target.read_text(encoding="utf-8"))
+        copies = {folder / "noised" / row["rejected_image"] for row in rows}
+        # The reader may have corrected what was skipped.
+        return not skipped and all(copy.is_file() for copy in copies)
+
+    read_or_compute(target, inputs, compute, [audit], whole)
+    return read_manifest(target, dataset.image_root, folder / "noised", strict=True)
 
 
 def curate_text(
@@ -104,7 +108,7 @@ def curate_text(
             values.temperature,
             profile.seed,
         )
-        rows, debates = text_pairs(
+        rows, told = text_pairs(
             questions,
             candidates,
             judge,
@@ -114,13 +118,15 @@ def curate_text(
             profile.seed,
             wording(share, profile.seed),
         )
-        write_json(folder / "debates.json", debates)
+        write_json(folder / "debates.json", told)
         write_manifest(folder / "text.json", rows)
 
     inputs = inputs_digest(profile, questions, "seed", "data", "lvlm", "curation", "judge")
-    read_or_compute(folder / "text.json", f"{inputs} {model_digest(lvlm.model)}", compute)
+    inputs = f"{inputs} {model_digest(lvlm.model)}"
+    debates = folder / "debates.json"
+    read_or_compute(folder / "text.json", inputs, compute, [debates])
     rows = read_manifest(folder / "text.json", dataset.image_root, strict=True)
-    return rows, json.loads((folder / "debates.json").read_text(encoding="utf-8"))
+    return rows, load_json(debates, "the debates of the text pairs")
 
 
 def write_training_pairs(

@@ -127,7 +127,13 @@ def _phantom(profile: Profile) -> FilmDataset:
         print(f"drawing {sum(sizes.values())} phantom films")
         write_dataset(folder, sizes, profile.seed)
 
-    # facts.json is written last.
-    read_or_compute(folder / "facts.json", hashlib.sha256(recipe.encode()).hexdigest(), draw)
+    asked = [folder / f"{split}_questions.jsonl" for split in SPLITS]
+
+    def whole() -> bool:
+        rows = [json.loads(line) for file in asked for line in file.read_text("utf-8").splitlines()]
+        return all((folder / "images" / row["image"]).is_file() for row in rows)
+
+    inputs = hashlib.sha256(recipe.encode()).hexdigest()
+    read_or_compute(folder / "facts.json", inputs, draw, asked, whole)
     questions = {split: read_questions(folder / f"{split}_questions.jsonl") for split in SPLITS}
     return FilmDataset(folder / "images", questions, folder / "masks", None)

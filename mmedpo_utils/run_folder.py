@@ -1,65 +1,20 @@
-"""What a training run keeps on disk: its lock, its events, its checkpoints; and how a run goes on
-from the newest whole one.
+"""What a training run keeps on disk: its events, its checkpoints; and how a run goes on from the
+newest whole one.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from .base.checkpoints import remove_half_written
-from .base.errors import InputError
 from .base.files import write_json_lines
 from .profiles import Profile
 
 KEPT = ("profile.yaml", "hostfile", "train.log")
-
-
-def _lock_file(folder: Path, kind: str) -> Path:
-    return folder.with_name(f".{folder.name}.{kind}.lock")
-
-
-@contextmanager
-def run_lock(folder: Path, kind: str) -> Iterator[None]:
-    """Hold the lock ``kind`` of a run folder (``train``: its rank 0; ``launch``: the cell that
-    started it).
-
-    The system frees the lock when its process dies, whatever way.
-
-    Raises:
-        InputError: another process holds it.
-    """
-    file = _lock_file(folder, kind)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(file)
-    try:
-        lock.acquire(blocking=False)
-    except Timeout as error:
-        raise InputError(
-            f"{folder}: {file.read_text(encoding='utf-8') or 'another process'} trains into "
-            "this folder now; wait "
-            "until it ends, stop it, or take another seed or another `output`"
-        ) from error
-    try:
-        file.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
-        yield
-    finally:
-        lock.release()
-
-
-def lock_holder(folder: Path) -> str:
-    """Who took the training lock last; every node of a run must read the same here."""
-    file = _lock_file(folder, "train")
-    return file.read_text(encoding="utf-8") if file.is_file() else ""
 
 
 def finished_result(folder: Path, digest: str) -> dict[str, Any] | None:

@@ -158,7 +158,7 @@ def test_a_torn_line_a_lost_image_and_other_inputs(films: Path, tmp_path: Path) 
     journal.write_bytes(journal.read_bytes() + b'[{"image": "a/0')
     assert curate() == 0 and contents(tmp_path) == whole
     (tmp_path / "noised" / "b" / "01.png").unlink()
-    (tmp_path / "noised" / "b" / ".01.png.abcd_123.png").write_bytes(b"half")
+    (tmp_path / "noised" / "b" / ".01.png.mmedpo-abcd0123.png").write_bytes(b"half")
     assert 0 < curate() < 40 and contents(tmp_path) == whole
     assert curate(seed=1) == 64 and contents(tmp_path) != whole
     assert curate() == 64 and contents(tmp_path) == whole
@@ -304,5 +304,5 @@ def test_copies_that_would_share_a_name_are_refused(tmp_path: Path) -> None:
 
 def test_a_journal_that_cannot_be_kept_says_where(tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("a file")
-    with pytest.raises(InputError, match="taken.*the journal cannot be kept"):
+    with pytest.raises(InputError, match="taken.*cannot be written"):
         Journal(tmp_path / "taken" / "visual.jsonl", "digest")

@@ -23,9 +23,10 @@ from safetensors.torch import load_file
 from mmedpo_utils.base.checkpoints import MARKER, checkpoints, newest_checkpoint
 from mmedpo_utils.base.errors import InputError, Interrupted
 from mmedpo_utils.base.files import write_json_lines
+from mmedpo_utils.base.locks import run_lock
 from mmedpo_utils.curate import manifest_path
 from mmedpo_utils.launch import TrainingError, train
-from mmedpo_utils.run_folder import prepare_folder, read_events, run_digest, run_lock
+from mmedpo_utils.run_folder import prepare_folder, read_events, run_digest
 
 from .conftest import REPOSITORY
 from .test_launch import processes_of, tiny_profile, workspace  # noqa: F401
@@ -231,7 +232,7 @@ def test_a_second_training_of_the_same_folder_is_refused_until_the_first_has_die
     profile = hard_profile(workspace, "locked", 1)
     folder = profile.output / "train" / "mmedpo-seed0"
     program = (
-        "import sys, time; from pathlib import Path; from mmedpo_utils.run_folder import run_lock\n"
+        "import sys, time; from pathlib import Path; from mmedpo_utils.base.locks import run_lock\n"
         "with run_lock(Path(sys.argv[1]), 'train'):\n    print('locked', flush=True); "
         "time.sleep(60)"
     )

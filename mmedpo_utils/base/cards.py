@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from pathlib import Path
@@ -119,9 +118,3 @@ def load_card(name_or_path: str | os.PathLike) -> DatasetCard:
             f"{card.name!r}"
         )
     return card
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 (hexadecimal) of a file, read in pieces."""
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

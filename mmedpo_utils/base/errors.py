@@ -101,6 +101,14 @@ def first_line(error: Exception) -> str:
     return line or type(error).__name__
 
 
+def cannot_write(path: object, error: OSError) -> InputError:
+    """What is said of a file or folder that cannot be written."""
+    return InputError(
+        f"{path}: cannot be written ({error.strerror or error}); free some disk space, or choose "
+        "another folder with the profile's `output`"
+    )
+
+
 def one_line(text: str) -> str:
     """A foreign text for a message of ours: one line, cut, with nothing that steers a terminal."""
     text = TERMINAL.sub("", text)

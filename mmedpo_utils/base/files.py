@@ -2,61 +2,71 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
-import tempfile
-from collections.abc import Callable, Iterable, Iterator
+import secrets
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .errors import InputError, first_line
+from .errors import InputError, cannot_write, first_line
+from .locks import turn
 
 
 @contextmanager
-def atomic_write(path: str | os.PathLike, mode: int = 0o644) -> Iterator[Path]:
+def atomic_write(path: str | os.PathLike, mode: int = 0o666) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; move it there when the block ends, remove it when the
     block fails.
 
     Args:
-        mode: permissions of the finished file; the temporary one is the owner's alone.
+        mode: permissions of the file, before the reader's umask takes its part away.
 
     Raises:
         InputError: the folder cannot be written to, or the disk is full.
     """
     path = Path(path)
-    temporary = None
+    temporary = path.with_name(f".{path.name}{OURS}{secrets.token_hex(4)}{path.suffix}")
+    made = False
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(
-            dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix
-        )
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+        made = True
+        allowed = os.fstat(handle).st_mode & 0o777
         os.close(handle)
-        temporary = Path(name)
         yield temporary
-        os.chmod(temporary, mode)
+        os.chmod(temporary, allowed)  # safetensors gives its files a mode of its own
         os.replace(temporary, path)
     except OSError as error:
-        raise InputError(
-            f"{path}: cannot be written ({error.strerror or error}); free some disk space, or "
-            "choose "
-            "another folder with the profile's `output`"
-        ) from error
+        raise cannot_write(path, error) from error
     finally:
-        if temporary is not None:
+        if made:
             temporary.unlink(missing_ok=True)
+
+
+OURS = ".mmedpo-"  # in the name of a temporary file of ours, and of no file of a reader
 
 
 def remove_temporaries(folder: str | os.PathLike) -> None:
     """Remove what ``atomic_write`` left anywhere under ``folder`` when its process was killed."""
-    for path in Path(folder).rglob(".*"):
-        left = re.fullmatch(r"\.(?P<name>.+)\.[a-z0-9_]{8}(?P<suffix>\.\w+)?", path.name)
-        if left and Path(left["name"]).suffix == (left["suffix"] or "") and path.is_file():
+    for path in Path(folder).rglob(f".*{OURS}*"):
+        left = re.fullmatch(rf"\.(.+){OURS}[0-9a-f]{{8}}(\.\w+)?", path.name)
+        if left and Path(left[1]).suffix == (left[2] or "") and path.is_file():
             path.unlink(missing_ok=True)
 
 
-def write_json(path: str | os.PathLike, value: Any, mode: int = 0o644) -> None:
+def refuse_link(path: Path) -> None:
+    """Raises InputError: ``path`` is a link, so that writing there would write somewhere else."""
+    if path.is_symlink():
+        raise InputError(
+            f"{path}: is a link, and what is written here stays here; remove the link, or set the "
+            "profile's `output` to the folder that is meant"
+        )
+
+
+def write_json(path: str | os.PathLike, value: Any, mode: int = 0o666) -> None:
     """Write ``value`` as JSON (UTF-8, one-space indent), atomically. NaN and infinity are
     refused.
     """
@@ -126,28 +136,95 @@ def json_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return marked
 
 
-def read_or_compute(path: str | os.PathLike, inputs: str, compute: Callable[[], object]) -> bool:
+def read_or_compute(
+    path: str | os.PathLike,
+    inputs: str,
+    compute: Callable[[], object],
+    parts: Sequence[Path] = (),
+    whole: Callable[[], bool] = lambda: True,
+) -> bool:
     """The one way to ask: is it there already, made from the same inputs?
 
-    Where ``path`` is there and the file beside it (``.sha256``) holds ``inputs``, nothing happens.
-    Else ``compute`` is called, which writes ``path``, and ``inputs`` is written beside it last: a
-    run that is killed before computes again. Either way one line says what happened.
+    Where the file beside ``path`` (``.sha256``) holds ``inputs``, and ``path`` and its parts are
+    what was written then, nothing happens. Else ``compute`` is called, which writes them, and the
+    sums are written last: a run that is killed before computes again. Either way one line says what
+    happened. Of two processes, the second waits for the first, and reads.
+
+    A file that was not written here, or was changed since, is kept under another name (``.kept``).
 
     Args:
-        inputs: identifies all that ``path`` is made of, usually a SHA-256.
-        compute: writes ``path``, whole or not at all, and whatever belongs to it.
+        inputs: identifies all that ``path`` is made of, usually a SHA-256; one line.
+        compute: writes ``path`` and ``parts``, whole or not at all, and whatever belongs to them.
+        parts: other files, in the same folder, without which ``path`` is not whole.
+        whole: whether what else belongs to it is there; asked once the files are.
 
     Returns:
         whether it was computed.
     """
     path = Path(path)
-    stamp = path.with_suffix(".sha256")
-    if path.is_file() and stamp.is_file() and stamp.read_text(encoding="utf-8").strip() == inputs:
-        print(f"{path.name}: read, made earlier from the same inputs")
-        return False
-    stamp.unlink(missing_ok=True)
+    files = [path, *parts]
+    if not (_as_written(path, inputs, files) and whole()):
+        with turn(path):
+            if not (_as_written(path, inputs, files) and whole()):
+                _compute(path, inputs, compute, files)
+                return True
+    print(f"{path.name}: read, made earlier from the same inputs")
+    return False
+
+
+def _compute(path: Path, inputs: str, compute: Callable[[], object], files: Sequence[Path]) -> None:
+    kept = [pair for file in files for pair in _kept(file, _sums(path).get(file.name))]
+    path.with_suffix(SUMS).unlink(missing_ok=True)
     compute()
-    with atomic_write(stamp) as temporary:
-        temporary.write_text(inputs + "\n", encoding="utf-8")
+    listed = [f"{file_sha256(file)}  {file.name}\n" for file in files]
+    with atomic_write(path.with_suffix(SUMS)) as temporary:
+        temporary.write_text(f"{inputs}\n{''.join(listed)}", encoding="utf-8")
+    for file, aside in kept:
+        if file.read_bytes() == aside.read_bytes():  # of a run that was killed before its sums
+            aside.unlink()
+        else:
+            print(f"{file.name}: was not written here, or changed since; kept as {aside.name}")
     print(f"{path.name}: computed")
-    return True
+
+
+SUMS = ".sha256"
+
+
+def _sums(path: Path) -> dict[str, str]:
+    """SHA-256 of each file that was written with ``path``, by name; empty where nobody knows."""
+    try:
+        _, *lines = path.with_suffix(SUMS).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError):
+        return {}
+    return {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+
+
+def _as_written(path: Path, inputs: str, files: Sequence[Path]) -> bool:
+    """Whether the files are those that were made from these inputs."""
+    sums = _sums(path)
+    if sums.keys() != {file.name for file in files}:
+        return False
+    first = path.with_suffix(SUMS).read_text(encoding="utf-8").partition("\n")[0]
+    here = all(file.is_file() for file in files)
+    return first == inputs and here and all(file_sha256(file) == sums[file.name] for file in files)
+
+
+def _kept(file: Path, written: str | None) -> list[tuple[Path, Path]]:
+    """Move a file aside that is not what was ``written``; it and its new name, where there is
+    one.
+    """
+    if not file.is_file() or file_sha256(file) == written:
+        return []
+    aside = file.with_name(f"{file.name}.kept")
+    number = 1
+    while aside.exists():
+        number += 1
+        aside = file.with_name(f"{file.name}.kept{number}")
+    os.replace(file, aside)
+    return [(file, aside)]
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 (hexadecimal) of a file, read in pieces."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -10,9 +10,9 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from ..base.cards import DatasetCard, Split, file_sha256
+from ..base.cards import DatasetCard, Split
 from ..base.errors import InputError
-from ..base.files import write_json
+from ..base.files import file_sha256, write_json
 from ..base.images import resolve_image
 from ..base.sections import IMAGE_FOLDERS
 from .layouts import LAYOUTS, Questions, read_layout

@@ -39,6 +39,7 @@ from ..base.environment import check_device, versions
 from ..base.errors import InputError
 from ..base.files import write_json
 from ..base.images import open_image, resolve_image
+from ..base.locks import holder, run_lock
 from ..base.precision import train_in_32_bits
 from ..base.rows import Row, question_text
 from ..base.sections import Variant
@@ -53,11 +54,9 @@ from ..run_folder import (
     FAILED,
     finished_result,
     last_values,
-    lock_holder,
     prepare_folder,
     read_events,
     run_digest,
-    run_lock,
 )
 from ..scale.estimate import accumulation, held_out, total_steps
 from ..scale.fast_trainer import FastTrainer, PackingCollator
@@ -394,12 +393,12 @@ def begin(folder: Path, digest: str, arguments: DPOConfig) -> tuple[bool, str | 
         if not finished:
             prepare_folder(folder, checkpoint)
             write_json(folder / "versions.json", {**versions(), "platform": platform.platform()})
-        start = [(bool(finished), str(checkpoint) if checkpoint else None, lock_holder(folder))]
+        start = [(bool(finished), str(checkpoint) if checkpoint else None, holder(folder, "train"))]
     if arguments.world_size > 1:
         broadcast_object_list(start)
-    finished, checkpoint, holder = start[0]
+    finished, checkpoint, first = start[0]
     deadline = time.monotonic() + SHARED_DISK_SECONDS
-    while lock_holder(folder) != holder:
+    while holder(folder, "train") != first:
         if time.monotonic() > deadline:
             raise InputError(
                 f"{platform.node()}: {folder} is not the folder that the first process writes to; "

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..base.errors import InputError
+from ..base.errors import cannot_write
+from ..base.files import refuse_link
 
 
 class Journal:
@@ -21,18 +22,23 @@ class Journal:
     """
 
     def __init__(
-        self, path: str | os.PathLike, digest: str, keep: Callable[[Any], bool] = lambda entry: True
+        self,
+        path: str | os.PathLike,
+        digest: str,
+        keep: Callable[[int, Any], bool] = lambda number, entry: True,
     ) -> None:
         """Read what is there. A torn last line is dropped, and all of it where the inputs are not
         those of ``digest``.
 
         Args:
-            keep: whether an entry still holds; from the first one that doesn't on, all are dropped.
+            keep: whether the entry of a number, from 0, still holds; from the first one that
+                doesn't on, all are dropped.
 
         Raises:
-            InputError: the file cannot be read or written.
+            InputError: the file cannot be read or written, or is a link to somewhere else.
         """
         self.path = Path(path)
+        refuse_link(self.path)
         self.entries: list[Any] = []
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -42,7 +48,7 @@ class Journal:
             if not length:
                 self._write({"inputs": digest})
         except OSError as error:
-            raise self._refusal(error) from error
+            raise cannot_write(self.path, error) from error
 
     def append(self, entry: Any) -> None:
         """Write an entry; it is on disk when the call returns. Raises InputError: it cannot be
@@ -51,10 +57,10 @@ class Journal:
         try:
             self._write(entry)
         except OSError as error:
-            raise self._refusal(error) from error
+            raise cannot_write(self.path, error) from error
         self.entries.append(entry)
 
-    def _read(self, head: dict[str, str], keep: Callable[[Any], bool]) -> int:
+    def _read(self, head: dict[str, str], keep: Callable[[int, Any], bool]) -> int:
         """Fill ``entries``, and return how many bytes of the file hold."""
         if not self.path.is_file():
             return 0
@@ -65,7 +71,9 @@ class Journal:
                     entry = json.loads(line) if line.endswith(b"\n") else None
                 except ValueError:
                     entry = None
-                if entry is None or (entry != head if not length else not keep(entry)):
+                if entry is None:
+                    break
+                if not (keep(len(self.entries), entry) if length else entry == head):
                     break
                 if length:
                     self.entries.append(entry)
@@ -77,10 +85,3 @@ class Journal:
             stream.write(json.dumps(entry, ensure_ascii=False, allow_nan=False).encode() + b"\n")
             stream.flush()
             os.fsync(stream.fileno())
-
-    def _refusal(self, error: OSError) -> InputError:
-        return InputError(
-            f"{self.path}: the journal cannot be kept ({error.strerror or error}); free some "
-            "disk space, or "
-            "choose another folder with the profile's `output`"
-        )

@@ -70,7 +70,7 @@ def curate_folder(
     batches = image_batches(questions, batch_size)
     remove_temporaries(folder)
     digest = row_sha([{"batches": batches, "noise": asdict(noise), "seed": seed, "tool": inputs}])
-    holds = partial(_is_written, Path(image_root).resolve(), folder / "noised")
+    holds = partial(_is_written, batches, Path(image_root).resolve(), folder / "noised")
     journal = Journal(folder / "visual.jsonl", digest, holds)
     total = sum(len(batch) for batch in batches)
     done = sum(len(entry) for entry in journal.entries)
@@ -88,8 +88,9 @@ def curate_folder(
     if all("skipped" in record for record in records):
         first = records[0]["skipped"]
         raise InputError(f"{image_root}: none of {total:,} images can be used; the first: {first}")
-    write_manifest(folder / "visual.json", visual_pairs(questions, records))
-    audit = audit_visual(questions, records)
+    rows = visual_pairs(questions, records)
+    write_manifest(folder / "visual.json", rows)
+    audit = audit_visual(questions, records, len(rows))
     write_json(folder / "audit.json", audit)
     _say(audit)
     return audit
@@ -103,8 +104,11 @@ def _say(audit: Row) -> None:
     )
 
 
-def audit_visual(questions: Sequence[Row], records: Sequence[Row]) -> Row:
+def audit_visual(questions: Sequence[Row], records: Sequence[Row], rows: int) -> Row:
     """What a curation did, from the records of ``noised_copies``, at least one of them with a copy.
+
+    Args:
+        rows: how many were written.
 
     Returns:
         ``images`` with a copy, ``unchanged`` ones among them, ``rows``, ``rows_skipped``;
@@ -121,12 +125,11 @@ def audit_visual(questions: Sequence[Row], records: Sequence[Row]) -> Row:
         else:
             name = record["image"]
             skipped.append({"image": name, "why": record["skipped"], "rows": asked[name]})
-    lost = sum(entry["rows"] for entry in skipped)
     return {
         "images": len(made),
         "unchanged": sum(not record["changed"] for record in made),
-        "rows": len(questions) - lost,
-        "rows_skipped": lost,
+        "rows": rows,
+        "rows_skipped": sum(entry["rows"] for entry in skipped),
         "coverage": _spread([record["coverage"] for record in made]),
         "confidence": _spread([record["confidence"] for record in made]),
         "skipped": skipped,
@@ -143,18 +146,23 @@ def _spread(values: Sequence[float]) -> dict[str, Any]:
     }
 
 
-def _is_written(image_root: Path, noised_root: Path, records: Any) -> bool:
-    """Whether a journal's entry is a list of records whose copies are there, or whose images still
-    cannot be used.
+def _is_written(
+    batches: Sequence[Sequence[str]], image_root: Path, noised_root: Path, number: int, records: Any
+) -> bool:
+    """Whether a journal's entry is that of its batch: a record an image, whose copies are there, or
+    whose images still cannot be used.
     """
-    if not isinstance(records, list):
+    if number >= len(batches) or not isinstance(records, list):
+        return False
+    names = [record.get("image") for record in records if isinstance(record, dict)]
+    if names != list(batches[number]):
         return False
     for record in records:
         if "skipped" in record:
             _, image = open_or_reason(image_root, record["image"])
             if not isinstance(image, str):
                 return False
-        elif not (noised_root / record["rejected_image"]).is_file():
+        elif not (noised_root / record.get("rejected_image", "")).is_file():
             return False
     return True
 
