@@ -135,5 +135,6 @@ def _phantom(profile: Profile) -> FilmDataset:
 
     inputs = hashlib.sha256(recipe.encode()).hexdigest()
     read_or_compute(folder / "facts.json", inputs, draw, asked, whole)
-    questions = {split: read_questions(folder / f"{split}_questions.jsonl") for split in SPLITS}
+    drawn = [split for split in SPLITS if sizes[split]]
+    questions = {split: read_questions(folder / f"{split}_questions.jsonl") for split in drawn}
     return FilmDataset(folder / "images", questions, folder / "masks", None)

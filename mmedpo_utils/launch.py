@@ -156,7 +156,7 @@ def _say_how_it_begins(profile: Profile, folder: Path, digest: str) -> None:
     if processes < values.processes:
         print(
             f"{processes} process trains instead of {values.processes} (DeepSpeed is not "
-            "installed, or there are fewer GPUs); the global batch stays the same."
+            "installed, or there are fewer GPUs or cores); the global batch stays the same."
         )
     if values.optimizer == "paged_adamw_8bit" and check_device(profile.lvlm.device) == "cpu":
         print("paged_adamw_8bit needs a GPU: AdamW trains instead.")

@@ -23,8 +23,8 @@ def process_count(profile: Profile, dry_run: bool = False) -> int:
     """How many processes train, over all nodes: the profile's number, one where DeepSpeed is not
     installed.
 
-    On one node there is one process per GPU at most, and the number divides processes x
-    accumulation steps, so that the global batch can stay the profile's. A dry run counts with the
+    On one node there is one process per GPU at most, or per core, and the number divides processes
+    x accumulation steps, so that the global batch can stay the profile's. A dry run counts with the
     GPUs that the profile asks for, whether they are here or not.
 
     Raises:
@@ -41,11 +41,8 @@ def process_count(profile: Profile, dry_run: bool = False) -> int:
         return 1
     if dry_run and profile.lvlm.device == "cuda":
         return values.processes
-    gpus = (
-        torch.cuda.device_count()
-        if check_device(profile.lvlm.device) == "cuda"
-        else values.processes
-    )
+    on_gpus = check_device(profile.lvlm.device) == "cuda"
+    gpus = torch.cuda.device_count() if on_gpus else values.processes
     if values.nodes > 1:
         if gpus < values.processes // values.nodes:
             raise InputError(
@@ -54,7 +51,9 @@ def process_count(profile: Profile, dry_run: bool = False) -> int:
             )
         return values.processes
     total = values.processes * values.gradient_accumulation_steps
-    return next(count for count in range(min(values.processes, gpus), 0, -1) if total % count == 0)
+    # Two on any CPU: it is how the notebooks show that processes share a batch.
+    room = gpus if on_gpus else max(2, os.cpu_count() or 1)
+    return next(count for count in range(min(values.processes, room), 0, -1) if total % count == 0)
 
 
 def launch_command(

@@ -100,6 +100,7 @@ def read_manifest(
             rows.append(row)
     left_out.tell(len(rows))
     _tell_unknown_keys(path, rows)
+    _tell_repeated(path, rows)
     same = [row["id"] for row in rows if _teaches_nothing(row, image_root, rejected_root)]
     if same:
         _tell_identical(path, len(rows), same, private)
@@ -125,6 +126,18 @@ def _teaches_nothing(
     return row.get("origin") != "none" and is_identical(row, image_root, rejected_root)
 
 
+def _tell_repeated(path: str | os.PathLike, rows: Sequence[Row]) -> None:
+    """Warn once of pairs that come more than once: training would see them more often."""
+    different = {(row["id"], answer_text(row, rejected=True), row_source(row)) for row in rows}
+    if len(different) < len(rows):
+        warnings.warn(
+            f"{path}: {len(rows) - len(different)} of {len(rows)} rows have the id, the source and "
+            "the rejected answer of an earlier one, and are trained on again; take them out where "
+            "that is not meant",
+            stacklevel=3,
+        )
+
+
 def _tell_unknown_keys(path: str | os.PathLike, rows: Sequence[Row]) -> None:
     """Warn once of keys that would be dropped in silence; another maker's key may change what a
     pair means.
@@ -136,6 +149,18 @@ def _tell_unknown_keys(path: str | os.PathLike, rows: Sequence[Row]) -> None:
             f"{path}: keys that are not read: {named}; the keys that are: {', '.join(PAIR_KEYS)}",
             stacklevel=3,
         )
+
+
+def _refuse_second(seen: set[Any], name: Any, where: str) -> None:
+    """Note a question's id. Raises InputError: an earlier one has it, and the scores would count
+    both.
+    """
+    if name in seen:
+        raise InputError(
+            f"{where}: `question_id`: an earlier question has the same one; give it one of its "
+            "own, or leave the row out"
+        )
+    seen.add(name)
 
 
 def write_manifest(path: str | os.PathLike, rows: Sequence[Row]) -> None:
@@ -165,6 +190,7 @@ def read_questions(
     rows = []
     verified: set[Path] = set()
     left_out = Unusable(path, private=is_mimic(text))
+    seen: set[Any] = set()
     for number, line in enumerate(text.split("\n")):
         if not line.strip():
             continue
@@ -181,6 +207,7 @@ def read_questions(
             check_question(row, where)
             if image_root is not None:
                 _verify_image(image_root, row["image"], f"{where}: `image`", verified)
+            _refuse_second(seen, row["question_id"], where)
         except InputError as error:
             left_out.note(error)
         else:

@@ -30,6 +30,7 @@ from .base.sections import (
 )
 from .base.settings import (
     AbsolutePath,
+    Name,
     build_section,
     is_path,
     nearest,
@@ -55,7 +56,7 @@ class Profile:
     root.
     """
 
-    name: StrictStr
+    name: Name
     description: StrictStr
     seed: Annotated[StrictInt, Field(ge=0, le=2**32 - 1)]
     output: AbsolutePath
@@ -75,6 +76,13 @@ class Profile:
         sharded = self.training.zero_stage == 3 and self.training.processes > 1
         several = "2 or less where several processes train on an nf4 model"
         require(not sharded or self.lvlm.quantization == "none", "training.zero_stage", several)
+        return self
+
+    @model_validator(mode="after")
+    def _literal_weights_have_a_variance(self) -> Self:
+        literal = any(variant.weights == "literal" for variant in self.training.variants.values())
+        above = "a value above 0, by whose root the weights `literal` are divided"
+        require(self.relevance.variance > 0 or not literal, "relevance.variance", above)
         return self
 
     @property

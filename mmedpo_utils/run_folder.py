@@ -10,34 +10,57 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from .base.checkpoints import remove_half_written
-from .base.files import write_json_lines
+from .base.checkpoints import checkpoints, remove_half_written
+from .base.files import file_sha256, write_json_lines
 from .profiles import Profile
 
-KEPT = ("profile.yaml", "hostfile", "train.log")
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+# What a run writes, beside its checkpoints; training anew removes these, and nothing else.
+WRITTEN = ("events.jsonl", "result.json", "versions.json", "adapter", ".adapter", "tensorboard")
 
 
 def finished_result(folder: Path, digest: str) -> dict[str, Any] | None:
     """What result.json holds, or None where the run is absent, unfinished, or made from other
-    inputs.
+    inputs. Of a run whose adapter has gone or is another one, a line says so.
     """
     try:
         result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        if result["digest"] != digest:
+            return None
+        # Earlier runs have noted no sums.
+        sums = {**dict.fromkeys(ADAPTER_FILES), **result.get("files", {})}
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    whole = (
-        result.get("digest") == digest and (folder / "adapter" / "adapter_config.json").is_file()
-    )
-    return result if whole else None
+    for name, wanted in sums.items():
+        file = folder / "adapter" / name
+        if not file.is_file() or (wanted and file_sha256(file) != wanted):
+            print(f"{file.parent}: {name} is missing, or not what the run wrote; it is made anew")
+            return None
+    return result
+
+
+def adapter_sums(folder: Path) -> dict[str, str]:
+    """SHA-256 of the files that make a run's adapter."""
+    return {name: file_sha256(folder / "adapter" / name) for name in ADAPTER_FILES}
 
 
 def read_events(folder: Path) -> list[dict[str, Any]]:
-    """The events that a run has written so far; a line that is still being written is left out."""
+    """The events that a run has written so far; a line that is still being written, or is damaged,
+    is left out.
+    """
     try:
-        text = (folder / "events.jsonl").read_text(encoding="utf-8")
-    except FileNotFoundError:
+        text = (folder / "events.jsonl").read_text(encoding="utf-8", errors="replace")
+    except OSError:
         return []
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    events = []
+    for line in text.split("\n")[:-1]:
+        try:
+            event = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(event, dict) and isinstance(event.get("step"), int):
+            events.append(event)
+    return events
 
 
 def last_values(folder: Path) -> dict[str, float]:
@@ -51,16 +74,17 @@ def last_values(folder: Path) -> dict[str, float]:
 def prepare_folder(folder: Path, checkpoint: Path | None) -> None:
     """Make a run folder ready for its first step, or for the one after ``checkpoint``.
 
-    Without a checkpoint only the profile, the hostfile and the log stay. With one, later events and
-    half-written checkpoints go.
+    Without a checkpoint all that an earlier run has left goes, but for the profile, the hostfile
+    and the log; with one, later events and half-written checkpoints. A reader's own files stay.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if checkpoint is None:
-        for path in folder.iterdir():
-            if path.is_dir():
+        left = [folder / name for name in WRITTEN]
+        for path in [*left, *checkpoints(folder).values()]:
+            if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
-            elif path.name not in KEPT:
-                path.unlink()
+            else:
+                path.unlink(missing_ok=True)
         return
     remove_half_written(folder)
     step = int(checkpoint.name.rpartition("-")[2])

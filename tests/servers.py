@@ -74,6 +74,12 @@ class Handler(BaseHTTPRequestHandler):
             self.reply(200, completion("half")[:40])
         elif kind == "torn":
             self.reply(200, completion("torn")[:40], {"Content-Length": "4000"})
+        elif kind == "drip":
+            self.drip(completion("too late"), value)
+        elif kind == "endless":
+            self.reply(200, " " * value, {"Content-Length": str(2 * value)})
+        elif kind == "gzip":
+            self.reply(200, "{}", {"Content-Encoding": "gzip"})
         elif kind == "raw":
             self.reply(200, value)
         else:
@@ -90,6 +96,20 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(text.encode())
         except (BrokenPipeError, ConnectionResetError):
             pass
+
+    def drip(self, text: str, pause: float) -> None:
+        """Send a whole answer, a byte at a time."""
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        for letter in text:
+            try:
+                self.wfile.write(letter.encode())
+                self.wfile.flush()
+            except (BrokenPipeError, ConnectionResetError):
+                return
+            time.sleep(pause)
 
 
 def completion(text: str, finish: str = "stop") -> str:

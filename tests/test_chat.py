@@ -97,6 +97,9 @@ def test_no_other_key_of_the_environment_is_sent_where_none_is_named(
     ("plan", "reason"),
     [
         (("slow", 5.0), "time-out"),
+        (("drip", 0.05), "time-out"),
+        (("endless", 5_000_000), "too long"),
+        (("gzip", None), "compressed"),
         (("status", (429, {"Retry-After": "7"})), "429"),
         (("status", (500, {})), "500"),
         (("status", (503, {})), "503"),
@@ -109,8 +112,11 @@ def test_no_other_key_of_the_environment_is_sent_where_none_is_named(
 )
 def test_a_failing_request_is_tried_again(server, tmp_path, waits, plan, reason):
     server.plan = [plan]
-    chat = chat_of(server, tmp_path, waits, timeout=1.5 if reason == "time-out" else 60.0)
+    timeout = 1.5 if reason == "time-out" else 60.0
+    chat = chat_of(server, tmp_path, waits, timeout=timeout)
+    begun = time.monotonic()
     assert chat(MESSAGES, SCHEMA, SAMPLING) == server.usual
+    assert time.monotonic() - begun < 5, "a body that drips for 15 s is not waited for"
     assert (chat.counters.requests, chat.counters.retries, len(server.seen)) == (2, 1, 2)
     assert waits == [7.0] if reason == "429" else 0.5 <= waits[0] <= 1.5
 

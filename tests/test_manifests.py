@@ -255,12 +255,24 @@ def test_question_files_of_other_makers_are_corrected(tmp_path: Path) -> None:
     """Each row says in another way what QUESTION says."""
     rows = [
         QUESTION | {"gpt4_answer": 4},
-        QUESTION | {"answer_type": " closed "},
-        QUESTION | {"text": "Is there a nodule?"},
+        QUESTION | {"question_id": "q2", "answer_type": " closed "},
+        QUESTION | {"question_id": "q3", "text": "Is there a nodule?"},
     ]
     path = tmp_path / "questions.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert read_questions(path) == [QUESTION | {"gpt4_answer": "4"}, QUESTION, QUESTION]
+    second, third = QUESTION | {"question_id": "q2"}, QUESTION | {"question_id": "q3"}
+    assert read_questions(path) == [QUESTION | {"gpt4_answer": "4"}, second, third]
+
+
+def test_what_comes_twice_is_left_out_or_told(tmp_path: Path) -> None:
+    path = tmp_path / "questions.jsonl"
+    rows = [QUESTION, QUESTION | {"text": "Where is it?\n<image>"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.warns(UserWarning, match="row 1.*`question_id`: an earlier question"):
+        assert read_questions(path) == [QUESTION]
+    with pytest.warns(UserWarning, match="1 of 3 rows have the id"):
+        visual = good_row() | {"source": "visual", "rejected_image": "b.jpg"}
+        assert len(read_manifest(published(tmp_path, good_row(), good_row(), visual))) == 3
 
 
 def test_pairs_of_other_makers_are_corrected_alike(tmp_path: Path) -> None:
@@ -296,8 +308,8 @@ def test_pairs_of_other_makers_are_corrected_alike(tmp_path: Path) -> None:
 def test_keys_that_are_not_read_are_named_once(tmp_path: Path) -> None:
     rows = [
         good_row() | {"image_root": "/films", "lang": "en"},
-        good_row() | {"image_root": "/films"},
-        good_row(),
+        good_row() | {"id": "q2", "image_root": "/films"},
+        good_row() | {"id": "q3"},
     ]
     with pytest.warns(UserWarning) as said:
         assert len(read_manifest(published(tmp_path, *rows))) == 3

@@ -211,8 +211,8 @@ def fake_checkpoint(folder: Path, step: int, **marker) -> Path:
 
 
 def test_the_newest_whole_checkpoint_of_the_same_inputs_counts(tmp_path):
-    older = fake_checkpoint(tmp_path, 9, digest="a", processes=2)
-    newer = fake_checkpoint(tmp_path, 12, digest="a", processes=2)
+    older = fake_checkpoint(tmp_path, 9, digest="a", processes=2, files={})
+    newer = fake_checkpoint(tmp_path, 12, digest="a", processes=2, files={})
     fake_checkpoint(tmp_path, 15)
     (fake_checkpoint(tmp_path, 18) / MARKER).write_text('{"dig')
     assert newest_checkpoint(tmp_path, "a", 2) == newest_checkpoint(tmp_path, "a") == newer

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from .files import write_json
+from .files import file_sha256, write_json
 
 MARKER = "complete.json"
 
@@ -27,7 +27,8 @@ def checkpoints(folder: Path) -> dict[int, Path]:
 
 
 def newest_checkpoint(folder: Path, digest: str, processes: int | None = None) -> Path | None:
-    """The newest whole checkpoint of a run with these inputs, or None.
+    """The newest whole checkpoint of a run with these inputs, or None. Of one that lost a file, or
+    has another one than the run wrote, a line says so, and it is passed over.
 
     Args:
         processes: how many processes go on from it; each needs a part of its own. None: as many as
@@ -36,11 +37,24 @@ def newest_checkpoint(folder: Path, digest: str, processes: int | None = None) -
     for path in reversed(checkpoints(folder).values()):
         try:
             marker = json.loads((path / MARKER).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            fits = marker["digest"] == digest and processes in (None, marker["processes"])
+            sums = dict(marker["files"])
+        except (OSError, ValueError, KeyError, TypeError):
             continue
-        if marker["digest"] == digest and processes in (None, marker["processes"]):
+        if not fits:
+            continue
+        changed = [name for name, wanted in sums.items() if _sum(path / name) != wanted]
+        if not changed:
             return path
+        print(
+            f"{path.name}: {changed[0]} is missing, or not what the run wrote; the run does not go "
+            "on from there"
+        )
     return None
+
+
+def _sum(file: Path) -> str | None:
+    return file_sha256(file) if file.is_file() else None
 
 
 def remove_half_written(folder: Path) -> None:
@@ -56,6 +70,12 @@ def _flush(folder: Path) -> None:
         if path.is_file():
             with open(path, "rb+") as stream:
                 os.fsync(stream.fileno())
+
+
+def _sums(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file of a checkpoint, by its path in there."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): file_sha256(path) for path in files}
 
 
 class CheckpointKeeper(TrainerCallback):
@@ -81,10 +101,9 @@ class CheckpointKeeper(TrainerCallback):
         if state.is_world_process_zero:
             written = checkpoints(self.folder)[state.global_step]
             _flush(written)
-            write_json(
-                written / MARKER,
-                {"digest": self.digest, "step": state.global_step, "processes": args.world_size},
-            )
+            marker = {"digest": self.digest, "step": state.global_step}
+            marker |= {"processes": args.world_size, "files": _sums(written)}
+            write_json(written / MARKER, marker)
             for path in checkpoints(self.folder).values():
                 if path != written:
                     (path / MARKER).unlink(missing_ok=True)

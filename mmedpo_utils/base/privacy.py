@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 from .errors import InputError
+from .files import refuse_link
 
 # The one form of address that is taken. It lists what may be there instead of asking a parser:
 # urlsplit drops tabs and line breaks and takes user names, queries and escapes, and another parser
@@ -149,7 +150,8 @@ def check_outputs(card: Card, output: Path, figures: Path, in_place: bool) -> No
             f"{card.name} is credentialed data: executed notebooks hold texts and images of it, so "
             "that they stay in the run folder; run without --in-place"
         )
-    if not figures.is_relative_to(output):
+    # Resolved: a link in the run folder may lead out of it.
+    if not figures.resolve().is_relative_to(output.resolve()):
         raise InputError(
             f"{card.name} is credentialed data: its figures stay in the run folder; set the "
             f"profile's key `figures` to a folder under `output` ({output.name})"
@@ -161,9 +163,11 @@ def private_folder(path: str | os.PathLike) -> Path:
     its path.
 
     Raises:
-        InputError: it cannot be made, or belongs to someone else.
+        InputError: it cannot be made, belongs to someone else, or is a link: the folder that it
+            leads to would become private.
     """
     folder = Path(path)
+    refuse_link(folder)
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         folder.chmod(0o700)

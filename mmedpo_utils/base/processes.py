@@ -27,6 +27,11 @@ CAUSES = [  # what a dying process says, and what it means
         "the disk is full, or a file may not grow further; free some space",
     ),
     (
+        r"Weights only load failed",
+        "the checkpoint is damaged, or holds more than data, which is never loaded here; remove "
+        "the run's folders checkpoint-*, and it starts anew",
+    ),
+    (
         r"return code = (-9|247|137)|Connection closed by peer|Connection reset by peer",
         "a process was killed from outside: by a person, or by the system where memory ran out",
     ),

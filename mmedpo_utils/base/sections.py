@@ -16,7 +16,9 @@ IMAGE_FOLDERS = {
     "iu-xray": "images",
     "mimic-cxr": "files",
 }
-Count = Annotated[StrictInt, Field(ge=1)]
+# Larger numbers are a slip: what they would allocate is on no machine.
+Count = Annotated[StrictInt, Field(ge=1, le=10_000_000)]
+Processes = Annotated[StrictInt, Field(ge=1, le=4096)]
 Patients = Annotated[StrictInt, Field(ge=0, le=100_000)]
 Amount = Annotated[StrictFloat, Field(ge=0)]
 Share = Annotated[StrictFloat, Field(ge=0, le=1)]
@@ -197,7 +199,7 @@ class Training:
     optimizer: Literal["adamw", "paged_adamw_8bit"]
     warmup_ratio: Share
     scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"]
-    lora_rank: Count
+    lora_rank: Annotated[StrictInt, Field(ge=1, le=4096)]
     lora_alpha: Count
     lora_dropout: Share
     epochs: Annotated[StrictFloat, Field(ge=0.01)] | None
@@ -208,8 +210,8 @@ class Training:
     # What the machine needs; the batch, over all processes, belongs to both.
     per_device_batch_size: Count
     gradient_accumulation_steps: Count
-    processes: Count
-    nodes: Count
+    processes: Processes
+    nodes: Processes
     hostfile: AbsolutePath | None
     zero_stage: Annotated[StrictInt, Field(ge=0, le=3)]
     offload: Literal["none", "cpu"]

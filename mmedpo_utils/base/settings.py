@@ -45,16 +45,46 @@ def repository_root() -> Path:
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 3e-5 as a number and refuses a key written twice."""
+    """SafeLoader that reads 3e-5 as a number, and refuses what reads otherwise than it looks: a key
+    written twice, 010 (octal, 8), 1:30 (sixties, 90); and aliases, of which a short file can make
+    an endless one.
+    """
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.YAMLError(
+                f"line {event.start_mark.line + 1}: `*{event.anchor}` is an alias, and none is "
+                "read: write the value out"
+            )
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        names = [key.value for key, _ in node.value]
-        for name in names:
-            if names.count(name) > 1:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            # A key that is itself keys and values cannot be one: SafeLoader says so.
+            name = str(key.value)
+            if name in seen:
                 raise yaml.YAMLError(f"key `{name}` is written twice")
+            seen.add(name)
         return super().construct_mapping(node, deep)
 
+    def construct_number(self, node: yaml.ScalarNode) -> float:
+        if not PLAIN_NUMBER.fullmatch(node.value):
+            raise yaml.YAMLError(
+                f"line {node.start_mark.line + 1}: `{node.value}` does not mean in YAML what it "
+                "looks like: write a decimal number without a leading 0 and without colons, or a "
+                "text in quotes"
+            )
+        whole = node.tag.endswith("int")
+        return self.construct_yaml_int(node) if whole else self.construct_yaml_float(node)
 
+
+PLAIN_NUMBER = re.compile(
+    r"[-+]?(0|[1-9][0-9_]*)|[-+]?[0-9]*\.?[0-9]*([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
+)
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_number)
+_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_number)
 SCIENTIFIC = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", SCIENTIFIC, list("-+0123456789"))
 
@@ -149,10 +179,15 @@ def _different(values: Any) -> Any:
 
 def _keyed(pattern: str, expected: str) -> BeforeValidator:
     def check(values: Any) -> dict[str, Any]:
-        fit = isinstance(values, dict) and all(re.fullmatch(pattern, str(key)) for key in values)
-        if not fit or not values:
+        if not isinstance(values, dict) or not values:
             raise ValueError(f"expected {expected}")
-        return {str(key): value for key, value in values.items()}
+        for key in values:
+            if not isinstance(key, str):
+                # YAML reads `no` as false and `1` as a number.
+                raise ValueError(f"expected {expected}; write the name {key!r} in quotes")
+            if not re.fullmatch(pattern, key):
+                raise ValueError(f"expected {expected}")
+        return values
 
     return BeforeValidator(check)
 

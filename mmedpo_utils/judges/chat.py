@@ -14,10 +14,13 @@ import os
 import random
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from email.utils import parsedate_to_datetime
+from functools import partial
 from typing import Any, Protocol
+
+import httpx2
 
 from ..base.environment import check_device
 from ..base.errors import InputError, first_line
@@ -30,6 +33,7 @@ Messages = list[dict[str, str]]
 ATTEMPTS = 5
 LONGEST_WAIT = 300.0
 MILLION = 1_000_000
+LARGEST_ANSWER = 4 * MILLION  # bytes; the longest report has some thousand
 
 
 @dataclass(frozen=True)
@@ -155,7 +159,11 @@ class EndpointModel:
         # A proxy of the environment would see what is meant for this machine alone, and a redirect
         # could lead elsewhere.
         web = openai.DefaultHttpxClient(
-            follow_redirects=False, trust_env=not is_loopback(model.base_url)
+            follow_redirects=False,
+            trust_env=not is_loopback(model.base_url),
+            event_hooks={"request": [_note_start], "response": [partial(_bound, timeout)]},
+            # A few bytes of a compressed body can fill the memory.
+            headers={"Accept-Encoding": "identity"},
         )
         self._client = openai.OpenAI(
             base_url=model.base_url,
@@ -279,6 +287,43 @@ class EndpointModel:
         # Half a surrogate pair cannot be written to the cache.
         text = text.encode("utf-8", "replace").decode()
         return Reply(text, complete, prompt_tokens, completion_tokens)
+
+
+def _note_start(request: httpx2.Request) -> None:
+    request.extensions["begun"] = time.monotonic()
+
+
+def _bound(seconds: float, response: httpx2.Response) -> None:
+    """Bound the body that is about to be read. The client's own timeout is one between two bytes: a
+    server that drips would never meet it.
+    """
+    if response.headers.get("content-encoding", "identity") != "identity":
+        raise httpx2.ReadError("a compressed body, which was not asked for")
+    assert isinstance(response.stream, httpx2.SyncByteStream)
+    deadline = response.request.extensions["begun"] + seconds
+    response.stream = _BoundedStream(response.stream, deadline)
+
+
+@dataclass
+class _BoundedStream(httpx2.SyncByteStream):
+    """A body that is read until a deadline, and up to a size."""
+
+    stream: httpx2.SyncByteStream
+    deadline: float
+
+    def __iter__(self) -> Iterator[bytes]:
+        size = 0
+        for part in self.stream:
+            size += len(part)
+            if size > LARGEST_ANSWER:
+                raise httpx2.ReadError(f"a body of more than {LARGEST_ANSWER:,} bytes")
+            if time.monotonic() > self.deadline:
+                raise httpx2.ReadTimeout("the body did not end in time")
+            yield part
+
+    def close(self) -> None:
+        """Close the connection's own stream."""
+        self.stream.close()
 
 
 def _token_counts(usage: Any) -> tuple[int | None, int | None]:

@@ -52,6 +52,7 @@ from ..profiles import Profile, load_profile
 from ..relevance import training_weights
 from ..run_folder import (
     FAILED,
+    adapter_sums,
     finished_result,
     last_values,
     prepare_folder,
@@ -466,6 +467,7 @@ def run(profile: Profile, name: str, seed: int, folder: Path) -> None:
                 folder,
                 {
                     "digest": digest,
+                    "files": adapter_sums(folder),
                     "variant": name,
                     "seed": seed,
                     "seconds": seconds,
@@ -555,6 +557,19 @@ def join_processes(device: str) -> None:
         deepspeed.init_distributed("gloo")
 
 
+def load_data_alone() -> None:
+    """Let checkpoints be loaded as data: a pickle may hold a program, and DeepSpeed's loader would
+    run it.
+    """
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+        from deepspeed.runtime.zero.config import ZeroStageEnum
+
+        # What its checkpoints hold beside tensors and plain values.
+        torch.serialization.add_safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum])
+
+
 def main() -> None:
     """Parse the command line, share the cores between the processes, train."""
     options = parse_options()
@@ -564,6 +579,7 @@ def main() -> None:
     try:
         profile = load_profile(options.profile)
         join_processes(check_device(profile.lvlm.device))
+        load_data_alone()
         run(profile, options.variant, options.seed, options.run_folder)
     except Exception:
         # In one piece, so that two processes do not mix their lines.
