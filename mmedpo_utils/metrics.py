@@ -24,7 +24,7 @@ from sacrebleu.metrics import BLEU
 from .base.bootstrap import Statistic, mean_percent
 from .base.errors import first_line
 from .base.rows import Row
-from .base.words import IDEOGRAPH, AnyScript, opener, words
+from .base.words import IDEOGRAPH, LONGEST_REPORT, AnyScript, opener, words
 from .phantom.errors import severity
 from .released import evaluation
 
@@ -37,8 +37,9 @@ METHODS = {
     "bleu": "mean of BLEU-1 to BLEU-4; each is sacrebleu's cumulative corpus BLEU (lower case, "
     "tokenizer 13a, smoothing 'exp'; each ideograph is a word)",
     "rouge_l": "rouge-score's ROUGE-L F1 without stemming, mean over reports; words of any "
-    "script, each ideograph one",
-    "meteor": "nltk's METEOR with its WordNet word list, mean over reports",
+    f"script, each ideograph one, the first {LONGEST_REPORT:,} of a text",
+    "meteor": "nltk's METEOR with its WordNet word list, mean over reports, the first "
+    f"{LONGEST_REPORT:,} words of a text",
     "attention_in_lesion": "share of the image attention that falls inside the lesion mask, "
     "mean over questions",
     "severity": "mean cost of the errors in closed and open answers, 0 to 100, as the phantom "
@@ -194,7 +195,8 @@ def meteor(rows: Iterable[Row], released: bool = False) -> tuple[float | None, s
             if released:
                 scores.append(evaluation.meteor(row["answer"], row["prediction"], wordnet))
             else:
-                scores.append(single_meteor_score(words(row["answer"]), words(row["prediction"])))
+                texts = [words(row[key])[:LONGEST_REPORT] for key in ("answer", "prediction")]
+                scores.append(single_meteor_score(*texts))
     except LookupError:
         return (
             None,

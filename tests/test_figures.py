@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.utils.capture import capture_output
+from matplotlib.figure import Figure
 from PIL import Image
 
 from mmedpo_utils.show import figures, plots
+from mmedpo_utils.show.figures import FORMULA, figure_png, figure_svg
 
 EVIL = "<script>alert(1)</script>"
 RNG = np.random.default_rng(0)
@@ -99,3 +101,19 @@ def test_a_plots_png_is_the_shown_picture_and_white_stays_white():
     assert np.abs(large - copy).max() < 16
     white = (large == 255).all(-1)
     assert white.mean() > 0.5 and (copy[white] == 255).all()
+
+
+def test_no_name_is_read_as_tex_and_a_formula_is():
+    evil = r"judge $\nonsense{$ & $x$"
+    figure = Figure(figsize=(3, 2))
+    axes = figure.subplots()
+    axes.plot([0, 1], [0, 1], label=evil)
+    axes.set_yticks([0, 1], [evil, "b"])
+    axes.set_xlabel(evil)
+    axes.set_title(evil)
+    axes.text(0, 0.5, r"$\beta$", label=FORMULA)
+    axes.legend()
+    figure.suptitle(evil)
+    assert figure_png(figure, 50).startswith(b"\x89PNG")
+    drawing = figure_svg(figure).decode()
+    assert drawing.count("nonsense") >= 5 and r"$\beta$" not in drawing

@@ -117,6 +117,19 @@ def load_json(path: str | os.PathLike, expected: str) -> Any:
     return value
 
 
+def load_object(path: str | os.PathLike, expected: str) -> dict[str, Any]:
+    """The keys and values of a JSON file. Raises InputError: as `load_json`, or it holds something
+    else.
+    """
+    value = load_json(path, expected)
+    if not isinstance(value, dict):
+        raise InputError(
+            f"{path}: expected {expected}, as keys and values, found {type(value).__name__}; fetch "
+            "the file again"
+        )
+    return value
+
+
 class WrittenTwice(dict):
     """An object of a JSON file in which a key is written twice: which of the values was meant,
     nobody knows.

@@ -50,11 +50,16 @@ def is_yes_no(answer: str) -> bool:
     return len(words(answer)) == 1 and opener(answer) != ""
 
 
+# Words of a text that ROUGE-L and METEOR look at: their time grows with the square, and a text of
+# 20,000 words would not end. Reports have a hundred.
+LONGEST_REPORT = 2_000
+
+
 class AnyScript:
     """A tokenizer for rouge-score, whose own drops all but a to z and digits; on such text they
     agree.
     """
 
     def tokenize(self, text: str) -> list[str]:
-        """Lower-case runs of letters and digits; each ideograph is one."""
-        return RUN.findall(text.lower())
+        """Lower-case runs of letters and digits, each ideograph one; the first `LONGEST_REPORT`."""
+        return RUN.findall(text.lower())[:LONGEST_REPORT]

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ..base.errors import InputError, first_line
-from ..base.files import load_json
+from ..base.files import load_object
 from ..base.tensors import misfits
 from .llava_med import ORIGINAL, file_record, read_tensors, renamed
 
@@ -209,7 +209,7 @@ def _read_config(folder: Path) -> Any:
     """The adapter's `PeftConfig`. Warns of settings that PEFT does not know and that are set."""
     from peft import PeftConfig
 
-    values = load_json(folder / CONFIG, "the configuration of a PEFT adapter")
+    values = load_object(folder / CONFIG, "the configuration of a PEFT adapter")
     try:
         with warnings.catch_warnings():
             # Ours below names the settings, and only those that are set.

@@ -119,7 +119,8 @@ def import_hugging_face(source: Any, root: str | os.PathLike, name: str) -> Ques
     questions: Questions = {}
     for split, table in _hugging_face_splits(source).items():
         known = _split_name(split, name)
-        rows = _import_split(f"{name}, split {split}", split, table, folder)
+        inside = Path(source) if isinstance(source, str | os.PathLike) else None
+        rows = _import_split(f"{name}, split {split}", split, table, folder, inside)
         if rows:
             questions[known] = rows
     if not questions:
@@ -133,12 +134,13 @@ def import_hugging_face(source: Any, root: str | os.PathLike, name: str) -> Ques
 
 
 def _import_split(
-    source: str, split: str, table: Iterable[dict[str, Any]], folder: Path
+    source: str, split: str, table: Iterable[dict[str, Any]], folder: Path, inside: Path | None
 ) -> list[Row]:
     """The questions of one split; their images are written into ``folder``.
 
     Args:
         source: what the split is called in messages.
+        inside: where images that the table only names must lie; None: the reader's own table.
     """
     rows = []
     written: set[str] = set()
@@ -161,7 +163,7 @@ def _import_split(
                 question_type=item.get("content_type"),
             )
             # Last: of a row that cannot be used no image is left.
-            row["image"] = _store_image(item["image"], folder, where, written)
+            row["image"] = _store_image(item["image"], folder, where, written, inside)
         except InputError as error:
             left_out.note(error)
         else:
@@ -228,8 +230,17 @@ def _open_hugging_face(folder: Path) -> Any:
         ) from error
 
 
-def _store_image(value: dict[str, Any], folder: Path, where: str, written: set[str]) -> str:
+def _store_image(
+    value: dict[str, Any], folder: Path, where: str, written: set[str], inside: Path | None
+) -> str:
     """Write an undecoded image {bytes, path} once; its file name."""
+    if not value["bytes"] and inside is not None:
+        named = Path(value["path"] or "").resolve()
+        if not named.is_relative_to(inside.resolve()):
+            raise InputError(
+                f"{where}: `image`: names a file outside {inside}; fetch the data set again, with "
+                "its images"
+            )
     try:
         content = value["bytes"] or Path(value["path"]).read_bytes()
         with Image.open(io.BytesIO(content), formats=IMAGE_FORMATS) as image:

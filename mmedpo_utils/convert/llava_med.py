@@ -42,7 +42,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from .. import __version__
 from ..base.chat_templates import TEMPLATES
 from ..base.errors import InputError, first_line
-from ..base.files import write_json
+from ..base.files import atomic_write, write_json
 from ..base.tensors import check_state
 from .llava_text import IMAGE_TOKEN, image_tokenizer
 
@@ -402,6 +402,9 @@ def _indexed_files(index: Path) -> list[Path]:
     """The files that an index of shards names, each of which has to be there."""
     try:
         named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        elsewhere = [file for file in named if Path(file).name != file]
+        if elsewhere:
+            raise ValueError(f"it names {elsewhere[0]!r:.60}, which is no file beside it")
         files = [index.parent / file for file in sorted(named)]
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise InputError(
@@ -617,6 +620,12 @@ def _plan(
         tensors = read_shapes(file)
         taken = [key for key in tensors if own_tower or not key.startswith(TOWER)]
         plan[file] = {key: key for key in taken if not key.endswith(BUFFERS)}
+        twice = sorted(shapes.keys() & plan[file].keys())
+        if twice:
+            raise InputError(
+                f"{file}: holds {twice[0]}, as an earlier file of the checkpoint does, and nobody "
+                "knows which one is meant: download it again"
+            )
         shapes |= {key: tensors[key] for key in plan[file]}
     if own_tower and not any(key.startswith(TOWER) for key in shapes):
         raise InputError(
@@ -664,8 +673,8 @@ def _write_shards(plan: dict[Path, dict[str, str]], folder: Path) -> None:
         name = f"model-{number:05d}-of-{len(plan):05d}.safetensors"
         tensors = read_tensors(file)
         part = {renamed(keys[key], WRITTEN): tensors[key].contiguous() for key in keys}
-        save_file(part, folder / name, {"format": "pt"})
-        (folder / name).chmod(0o644)
+        with atomic_write(folder / name) as temporary:
+            save_file(part, temporary, {"format": "pt"})
         places |= dict.fromkeys(part, name)
         size += sum(tensor.nbytes for tensor in part.values())
         del tensors, part  # before the next shard is read

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneratio
 
 from ..base.chat_templates import TEMPLATES
 from ..base.errors import InputError, first_line
-from ..base.files import load_json
+from ..base.files import load_object
 from ..base.quiet import quiet_loading
 from ..lvlm import PHANTOM_WEIGHTS, MedLVLM, image_token_count, load_lvlm, load_weights, prompt
 from .adapters import adapter_folder, adapter_record
@@ -167,7 +167,7 @@ def _complete_processor(source: Path, config: Any, processor: LlavaProcessor) ->
         "num_additional_image_tokens": int("clip" in tower.model_type),
     }
     file = source / "processor_config.json"
-    stored = load_json(file, "the settings of a processor") if file.is_file() else {}
+    stored = load_object(file, "the settings of a processor") if file.is_file() else {}
     for key, value in expected.items():
         if stored.get(key) is None:
             setattr(processor, key, value)

@@ -10,10 +10,11 @@ The adapter itself is a standard PEFT folder with the projector in it:
 from __future__ import annotations
 
 import argparse
+import html
 import os
+import secrets
 import shutil
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
@@ -21,10 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
+from safetensors import SafetensorError
+from yaml import YAMLError
 
 from ..base.cards import load_card
-from ..base.errors import InputError, exit_status
-from ..base.files import atomic_write, load_json, write_json
+from ..base.errors import InputError, exit_status, first_line, one_line
+from ..base.files import atomic_write, load_object, read_text, write_json
 from ..base.rows import Row
 from ..base.sections import LanguageModel
 from ..base.settings import repository_root
@@ -76,7 +79,7 @@ def write_model_card(
     """
     adapter = folder / "adapter"
     base = public_name(profile.lvlm.model)
-    config = load_json(adapter / "adapter_config.json", "the configuration of a PEFT adapter")
+    config = load_object(adapter / "adapter_config.json", "the configuration of a PEFT adapter")
     write_json(adapter / "adapter_config.json", config | {"base_model_name_or_path": base})
     settings = {key: getattr(profile.lvlm, key) for key in LOADING}
     if settings["base_adapter"]:
@@ -151,7 +154,10 @@ def base_licence(model: str) -> str | None:
     """
     folder = PHANTOM_WEIGHTS if model == "phantom" else Path(model)
     file = folder / "README.md"
-    return ModelCard.load(file).data.license if file.is_file() else None
+    try:
+        return ModelCard.load(file).data.license if file.is_file() else None
+    except (OSError, ValueError, YAMLError):  # somebody else's card, which no run shall fail of
+        return None
 
 
 def _data_text(profile: Profile, rows: Sequence[Row]) -> str:
@@ -218,11 +224,13 @@ def _table(head: tuple[str, ...], rows: Iterable[tuple[Any, ...]]) -> str:
 
 
 def _cell(value: Any) -> str:
+    """A value for a table: what a name or a path holds is shown, and never read as Markdown or
+    HTML.
+    """
     if value is None:
         return "none"
-    if isinstance(value, list | tuple):
-        return ", ".join(map(str, value))
-    return str(value)
+    text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    return html.escape(one_line(text), quote=False).replace("|", "\\|")
 
 
 def _write(path: Path, text: str) -> None:
@@ -270,14 +278,15 @@ def merge(
     draft = None
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))
+        draft = output.with_name(f".{output.name}.{secrets.token_hex(4)}")
+        draft.mkdir()
         _save(lvlm, adapter, draft)
-        draft.chmod(0o755)  # mkdtemp makes a folder that is its owner's alone
         os.replace(draft, output)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
         raise InputError(
-            f"{output}: cannot be written ({error.strerror or error}); free some disk space, or "
-            "choose another output folder"
+            f"{output}: cannot be written ({reason}); free some disk space, or choose another "
+            "output folder"
         ) from error
     finally:
         if draft is not None:
@@ -287,7 +296,7 @@ def merge(
 
 def _load(adapter: Path, base: str | None, device: str, base_adapter: str | None) -> MedLVLM:
     """The unquantised base model with the adapter on top."""
-    config = load_json(adapter / "adapter_config.json", "the configuration of a PEFT adapter")
+    config = load_object(adapter / "adapter_config.json", "the configuration of a PEFT adapter")
     record = adapter.parent / "profile.yaml"
     settings: dict[str, Any] = {}
     if record.is_file():
@@ -295,11 +304,17 @@ def _load(adapter: Path, base: str | None, device: str, base_adapter: str | None
         base = base or values.model
         settings = {key: getattr(values, key) for key in LOADING}
     elif (adapter / BASE).is_file():
-        stored = load_json(adapter / BASE, "how the adapter's base model is loaded")
+        stored = load_object(adapter / BASE, "how the adapter's base model is loaded")
         settings = {key: stored[key] for key in LOADING if key in stored}
     if base_adapter is not None:
         settings["base_adapter"] = base_adapter
-    return load_lvlm(base or config["base_model_name_or_path"], device, adapter, **settings)
+    base = base or config.get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise InputError(
+            f"{adapter / 'adapter_config.json'}: `base_model_name_or_path` names no model; give "
+            "the base model"
+        )
+    return load_lvlm(base, device, adapter, **settings)
 
 
 # How the card of an adapter becomes the card of the merged model.
@@ -315,7 +330,7 @@ def _save(lvlm: MedLVLM, adapter: Path, folder: Path) -> None:
     save_merged(lvlm, folder)
     card = adapter / "README.md"
     if card.is_file():
-        text = card.read_text(encoding="utf-8")
+        text = read_text(card)
         for of_adapter, of_merged in MERGED.items():
             text = text.replace(of_adapter, of_merged, 1)
         _write(folder / "README.md", text)

@@ -20,6 +20,8 @@ from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 from nltk.translate.meteor_score import single_meteor_score
 from rouge import Rouge
 
+from ..base.words import LONGEST_REPORT
+
 TABLES = json.loads(Path(__file__).with_name("normalisation.json").read_text("utf-8"))
 DIGIT_COMMA = re.compile(r"\d,\d")
 FULL_STOP = re.compile(r"\.(?!\d)")
@@ -41,9 +43,12 @@ METHODS = {
     ),
     "released_bleu": "mean of released_bleu_1 to released_bleu_4, as in the paper's Table 1",
     **{f"released_bleu_{n}": _BLEU_N.format(n=n) for n in ORDERS},
-    "released_rouge_l": "package rouge, ROUGE-L F, mean over reports",
+    "released_rouge_l": (
+        f"package rouge, ROUGE-L F, mean over reports, the first {LONGEST_REPORT:,} words of a text"
+    ),
     "released_meteor": (
-        "nltk's METEOR on white-space tokens of the normalised texts, mean over reports"
+        "nltk's METEOR on white-space tokens of the normalised texts, mean over reports, the first "
+        f"{LONGEST_REPORT:,} words of a text"
     ),
 }
 
@@ -123,12 +128,19 @@ def bleu_n(answer: str, prediction: str, order: int) -> float:
 
 def rouge_l(answer: str, prediction: str) -> float:
     """ROUGE-L F of the package ``rouge`` on the normalised texts, 0 to 1."""
-    truth = normalised_text(answer)
-    said = normalised_text(prediction)
+    truth = _first_words(answer)
+    said = _first_words(prediction)
     # The package refuses a text of which nothing is left between its full stops.
     if not truth.strip(". ") or not said.strip(". "):
         return 0.0
     return _rouge().get_scores(said, truth)[0]["rouge-l"]["f"]
+
+
+def _first_words(text: str) -> str:
+    """A normalised text; of a longer one than `LONGEST_REPORT`, its beginning."""
+    text = normalised_text(text)
+    listed = text.split()
+    return text if len(listed) <= LONGEST_REPORT else " ".join(listed[:LONGEST_REPORT])
 
 
 @cache
@@ -140,8 +152,8 @@ def meteor(answer: str, prediction: str, wordnet: Any) -> float:
     """nltk's METEOR on white-space tokens of the normalised texts, 0 to 1; ``wordnet``: a corpus
     reader.
     """
-    truth = normalised_text(answer).split()
-    said = normalised_text(prediction).split()
+    truth = _first_words(answer).split()
+    said = _first_words(prediction).split()
     if not truth or not said:
         return 0.0
     return float(single_meteor_score(truth, said, wordnet=wordnet))

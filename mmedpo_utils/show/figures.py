@@ -17,6 +17,7 @@ from typing import Any
 import matplotlib
 from IPython.display import display
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 
 from ..base.files import atomic_write
@@ -25,6 +26,18 @@ from . import plots
 SHOWN_DPI = 110
 SAVED_DPI = 200
 FILM_SHARE = 0.65  # of the shown width: the PNG of a film, which compresses badly
+
+
+FORMULA = "formula"  # the label of a text that is to be read as TeX
+
+
+def _names_as_text(figure: Figure) -> None:
+    """Take names from data as text: a `$` in a judge's name or a file's begins no formula, which
+    would end the figure with an error, or lose letters.
+    """
+    for text in figure.findobj(Text):
+        if text.get_label() != FORMULA:
+            text.set_parse_math(False)
 
 
 def figure_png(figure: Figure, dpi: int) -> bytes:
@@ -36,6 +49,7 @@ def figure_png(figure: Figure, dpi: int) -> bytes:
 
 def _drawn(figure: Figure, dpi: int) -> Image.Image:
     raw = io.BytesIO()
+    _names_as_text(figure)
     figure.savefig(raw, format="png", dpi=dpi, facecolor="white")
     figure.set_layout_engine("none")  # a second save keeps the layout of the first
     with Image.open(raw, formats=["PNG"]) as image:
@@ -86,6 +100,7 @@ class ShownFigure:
 def figure_svg(figure: Figure) -> bytes:
     """A figure as an SVG, without dates: the same figure gives the same bytes."""
     drawing = io.BytesIO()
+    _names_as_text(figure)
     # Names of parts are random otherwise.
     with matplotlib.rc_context({"svg.hashsalt": "mmedpo", "svg.fonttype": "none"}):
         figure.savefig(drawing, format="svg", facecolor="white", metadata={"Date": None})

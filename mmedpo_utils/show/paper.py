@@ -14,6 +14,7 @@ from matplotlib.patches import ConnectionPatch
 
 from ..base.rows import Row
 from ..metrics import answer_score
+from .figures import FORMULA
 from .plots import (
     BLACK,
     BLUE,
@@ -85,7 +86,7 @@ def method_drawing(
     axes = trained.subplots()
     axes.set_axis_off()
     loss = r"$-\,s'\,\log\sigma\left(\beta\,[\,r(y_w, x) - r(y_l, x^*)\,]\right)$"
-    axes.text(0.5, 0.78, loss, ha="center", fontsize=13)
+    axes.text(0.5, 0.78, loss, ha="center", fontsize=13, label=FORMULA)
     lines = [
         "r: log-probability of an answer, less that of the model before training",
         f"text pair: x* is x, and its weight s' here is {weights[0]:.2f}",
