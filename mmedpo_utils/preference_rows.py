@@ -14,7 +14,7 @@ from typing import Any
 
 from .base.errors import InputError, Unusable, first_line
 from .base.files import json_object, load_json, read_text, write_json
-from .base.images import open_image, resolve_image
+from .base.images import verify_image
 from .base.privacy import is_mimic
 from .base.rows import (
     IMAGE_MARK,
@@ -91,7 +91,7 @@ def read_manifest(
             check_pair(row, where)
             for root, key in ((image_root, "image"), (rejected_root, "rejected_image")):
                 if root is not None and row.get(key) is not None:
-                    _verify_image(root, row[key], f"{where}: `{key}`", verified)
+                    verify_image(root, row[key], f"{where}: `{key}`", verified)
         except InputError as error:
             left_out.note(error)
             if strict:
@@ -206,7 +206,7 @@ def read_questions(
             row = corrected_question(row)
             check_question(row, where)
             if image_root is not None:
-                _verify_image(image_root, row["image"], f"{where}: `image`", verified)
+                verify_image(image_root, row["image"], f"{where}: `image`", verified)
             _refuse_second(seen, row["question_id"], where)
         except InputError as error:
             left_out.note(error)
@@ -286,13 +286,3 @@ def rows_to_questions(rows: Sequence[Row]) -> list[Row]:
             }
         )
     return questions
-
-
-def _verify_image(root: str | os.PathLike, name: str, where: str, verified: set[Path]) -> None:
-    try:
-        path = resolve_image(root, name)
-        if path not in verified:
-            open_image(path)
-            verified.add(path)
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from error

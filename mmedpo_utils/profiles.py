@@ -16,6 +16,7 @@ from pydantic import Field, StrictInt, StrictStr, model_validator
 
 from .base.errors import InputError
 from .base.files import atomic_write
+from .base.older_profiles import ADDED_KEYS, bring_up_to_date
 from .base.sections import (
     IMAGE_FOLDERS,
     LVLM,
@@ -33,6 +34,7 @@ from .base.settings import (
     Name,
     build_section,
     is_path,
+    move_outputs,
     nearest,
     override,
     read_yaml,
@@ -41,12 +43,6 @@ from .base.settings import (
     section,
 )
 
-RETIRED_KEYS = [("training", "reuse_vision_features"), ("evaluation", "processes")]
-# What older profiles do not say, and what they did; a digest leaves these values out.
-ADDED_KEYS: dict[tuple[str, str], Any] = {
-    ("curation", "still_true"): "keep",
-    ("judge", "whole_sentences"): 0.0,
-}
 PROFILE_FOLDER = Path(__file__).with_suffix("")
 
 
@@ -131,7 +127,8 @@ def load_profile(
 
     A file may name in ``extends`` a shipped profile whose values it starts from; its list of
     variants, or of the judge's panel, replaces the other one whole. The environment variable
-    MMEDPO_DATA_ROOT replaces ``data.root`` where ``data.source`` is not ``phantom``.
+    MMEDPO_DATA_ROOT replaces ``data.root`` where ``data.source`` is not ``phantom``; MMEDPO_OUTPUT
+    moves what is written (`base.settings.move_outputs`).
 
     Raises:
         InputError: no such profile, not YAML, a key unknown or missing, a value of the wrong type
@@ -144,7 +141,8 @@ def load_profile(
     root = os.environ.get("MMEDPO_DATA_ROOT")
     if root and isinstance(data, dict) and str(data.get("source")) in IMAGE_FOLDERS:
         data["root"] = root
-    _bring_up_to_date(values, path.name)
+    bring_up_to_date(values, path.name)
+    move_outputs(values)
     return build_section(Profile, values, path.name)
 
 
@@ -166,20 +164,6 @@ def _read_profile(name_or_path: str | os.PathLike) -> tuple[Path, dict[str, Any]
             f"{parent!r}{nearest(str(parent), others)}"
         )
     return path, _merged(_read_profile(parent)[1], values)
-
-
-def _bring_up_to_date(values: dict[str, Any], file: str) -> None:
-    """Leave out keys that profiles have no more, and add those that they had not yet, and say so:
-    older run folders hold such profiles.
-    """
-    for outer, key in RETIRED_KEYS:
-        if isinstance(values.get(outer), dict) and key in values[outer]:
-            del values[outer][key]
-            print(f"{file}: key `{outer}.{key}` is read no more, and left out")
-    for (outer, key), before in ADDED_KEYS.items():
-        if isinstance(values.get(outer), dict) and key not in values[outer]:
-            values[outer][key] = before
-            print(f"{file}: key `{outer}.{key}` is new, and taken as {before}, as it was before")
 
 
 def _merged(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:

@@ -96,8 +96,6 @@ def prepare_folder(folder: Path, checkpoint: Path | None) -> None:
 # Keys that the profile has no more, with the value that they had: runs of then are still known.
 RETIRED = {"reuse_vision_features": True}
 NOT_DECIDING = ("logging_steps", "samples", "save_every", "report_to", "nodes", "hostfile")
-
-
 FAILED = "=== a training process failed ==="
 
 

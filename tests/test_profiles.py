@@ -15,8 +15,9 @@ from mmedpo_utils import profiles
 from mmedpo_utils.base import settings
 from mmedpo_utils.base.environment import check_device
 from mmedpo_utils.base.errors import InputError
+from mmedpo_utils.base.older_profiles import ADDED_KEYS
 from mmedpo_utils.base.settings import repository_root
-from mmedpo_utils.profiles import ADDED_KEYS, load_profile, profile_names
+from mmedpo_utils.profiles import load_profile, profile_names
 from mmedpo_utils.scale import estimate
 
 PHANTOM = profiles.PROFILE_FOLDER / "phantom.yaml"

@@ -105,7 +105,7 @@ def cannot_write(path: object, error: OSError) -> InputError:
     """What is said of a file or folder that cannot be written."""
     return InputError(
         f"{path}: cannot be written ({error.strerror or error}); free some disk space, or choose "
-        "another folder with the profile's `output`"
+        "another folder with the profile's `output` or the environment variable MMEDPO_OUTPUT"
     )
 
 

@@ -51,6 +51,25 @@ def resolve_image(root: str | os.PathLike, name: str) -> Path:
     return path
 
 
+def verify_image(root: str | os.PathLike, name: str, where: str, verified: set[Path]) -> None:
+    """Open an image once, to see that it can be used.
+
+    Args:
+        where: the place of its row, which begins the error.
+        verified: images that were opened before; this one joins them.
+
+    Raises:
+        InputError: as `resolve_image` and `open_image`.
+    """
+    try:
+        path = resolve_image(root, name)
+        if path not in verified:
+            open_image(path)
+            verified.add(path)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
+
+
 def open_image(path: str | os.PathLike) -> Image.Image:
     """Open an image upright, as mode L (grey) or RGB, 8 bits.
 

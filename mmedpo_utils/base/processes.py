@@ -27,6 +27,11 @@ CAUSES = [  # what a dying process says, and what it means
         "the disk is full, or a file may not grow further; free some space",
     ),
     (
+        r"Read-only file system|Permission denied",
+        "a folder cannot be written to; set the profile's `output`, or the environment variable "
+        "MMEDPO_OUTPUT, to one that can",
+    ),
+    (
         r"Weights only load failed",
         "the checkpoint is damaged, or holds more than data, which is never loaded here; remove "
         "the run's folders checkpoint-*, and it starts anew",

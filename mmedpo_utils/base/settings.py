@@ -164,6 +164,21 @@ def _absolute(value: Any) -> Path:
     return Path(os.path.normpath(repository_root() / Path(value).expanduser()))
 
 
+def move_outputs(values: dict[str, Any]) -> None:
+    """Let a profile's ``output`` and ``figures`` begin in the folder MMEDPO_OUTPUT, where that
+    environment variable is set, and not in the repository. A path that leads out of the repository
+    stays: so it stands in the profile of a run that was moved.
+    """
+    base = os.environ.get("MMEDPO_OUTPUT")
+    for key in ("output", "figures"):
+        path = values.get(key)
+        if not base or not isinstance(path, str):
+            continue
+        absolute = Path(path).expanduser().is_absolute()
+        if not absolute and not os.path.normpath(path).startswith(".."):
+            values[key] = os.path.join(os.path.abspath(base), path)
+
+
 def _where_it_lies(name: str) -> str:
     # A folder of that name must not take the place of what the package ships.
     if name == SHIPPED or not (repository_root() / name).exists():

@@ -15,7 +15,7 @@ import papermill
 import psutil
 
 from ..base.cards import load_card
-from ..base.errors import InputError
+from ..base.errors import InputError, cannot_write
 from ..base.files import atomic_write
 from ..base.privacy import check_outputs
 from ..base.settings import is_path
@@ -106,6 +106,11 @@ def run(profile: Profile, profile_name: str, in_place: bool = False) -> dict[str
     """
     check_outputs(load_card(profile.data.card), profile.output, profile.figures, in_place)
     notebooks = sorted(NOTEBOOKS.glob("[0-9]*.ipynb"))
+    if not notebooks:
+        raise InputError(
+            f"{NOTEBOOKS}: holds no notebook; an installed package comes without them: clone the "
+            "repository, and run this program in it"
+        )
     seconds: dict[str, float] = {}
     memory = PeakMemory()
     memory.start()
@@ -164,6 +169,9 @@ def main() -> int:
         seconds = run(profile, name, options.in_place)
     except InputError as error:
         print(error, file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(cannot_write(profile.output, error), file=sys.stderr)
         return 2
     except papermill.PapermillExecutionError as error:
         print(

@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
+from ..base.errors import InputError
 from ..base.files import atomic_write
 from . import plots
 
@@ -116,7 +117,7 @@ def show(figure: Figure, alt: str, save_as: str | Path | None = None) -> None:
         alt: What the figure shows, for readers who cannot see it.
         save_as: The PNG file to write, with its ending: 200 dots an inch. A figure without images
             is written as SVG, too, under the same name. Files are written atomically; missing
-            folders are made.
+            folders are made. Where that cannot be, a line says so.
     """
     shown = ShownFigure(figure, alt)
     if save_as is not None:
@@ -124,9 +125,12 @@ def show(figure: Figure, alt: str, save_as: str | Path | None = None) -> None:
         contents = {path: figure_png(figure, SAVED_DPI)}
         if not any(axes.images for axes in figure.axes):
             contents[path.with_suffix(".svg")] = figure_svg(figure)
-        for file, content in contents.items():
-            with atomic_write(file) as temporary:
-                temporary.write_bytes(content)
+        try:
+            for file, content in contents.items():
+                with atomic_write(file) as temporary:
+                    temporary.write_bytes(content)
+        except InputError as error:  # a lesson goes on without the file
+            print(f"The figure is shown, and not saved: {error}")
     display(shown)
 
 
