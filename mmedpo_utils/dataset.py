@@ -16,7 +16,7 @@ from PIL import Image
 from .base.cards import load_card
 from .base.doors import open_door
 from .base.errors import InputError
-from .base.files import read_or_compute
+from .base.files import read_or_compute, remove_temporaries
 from .base.images import open_image, resolve_image
 from .base.privacy import check_origin, check_outputs
 from .base.rows import pair_images
@@ -124,17 +124,17 @@ def _phantom(profile: Profile) -> FilmDataset:
     recipe = json.dumps({"world": VERSION, "seed": profile.seed, "patients": sizes})
 
     def draw() -> None:
+        remove_temporaries(folder)
         print(f"drawing {sum(sizes.values())} phantom films")
         write_dataset(folder, sizes, profile.seed)
 
-    asked = [folder / f"{split}_questions.jsonl" for split in SPLITS]
+    asked = {split: folder / f"{split}_questions.jsonl" for split in SPLITS}
 
     def whole() -> bool:
-        rows = [json.loads(line) for file in asked for line in file.read_text("utf-8").splitlines()]
-        return all((folder / "images" / row["image"]).is_file() for row in rows)
+        drawn = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
+        return all((folder / "images" / f"{film}.png").is_file() for film in drawn)
 
     inputs = hashlib.sha256(recipe.encode()).hexdigest()
-    read_or_compute(folder / "facts.json", inputs, draw, asked, whole)
-    drawn = [split for split in SPLITS if sizes[split]]
-    questions = {split: read_questions(folder / f"{split}_questions.jsonl") for split in drawn}
+    read_or_compute(folder / "facts.json", inputs, draw, [*asked.values()], whole)
+    questions = {split: read_questions(asked[split]) for split in SPLITS if sizes[split]}
     return FilmDataset(folder / "images", questions, folder / "masks", None)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .base.checkpoints import checkpoints, remove_half_written
-from .base.files import file_sha256, write_json_lines
+from .base.files import file_sha256, remove_temporaries, write_json_lines
 from .profiles import Profile
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -78,6 +78,7 @@ def prepare_folder(folder: Path, checkpoint: Path | None) -> None:
     and the log; with one, later events and half-written checkpoints. A reader's own files stay.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    remove_temporaries(folder)
     if checkpoint is None:
         left = [folder / name for name in WRITTEN]
         for path in [*left, *checkpoints(folder).values()]:

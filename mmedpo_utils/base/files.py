@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from .errors import InputError, cannot_write, first_line
-from .locks import turn
+from .locks import NO_LINK, is_still, locked, turn
 
 
 @contextmanager
 def atomic_write(path: str | os.PathLike, mode: int = 0o666) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; move it there when the block ends, remove it when the
-    block fails.
+    block fails. What a process leaves that is killed, the next one to write the file takes over.
 
     Args:
         mode: permissions of the file, before the reader's umask takes its part away.
@@ -28,32 +28,45 @@ def atomic_write(path: str | os.PathLike, mode: int = 0o666) -> Iterator[Path]:
         InputError: the folder cannot be written to, or the disk is full.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}{OURS}{secrets.token_hex(4)}{path.suffix}")
-    made = False
+    temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-        made = True
-        allowed = os.fstat(handle).st_mode & 0o777
-        os.close(handle)
-        yield temporary
-        os.chmod(temporary, allowed)  # safetensors gives its files a mode of its own
-        os.replace(temporary, path)
+        temporary, handle = _reserved(path, mode)
+        try:
+            allowed = os.fstat(handle).st_mode & 0o777
+            yield temporary
+            os.chmod(temporary, allowed)  # safetensors gives its files a mode of its own
+            os.replace(temporary, path)
+        finally:
+            os.close(handle)
     except OSError as error:
         raise cannot_write(path, error) from error
     finally:
-        if made:
+        if temporary is not None:
             temporary.unlink(missing_ok=True)
 
 
-OURS = ".mmedpo-"  # in the name of a temporary file of ours, and of no file of a reader
+OURS = ".mmedpo"  # in the name of a temporary file of ours, and of no file of a reader
+
+
+def _reserved(path: Path, mode: int) -> tuple[Path, int]:
+    """An empty temporary file beside ``path`` that nobody else writes, and its open handle."""
+    temporary = path.with_name(f".{path.name}{OURS}{path.suffix}")
+    while True:
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | NO_LINK, mode)
+        if locked(handle) and is_still(temporary, handle):
+            os.ftruncate(handle, 0)  # a process that was killed may have left half of it
+            return temporary, handle
+        os.close(handle)
+        # Another process or thread writes the same file now.
+        temporary = path.with_name(f".{path.name}{OURS}-{secrets.token_hex(4)}{path.suffix}")
 
 
 def remove_temporaries(folder: str | os.PathLike) -> None:
     """Remove what ``atomic_write`` left anywhere under ``folder`` when its process was killed."""
     for path in Path(folder).rglob(f".*{OURS}*"):
-        left = re.fullmatch(rf"\.(.+){OURS}[0-9a-f]{{8}}(\.\w+)?", path.name)
-        if left and Path(left[1]).suffix == (left[2] or "") and path.is_file():
+        left = re.fullmatch(rf"\.(.+?){OURS}(-[0-9a-f]{{8}})?(\.\w+)?", path.name)
+        if left and Path(left[1]).suffix == (left[3] or "") and path.is_file():
             path.unlink(missing_ok=True)
 
 

@@ -32,14 +32,18 @@ def run_lock(folder: Path, kind: str) -> Iterator[None]:
     Raises:
         InputError: another process holds it.
     """
-    lock = _opened(folder, kind)
+    file = lock_file(folder, kind)
     try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(file)
         lock.acquire(blocking=False)
     except Timeout as error:
         raise InputError(
             f"{folder}: {holder(folder, kind) or 'another process'} trains into this folder now; "
             "wait until it ends, stop it, or take another seed or another `output`"
         ) from error
+    except OSError as error:  # a Timeout is one too
+        raise cannot_write(folder, error) from error
     try:
         _sign(folder, kind)
         yield
@@ -50,31 +54,65 @@ def run_lock(folder: Path, kind: str) -> Iterator[None]:
 @contextmanager
 def turn(target: Path) -> Iterator[None]:
     """Hold the lock of what is computed into ``target``; where another process computes it now,
-    wait for it and say so.
+    wait for it and say so. The lock's file goes with the lock.
+
+    Raises:
+        InputError: the folder cannot be written to.
     """
-    lock = _opened(target, "compute")
+    file = lock_file(target, "compute")
     try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        other = holder(target, "compute") or "another process"
-        print(f"{target.name}: {other} computes it now; waiting for it", flush=True)
-        lock.acquire()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handle = _waited_for(target, file)
+    except OSError as error:
+        raise cannot_write(target, error) from error
     try:
         _sign(target, "compute")
         yield
     finally:
-        lock.release()
+        file.unlink(missing_ok=True)  # while it is held: see `is_still`
+        os.close(handle)
 
 
-def _opened(target: Path, kind: str) -> FileLock:
-    """The lock, not yet held. Raises InputError: its folder cannot be written to."""
-    file = lock_file(target, kind)
+def _waited_for(target: Path, file: Path) -> int:
+    """The handle of a lock file that is held."""
+    told = False
+    while True:
+        handle = os.open(file, os.O_RDWR | os.O_CREAT | NO_LINK, 0o666)
+        if not locked(handle) and not told:
+            other = holder(target, "compute") or "another process"
+            print(f"{target.name}: {other} computes it now; waiting for it", flush=True)
+            told = True
+        if locked(handle, wait=True) and is_still(file, handle):
+            return handle
+        os.close(handle)
+
+
+NO_LINK = getattr(os, "O_NOFOLLOW", 0)
+
+
+def locked(handle: int, wait: bool = False) -> bool:
+    """Take the lock of an open file, or say that somebody has it. The system frees it when the
+    process dies.
+    """
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.touch()
-    except OSError as error:
-        raise cannot_write(target, error) from error
-    return FileLock(file)
+        import fcntl
+    except ImportError:  # Windows has no such lock: two writers at once are not kept apart there
+        return True
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    return True
+
+
+def is_still(path: Path, handle: int) -> bool:
+    """Whether ``path`` still names the open file: who had its lock before may have removed it, or
+    moved it away.
+    """
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(handle))
+    except FileNotFoundError:
+        return False
 
 
 def _sign(target: Path, kind: str) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import html
 import os
-import secrets
 import shutil
 import sys
 from collections import Counter
@@ -28,6 +27,7 @@ from yaml import YAMLError
 from ..base.cards import load_card
 from ..base.errors import InputError, exit_status, first_line, one_line
 from ..base.files import atomic_write, load_object, read_text, write_json
+from ..base.locks import turn
 from ..base.rows import Row
 from ..base.sections import LanguageModel
 from ..base.settings import repository_root
@@ -269,29 +269,34 @@ def merge(
     """
     adapter = adapter_folder(adapter)
     output = Path(output).resolve()
-    is_empty_folder = output.is_dir() and not any(output.iterdir())
-    if output.exists() and not is_empty_folder:
-        raise InputError(
-            f"{output}: holds something already; remove it, or choose another output folder"
-        )
+    _refuse_what_is_there(output)
     lvlm = _load(adapter, base, device, base_adapter)
-    draft = None
+    draft = output.with_name(f".{output.name}.mmedpo")
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        draft = output.with_name(f".{output.name}.{secrets.token_hex(4)}")
-        draft.mkdir()
-        _save(lvlm, adapter, draft)
-        os.replace(draft, output)
+        with turn(output):
+            _refuse_what_is_there(output)
+            shutil.rmtree(draft, ignore_errors=True)  # of a process that was killed
+            try:
+                draft.mkdir()
+                _save(lvlm, adapter, draft)
+                os.replace(draft, output)
+            finally:
+                shutil.rmtree(draft, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
         raise InputError(
             f"{output}: cannot be written ({reason}); free some disk space, or choose another "
             "output folder"
         ) from error
-    finally:
-        if draft is not None:
-            shutil.rmtree(draft, ignore_errors=True)
     return output
+
+
+def _refuse_what_is_there(output: Path) -> None:
+    """Raises InputError: the folder holds something."""
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise InputError(
+            f"{output}: holds something already; remove it, or choose another output folder"
+        )
 
 
 def _load(adapter: Path, base: str | None, device: str, base_adapter: str | None) -> MedLVLM:

@@ -565,9 +565,11 @@ def load_data_alone() -> None:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
         from deepspeed.runtime.zero.config import ZeroStageEnum
+        from deepspeed.utils.tensor_fragment import fragment_address
 
         # What its checkpoints hold beside tensors and plain values.
-        torch.serialization.add_safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum])
+        known = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+        torch.serialization.add_safe_globals(known)
 
 
 def main() -> None:
