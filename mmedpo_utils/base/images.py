@@ -13,6 +13,7 @@ from .doors import open_door
 from .errors import InputError, Unusable, first_line
 from .rows import Row
 
+MOST_PIXELS = 40_000_000  # mammograms have 25 million
 # Pillow would try all its formats, whatever a file is called, and hand EPS to Ghostscript.
 IMAGE_FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "PPM", "JPEG2000")
 
@@ -83,6 +84,7 @@ def open_image(path: str | os.PathLike) -> Image.Image:
         return open_door("DICOM")(path)
     try:
         with Image.open(path, formats=IMAGE_FORMATS) as opened:
+            check_size(*opened.size)
             opened.load()
             image = ImageOps.exif_transpose(opened)
     except Exception as error:  # decoders of damaged files raise whatever they meet
@@ -100,6 +102,14 @@ def open_image(path: str | os.PathLike) -> Image.Image:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "black"), image).convert("RGB")
     return image.convert("L" if image.mode in ("1", "L") else "RGB")
+
+
+def check_size(width: int, height: int) -> None:
+    """Raises ValueError: more pixels than any film has; a small file can claim them, and they would
+    fill the memory.
+    """
+    if width * height > MOST_PIXELS:
+        raise ValueError(f"{width} x {height} pixels, and at most {MOST_PIXELS:,} are read")
 
 
 def is_dicom(path: str | os.PathLike) -> bool:

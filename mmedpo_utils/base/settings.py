@@ -70,19 +70,18 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
     def construct_number(self, node: yaml.ScalarNode) -> float:
-        if not PLAIN_NUMBER.fullmatch(node.value):
+        whole = node.tag.endswith("int")
+        plain = PLAIN_INTEGER.fullmatch(node.value) if whole else ":" not in node.value
+        if not plain:
             raise yaml.YAMLError(
                 f"line {node.start_mark.line + 1}: `{node.value}` does not mean in YAML what it "
                 "looks like: write a decimal number without a leading 0 and without colons, or a "
                 "text in quotes"
             )
-        whole = node.tag.endswith("int")
         return self.construct_yaml_int(node) if whole else self.construct_yaml_float(node)
 
 
-PLAIN_NUMBER = re.compile(
-    r"[-+]?(0|[1-9][0-9_]*)|[-+]?[0-9]*\.?[0-9]*([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
-)
+PLAIN_INTEGER = re.compile(r"[-+]?(0|[1-9][0-9_]*)")
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_number)
 _Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_number)
 SCIENTIFIC = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$")

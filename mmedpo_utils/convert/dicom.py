@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from ..base.errors import InputError, first_line
-from ..base.images import scale_to_8_bits
+from ..base.images import check_size, scale_to_8_bits
 
 EXTRA = "pip install 'mmedpo-notebooks[dicom]'"
 # A damaged JPEG makes GDCM abort the process that it runs in, and no exception is to be caught.
@@ -48,6 +48,7 @@ def open_dicom(path: str | os.PathLike) -> Image.Image:
         raise InputError(f"{path}: DICOM needs pydicom; install the extra: {EXTRA}") from error
     try:
         dataset = pydicom.dcmread(path)
+        check_size(int(dataset.Columns), int(dataset.Rows))
         compressed = dataset.file_meta.TransferSyntaxUID.is_encapsulated
         pixels = _decoded_elsewhere(path) if compressed else pixel_array(dataset)
         kind = dataset.PhotometricInterpretation
