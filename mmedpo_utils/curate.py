@@ -17,7 +17,7 @@ from typing import Any
 from .base.doors import open_door
 from .base.errors import InputError
 from .base.files import load_json, read_or_compute, write_json
-from .base.images import with_images
+from .base.images import is_whole_png, with_images
 from .base.rows import Row, row_sha
 from .base.tensors import model_digest
 from .dataset import FilmDataset
@@ -68,7 +68,7 @@ def curate_visual(profile: Profile, dataset: FilmDataset, model: MedKLIP) -> lis
         rows = json.loads(target.read_text(encoding="utf-8"))
         copies = {folder / "noised" / row["rejected_image"] for row in rows}
         # The reader may have corrected what was skipped.
-        return not skipped and all(copy.is_file() for copy in copies)
+        return not skipped and all(map(is_whole_png, copies))
 
     read_or_compute(target, inputs, compute, [audit], whole)
     return read_manifest(target, dataset.image_root, folder / "noised", strict=True)

@@ -17,7 +17,7 @@ from .base.cards import load_card
 from .base.doors import open_door
 from .base.errors import InputError
 from .base.files import read_or_compute, remove_temporaries
-from .base.images import open_image, resolve_image
+from .base.images import is_whole_png, open_image, resolve_image
 from .base.privacy import check_origin, check_outputs
 from .base.rows import pair_images
 from .base.settings import SPLITS
@@ -132,7 +132,7 @@ def _phantom(profile: Profile) -> FilmDataset:
 
     def whole() -> bool:
         drawn = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
-        return all((folder / "images" / f"{film}.png").is_file() for film in drawn)
+        return all(is_whole_png(folder / "images" / f"{film}.png") for film in drawn)
 
     inputs = hashlib.sha256(recipe.encode()).hexdigest()
     read_or_compute(folder / "facts.json", inputs, draw, [*asked.values()], whole)

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import (
     LlavaForConditionalGeneration,
@@ -142,7 +141,9 @@ def load_weights(source: Path, **options: Any) -> LlavaForConditionalGeneration:
             model, info = LlavaForConditionalGeneration.from_pretrained(
                 source, trust_remote_code=False, output_loading_info=True, **options
             )
-        except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        except ImportError:
+            raise
+        except Exception as error:  # on damaged files libraries raise whatever they meet
             raise InputError(
                 f"{source}: cannot be loaded as a LLaVA model ({first_line(error)}); the folder "
                 "needs config.json, model.safetensors and the processor's files"

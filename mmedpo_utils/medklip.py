@@ -29,6 +29,7 @@ from .base.tensors import check_state, read_safetensors
 
 PHANTOM_CHECKPOINT = Path(__file__).parent / "phantom" / "weights" / "medklip"
 IMAGE_SIZE = 224
+LARGEST_SIZE = 4096  # of any part of the network; the official one's largest is 1024
 GRID = 14
 CHANNEL_MEAN = (0.485, 0.456, 0.406)
 CHANNEL_STD = (0.229, 0.224, 0.225)
@@ -238,13 +239,16 @@ def load_medklip(
         config = _read_config(folder / "config.json")
         state = read_safetensors(path)
     try:
+        with torch.device("meta"):  # compared before anything of these sizes is allocated
+            check_state(path, state, MedKLIP(config).state_dict())
         model = MedKLIP(config)
+    except InputError:
+        raise
     except Exception as error:  # a value that no network can have fails wherever it is first used
         raise InputError(
             f"{folder / 'config.json'}: its values make no MedKLIP ({first_line(error)}); expected "
             "those of a trained checkpoint: fetch the folder again"
         ) from error
-    check_state(path, state, model.state_dict())
     model.load_state_dict(state)
     return model.to(device).eval().requires_grad_(False)
 
@@ -300,9 +304,11 @@ def pointing_hit(heat: Tensor, mask: np.ndarray, tolerance: float = 8) -> bool:
 def _read_config(path: Path) -> MedKLIPConfig:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        if any(isinstance(value, float) for value in values.values()):
-            raise ValueError("a size is no whole number")
         sizes: dict[str, Any] = {}
+        for value in values.values():
+            for size in value if isinstance(value, list) else [value]:
+                if isinstance(size, float) or (isinstance(size, int) and size > LARGEST_SIZE):
+                    raise ValueError(f"a size of {size!r:.40}; at most {LARGEST_SIZE} are read")
         for key, value in values.items():
             sizes[key] = tuple(value) if isinstance(value, list) else value
         return MedKLIPConfig(**sizes)

@@ -19,6 +19,7 @@ from .base.privacy import is_mimic
 from .base.rows import (
     IMAGE_MARK,
     Row,
+    answer_text,
     check_pair,
     check_question,
     corrected_pair,
@@ -26,6 +27,7 @@ from .base.rows import (
     image_names,
     place,
     question_text,
+    row_source,
 )
 from .base.words import is_yes_no
 
@@ -233,16 +235,6 @@ def is_identical(
     return (Path(image_root) / row["image"]).resolve() == (
         Path(rejected_root) / row["rejected_image"]
     ).resolve()
-
-
-def row_source(row: Row) -> str:
-    """``visual`` for a pair with a rejected image of its own, else ``text``."""
-    return "text" if row.get("rejected_image") is None else "visual"
-
-
-def answer_text(row: Row, rejected: bool = False) -> str:
-    """The preferred (or rejected) answer of a preference row, stripped."""
-    return row["rejected_conversations" if rejected else "conversations"][-1]["value"].strip()
 
 
 def pair_row(question: Row, rejected: str, score: float, **optional: Any) -> Row:

@@ -107,8 +107,8 @@ def written(step: str, folder: Path) -> dict[str, str]:
 
 
 def left_behind(folder: Path) -> list[str]:
-    """Hidden files and folders that are no lock of a training, and checkpoints."""
-    found = [path for path in folder.rglob("*") if path.name.startswith((".", "checkpoint-"))]
+    """Hidden files and folders that are no lock of a training."""
+    found = [path for path in folder.rglob("*") if path.name.startswith(".")]
     return [str(path) for path in found if not path.name.endswith((".train.lock", ".launch.lock"))]
 
 

@@ -13,6 +13,7 @@ from .doors import open_door
 from .errors import InputError, Unusable, first_line
 from .rows import Row
 
+PNG_END = b"IEND\xaeB`\x82"
 MOST_PIXELS = 40_000_000  # mammograms have 25 million
 # Pillow would try all its formats, whatever a file is called, and hand EPS to Ghostscript.
 IMAGE_FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "PPM", "JPEG2000")
@@ -102,6 +103,16 @@ def open_image(path: str | os.PathLike) -> Image.Image:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "black"), image).convert("RGB")
     return image.convert("L" if image.mode in ("1", "L") else "RGB")
+
+
+def is_whole_png(path: Path) -> bool:
+    """Whether a PNG that the kit wrote is there, to its end."""
+    try:
+        with open(path, "rb") as stream:
+            stream.seek(-len(PNG_END), os.SEEK_END)
+            return stream.read() == PNG_END
+    except OSError:
+        return False
 
 
 def check_size(width: int, height: int) -> None:

@@ -158,6 +158,16 @@ def question_text(item: Row | str) -> str:
     return text.replace(IMAGE_MARK, "").strip()
 
 
+def row_source(row: Row) -> str:
+    """``visual`` for a pair with a rejected image of its own, else ``text``."""
+    return "text" if row.get("rejected_image") is None else "visual"
+
+
+def answer_text(row: Row, rejected: bool = False) -> str:
+    """The preferred (or rejected) answer of a preference row, stripped."""
+    return row["rejected_conversations" if rejected else "conversations"][-1]["value"].strip()
+
+
 def check_pair(row: Any, where: str) -> None:
     """Check one preference row. Raises InputError: begins with ``where``, names the key."""
     check_fields(row, where, ("id", "image", "conversations", "rejected_conversations"))

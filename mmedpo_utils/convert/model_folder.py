@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
+import torch
 from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
 
 from ..base.chat_templates import TEMPLATES
@@ -89,7 +90,7 @@ def read_processor(source: Path) -> LlavaProcessor:
             processor = AutoProcessor.from_pretrained(
                 source, backend="pil", trust_remote_code=False
             )
-    except (OSError, RuntimeError, ValueError, TypeError, KeyError, ImportError) as error:
+    except Exception as error:  # on settings of a wrong type libraries raise whatever they meet
         raise InputError(
             f"{source}: its processor cannot be read ({first_line(error)}); the folder needs "
             "processor_config.json and the files of its image processor and tokenizer"
@@ -124,6 +125,11 @@ def prepare_processor(
     """
     if template is not None:
         processor.chat_template = TEMPLATES[template]
+    if processor.tokenizer.pad_token_id is None:
+        raise InputError(
+            f"{source / 'tokenizer_config.json'}: `pad_token` is missing, with which shorter "
+            "questions are filled up; name a token there that no text produces"
+        )
     tokens = _complete_processor(source, config, processor)
     mark, found = processor.image_token, config.image_token_id
     own = processor.tokenizer.convert_tokens_to_ids(mark)
@@ -187,7 +193,10 @@ def read_config(source: Path) -> Any:
     """
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
+        layers = [part.num_hidden_layers for part in (config.text_config, config.vision_config)]
+        if not all(0 < count <= MOST_LAYERS for count in layers):
+            raise ValueError(f"{max(layers)} layers, and at most {MOST_LAYERS} are loaded")
+    except Exception as error:  # on settings of a wrong type libraries raise whatever they meet
         raise InputError(
             f"{source}: no readable model configuration ({first_line(error)}); expected "
             '"phantom", a '
@@ -198,7 +207,37 @@ def read_config(source: Path) -> Any:
             f"{source}: config.json says model_type {config.model_type!r}; expected 'llava' "
             "(LlavaForConditionalGeneration)"
         )
+    _refuse_absurd(source, config)
     return config
+
+
+MOST_LAYERS = 1_000
+
+
+def _refuse_absurd(source: Path, config: Any) -> None:
+    """Compare the network that a configuration describes with the size of its files, before
+    anything of that size is allocated.
+
+    Raises:
+        InputError: no network can be made of it, or one of many more weights than the files hold.
+    """
+    try:
+        with torch.device("meta"), quiet_loading():
+            model = LlavaForConditionalGeneration(copy.deepcopy(config))
+        weights = sum(parameter.numel() for parameter in model.parameters())
+    except Exception as error:  # a value that no network can have fails wherever it is used
+        raise InputError(
+            f"{source / 'config.json'}: its values make no network ({first_line(error)}); fetch "
+            "the file again"
+        ) from error
+    files = [*source.glob("*.safetensors"), *source.glob("*.bin")]
+    held = sum(file.stat().st_size for file in files)
+    # Two weights a byte are as many as 4 bits hold; tied ones are counted once more.
+    if held and weights > 4 * held:
+        raise InputError(
+            f"{source / 'config.json'}: describes a network of {weights:,} weights, and the "
+            f"folder's files hold {held:,} bytes; the two do not belong together"
+        )
 
 
 def empty_model(source: Path) -> LlavaForConditionalGeneration:

@@ -80,7 +80,10 @@ def write_model_card(
     adapter = folder / "adapter"
     base = public_name(profile.lvlm.model)
     config = load_object(adapter / "adapter_config.json", "the configuration of a PEFT adapter")
-    write_json(adapter / "adapter_config.json", config | {"base_model_name_or_path": base})
+    config["base_model_name_or_path"] = base
+    if isinstance(config.get("target_modules"), list):
+        config["target_modules"].sort()  # PEFT keeps a set, whose order is another each time
+    write_json(adapter / "adapter_config.json", config)
     settings = {key: getattr(profile.lvlm, key) for key in LOADING}
     if settings["base_adapter"]:
         settings["base_adapter"] = public_name(settings["base_adapter"])

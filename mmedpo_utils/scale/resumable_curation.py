@@ -20,7 +20,7 @@ from PIL import Image
 
 from ..base.errors import InputError
 from ..base.files import atomic_write, remove_temporaries, write_json
-from ..base.images import open_image, resolve_image
+from ..base.images import is_whole_png, open_image, resolve_image
 from ..base.rows import Row, row_sha
 from ..base.sections import Noise
 from ..noise import noise_mask, noised_pixels
@@ -162,7 +162,7 @@ def _is_written(
             _, image = open_or_reason(image_root, record["image"])
             if not isinstance(image, str):
                 return False
-        elif not (noised_root / record.get("rejected_image", "")).is_file():
+        elif not is_whole_png(noised_root / record.get("rejected_image", "")):
             return False
     return True
 

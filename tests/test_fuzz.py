@@ -1,0 +1,174 @@
+"""Damaged files by the thousand, by seed: each is read, or refused in one sentence. What was found
+once stays as a case in the tests of its reader.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+from mmedpo_utils.base.errors import InputError
+from mmedpo_utils.lvlm import PHANTOM_WEIGHTS, generate, load_lvlm
+from mmedpo_utils.medklip import PHANTOM_CHECKPOINT, load_medklip
+from mmedpo_utils.preference_rows import pair_row, read_manifest, read_questions
+from mmedpo_utils.profiles import PROFILE_FOLDER, load_profile
+
+from .conftest import REPOSITORY
+
+QUESTION = {
+    "question_id": "q1",
+    "image": "a.png",
+    "text": "Is there a nodule?\n<image>",
+    "gpt4_answer": "yes",
+    "answer_type": "CLOSED",
+    "patient_id": "p1",
+}
+ODD = [None, True, False, 0, -1, 10**400, 1e308, float("nan"), float("inf"), "", " ", "\ud800"]
+ODD += [[], {}, [[]], {"a": {}}, "<image>", "../../x", "a" * 10_000, "\x00", [None], "no", "010"]
+
+
+def images(seed: int, count: int) -> dict:
+    command = [sys.executable, "-m", "tests.fuzz_images", str(seed), str(count)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=3000)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize(
+    "count", [300, pytest.param(10_000, marks=pytest.mark.slow)], ids=["few", "many"]
+)
+def test_a_damaged_image_is_opened_or_refused(count):
+    found = images(count, count)
+    assert found["seeds"] == 44
+    assert not found["wrong"], found["wrong"][:5]
+    assert set(found["outcomes"]) == {"opened", "InputError"}
+    assert found["outcomes"]["opened"] > count / 10, "some damages do not matter"
+    assert found["peak_gib"] < 1
+
+
+def changed(value, chance: random.Random):
+    """A copy of plain values with one of them replaced, left out, doubled, or put elsewhere."""
+    places: list[tuple] = []
+
+    def walk(part, path: tuple) -> None:
+        places.append(path)
+        if isinstance(part, dict | list):
+            keys = part if isinstance(part, dict) else range(len(part))
+            for key in keys:
+                walk(part[key], (*path, key))
+
+    value = json.loads(json.dumps(value))
+    walk(value, ())
+    path = chance.choice(places[1:] or places)
+    if not path:
+        return chance.choice(ODD)
+    holder = value
+    for key in path[:-1]:
+        holder = holder[key]
+    way = chance.randrange(4)
+    if way == 0 or isinstance(holder, list):
+        holder[path[-1]] = chance.choice(ODD)
+    elif way == 1:
+        del holder[path[-1]]
+    elif way == 2:
+        holder[str(path[-1]) + chance.choice("sx_ ")] = holder.pop(path[-1])
+    else:
+        holder[path[-1]] = [holder[path[-1]]] * 2
+    return value
+
+
+def read_or_refused(read, file: Path) -> bool:
+    """Whether a file was read. Anything but an InputError of one line that names it fails."""
+    begun = time.monotonic()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            read(file)
+        return True
+    except InputError as error:
+        assert file.name in str(error) and "\n" not in str(error), str(error)[:300]
+        return False
+    finally:
+        assert time.monotonic() - begun < 20
+
+
+@pytest.mark.parametrize("seed", range(300))
+def test_a_damaged_profile_is_read_or_refused(seed, tmp_path):
+    chance = random.Random(seed)
+    values = yaml.safe_load((PROFILE_FOLDER / "phantom.yaml").read_text(encoding="utf-8"))
+    for _ in range(chance.choice((1, 1, 2))):
+        values = changed(values, chance) if isinstance(values, dict) else values
+    file = tmp_path / "a.yaml"
+    try:
+        file.write_text(yaml.safe_dump(values, allow_unicode=True), encoding="utf-8")
+    except UnicodeEncodeError:
+        file.write_bytes(b"name: \xff\n")
+    read_or_refused(load_profile, file)
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_damaged_rows_are_read_or_refused(seed, tmp_path):
+    chance = random.Random(seed)
+    pairs = [pair_row(QUESTION | {"question_id": f"q{n}"}, "no", 0.5) for n in range(3)]
+    rows = changed(pairs, chance)
+    (tmp_path / "pairs.json").write_text(json.dumps(rows))
+    read_or_refused(read_manifest, tmp_path / "pairs.json")
+    text = "".join(json.dumps(changed(QUESTION, chance)) + "\n" for _ in range(3))
+    place = chance.randrange(len(text))
+    text = chance.choice([text, text[:place], text[:place] + chance.choice('"{\n\x00') + text])
+    (tmp_path / "q.jsonl").write_text(text, encoding="utf-8", errors="replace")
+    read_or_refused(read_questions, tmp_path / "q.jsonl")
+
+
+SETTINGS = ("config.json", "processor_config.json", "tokenizer_config.json", "chat_template.jinja")
+
+
+@pytest.mark.parametrize(
+    "seed", [pytest.param(n, marks=[] if n < 24 else pytest.mark.slow) for n in range(300)]
+)
+def test_damaged_settings_of_a_model_load_or_are_refused(seed, tmp_path):
+    chance = random.Random(seed)
+    for file in PHANTOM_WEIGHTS.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    file = tmp_path / SETTINGS[seed % len(SETTINGS)]
+    content = file.read_text(encoding="utf-8")
+    file.unlink()
+    if file.suffix == ".json" and chance.random() < 0.7:
+        content = json.dumps(changed(json.loads(content), chance))
+    else:
+        content = content[: chance.randrange(len(content))] + chance.choice(["", "\x00", "{{", "]"])
+    file.write_text(content, encoding="utf-8", errors="replace")
+    try:
+        lvlm = load_lvlm(str(tmp_path), "cpu")
+    except InputError as error:
+        assert str(tmp_path) in str(error) and "\n" not in str(error), str(error)[:300]
+    else:
+        film = Image.new("RGB", (224, 224), (90, 90, 90))
+        assert generate(lvlm, [film], ["Is there a nodule?"], 4, 1)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_damaged_settings_of_medklip_load_or_are_refused(seed, tmp_path):
+    chance = random.Random(seed)
+    (tmp_path / "model.safetensors").symlink_to(PHANTOM_CHECKPOINT / "model.safetensors")
+    content = (PHANTOM_CHECKPOINT / "config.json").read_text(encoding="utf-8")
+    if chance.random() < 0.8:
+        content = json.dumps(changed(json.loads(content), chance))
+    else:
+        content = content[: chance.randrange(len(content))]
+    (tmp_path / "config.json").write_text(content, encoding="utf-8", errors="replace")
+    begun = time.monotonic()
+    try:
+        load_medklip(tmp_path)
+    except InputError as error:
+        assert str(tmp_path) in str(error) and "\n" not in str(error), str(error)[:300]
+    assert time.monotonic() - begun < 20
