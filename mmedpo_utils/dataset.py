@@ -132,7 +132,8 @@ def _phantom(profile: Profile) -> FilmDataset:
 
     def whole() -> bool:
         drawn = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
-        return all(is_whole_png(folder / "images" / f"{film}.png") for film in drawn)
+        kinds = (folder / "images", folder / "masks")
+        return all(is_whole_png(kind / f"{film}.png") for kind in kinds for film in drawn)
 
     inputs = hashlib.sha256(recipe.encode()).hexdigest()
     read_or_compute(folder / "facts.json", inputs, draw, [*asked.values()], whole)

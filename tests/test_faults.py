@@ -78,6 +78,7 @@ class Started:
 
     def kill(self) -> None:
         """Kill it and all that it started, wherever they are."""
+        os.kill(self.pid, signal.SIGSTOP)  # it starts no more
         children = psutil.Process(self.pid).children(recursive=True)
         for pid in (self.pid, *(child.pid for child in children)):
             try:

@@ -193,9 +193,6 @@ def read_config(source: Path) -> Any:
     """
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-        layers = [part.num_hidden_layers for part in (config.text_config, config.vision_config)]
-        if not all(0 < count <= MOST_LAYERS for count in layers):
-            raise ValueError(f"{max(layers)} layers, and at most {MOST_LAYERS} are loaded")
     except Exception as error:  # on settings of a wrong type libraries raise whatever they meet
         raise InputError(
             f"{source}: no readable model configuration ({first_line(error)}); expected "
@@ -222,6 +219,9 @@ def _refuse_absurd(source: Path, config: Any) -> None:
         InputError: no network can be made of it, or one of many more weights than the files hold.
     """
     try:
+        layers = [part.num_hidden_layers for part in (config.text_config, config.vision_config)]
+        if not all(0 < count <= MOST_LAYERS for count in layers):
+            raise ValueError(f"{max(layers):.3g} layers, and at most {MOST_LAYERS} are loaded")
         with torch.device("meta"), quiet_loading():
             model = LlavaForConditionalGeneration(copy.deepcopy(config))
         weights = sum(parameter.numel() for parameter in model.parameters())
@@ -236,7 +236,8 @@ def _refuse_absurd(source: Path, config: Any) -> None:
     if held and weights > 4 * held:
         raise InputError(
             f"{source / 'config.json'}: describes a network of {weights:,} weights, and the "
-            f"folder's files hold {held:,} bytes; the two do not belong together"
+            f"folder's files hold {held:,} bytes; the two do not belong together, or the files are "
+            "cut short: fetch the folder again"
         )
 
 
