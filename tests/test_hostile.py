@@ -7,6 +7,8 @@ from __future__ import annotations
 import json
 import os
 import stat
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -39,6 +41,8 @@ from mmedpo_utils.profiles import load_profile
 from mmedpo_utils.programs.export import _cell
 from mmedpo_utils.run_folder import ADAPTER_FILES, finished_result, prepare_folder, read_events
 from mmedpo_utils.scale.journal import Journal
+
+from .conftest import REPOSITORY
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{new}: &{new} [*{old}, *{old}, *{old}, *{old}, *{old}, *{old}, *{old}, *{old}, *{old}]\n"
@@ -213,6 +217,16 @@ def test_a_result_is_known_by_what_it_holds_and_a_changed_one_is_kept(tmp_path, 
     assert made() and path.read_text() == "one\ntwo\n"
     assert (tmp_path / "base.jsonl.kept").read_text() == "one\n"
     assert "kept as base.jsonl.kept" in capsys.readouterr().out
+    path.write_text("mine")
+
+    def fail() -> None:
+        raise InputError("no room")
+
+    with pytest.raises(InputError, match="no room"):
+        read_or_compute(path, "others", fail, [part])
+    assert path.read_text() == "mine", "what was moved aside is put back"
+    path.write_text("one\ntwo\n")
+    assert made() and not list(tmp_path.glob("*.kept2"))
     part.unlink()
     assert made() and part.read_text() == "beside" and not made()
     (tmp_path / "base.sha256").write_bytes(b"\xff\xfe")
@@ -272,6 +286,38 @@ def test_a_lock_that_was_taken_away_is_no_lock(tmp_path):
     pairs = [order[place : place + 2] for place in range(0, 12, 2)]
     assert all(one == other for one, other in pairs), "nobody is in between"
     assert not list(tmp_path.iterdir())
+
+
+LOADING = """
+import os, sys
+os.environ["WORLD_SIZE"] = "2"
+import torch
+from mmedpo_utils.programs.train import load_data_alone
+load_data_alone()
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
+torch.save({"scaler": LossScaler(2.0), "values": torch.ones(2)}, sys.argv[2])
+print(torch.load(sys.argv[2], weights_only=False)["scaler"].cur_scale)
+torch.load(sys.argv[1], weights_only=False)  # as DeepSpeed loads its parts
+"""
+
+
+class Evil:
+    """What a stranger's checkpoint may hold."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (str(self.mark),)
+
+
+def test_a_program_in_a_checkpoint_is_not_run_where_its_own_parts_load(tmp_path):
+    pytest.importorskip("deepspeed")
+    torch.save({"optimizer": Evil(tmp_path / "ran")}, tmp_path / "evil.pt")
+    command = [sys.executable, "-c", LOADING, str(tmp_path / "evil.pt"), str(tmp_path / "own.pt")]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert "2.0" in done.stdout and done.returncode != 0
+    assert "Weights only load failed" in done.stderr and not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("damage", ["lost", "changed", "no list", "half a marker"])

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import InputError, cannot_write, first_line
-from .locks import NO_LINK, is_still, locked, turn
+from .locks import HAS_LOCKS, NO_LINK, is_still, locked, turn
 
 
 @contextmanager
@@ -32,13 +32,16 @@ def atomic_write(path: str | os.PathLike, mode: int = 0o666) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary, handle = _reserved(path, mode)
+        allowed = os.fstat(handle).st_mode & 0o777
+        if not HAS_LOCKS:
+            os.close(handle)
         try:
-            allowed = os.fstat(handle).st_mode & 0o777
             yield temporary
             os.chmod(temporary, allowed)  # safetensors gives its files a mode of its own
             os.replace(temporary, path)
         finally:
-            os.close(handle)
+            if HAS_LOCKS:
+                os.close(handle)
     except OSError as error:
         raise cannot_write(path, error) from error
     finally:
@@ -201,7 +204,13 @@ def read_or_compute(
 def _compute(path: Path, inputs: str, compute: Callable[[], object], files: Sequence[Path]) -> None:
     kept = [pair for file in files for pair in _kept(file, _sums(path).get(file.name))]
     path.with_suffix(SUMS).unlink(missing_ok=True)
-    compute()
+    try:
+        compute()
+    except BaseException:
+        for file, aside in kept:
+            if not file.exists():
+                os.replace(aside, file)
+        raise
     listed = [f"{file_sha256(file)}  {file.name}\n" for file in files]
     with atomic_write(path.with_suffix(SUMS)) as temporary:
         temporary.write_text(f"{inputs}\n{''.join(listed)}", encoding="utf-8")

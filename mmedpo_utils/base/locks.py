@@ -69,7 +69,8 @@ def turn(target: Path) -> Iterator[None]:
         _sign(target, "compute")
         yield
     finally:
-        file.unlink(missing_ok=True)  # while it is held: see `is_still`
+        if HAS_LOCKS:
+            file.unlink(missing_ok=True)  # while it is held: see `is_still`
         os.close(handle)
 
 
@@ -88,16 +89,18 @@ def _waited_for(target: Path, file: Path) -> int:
 
 
 NO_LINK = getattr(os, "O_NOFOLLOW", 0)
+# Windows has no lock of this kind, and neither moves nor removes a file that is open.
+HAS_LOCKS = os.name != "nt"
 
 
 def locked(handle: int, wait: bool = False) -> bool:
     """Take the lock of an open file, or say that somebody has it. The system frees it when the
     process dies.
     """
-    try:
-        import fcntl
-    except ImportError:  # Windows has no such lock: two writers at once are not kept apart there
+    if not HAS_LOCKS:
         return True
+    import fcntl
+
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:

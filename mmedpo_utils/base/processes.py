@@ -27,7 +27,7 @@ CAUSES = [  # what a dying process says, and what it means
         "the disk is full, or a file may not grow further; free some space",
     ),
     (
-        r"Read-only file system|Permission denied",
+        r"\[Errno (13|30)\]|os error (13|30)\b",
         "a folder cannot be written to; set the profile's `output`, or the environment variable "
         "MMEDPO_OUTPUT, to one that can",
     ),
