@@ -23,15 +23,8 @@ from mmedpo_utils.preference_rows import pair_row, read_manifest, read_questions
 from mmedpo_utils.profiles import PROFILE_FOLDER, load_profile
 
 from .conftest import REPOSITORY
+from .test_manifests import QUESTION
 
-QUESTION = {
-    "question_id": "q1",
-    "image": "a.png",
-    "text": "Is there a nodule?\n<image>",
-    "gpt4_answer": "yes",
-    "answer_type": "CLOSED",
-    "patient_id": "p1",
-}
 ODD = [None, True, False, 0, -1, 10**400, 1e308, float("nan"), float("inf"), "", " ", "\ud800"]
 ODD += [[], {}, [[]], {"a": {}}, "<image>", "../../x", "a" * 10_000, "\x00", [None], "no", "010"]
 
