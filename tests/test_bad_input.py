@@ -814,8 +814,8 @@ BAD_CHECKPOINTS = [
         *LVLM,
         "model.safetensors",
         b"x" * 99,
-        "cannot be loaded",
-        "the folder needs config.json",
+        "the folder's files hold 99 bytes",
+        "fetch the folder again",
     ),
     adapter("absent", {}, LORA_FILE, "no such file", "expected a PEFT adapter folder"),
     adapter(

@@ -233,11 +233,11 @@ def test_memory_is_held_against_what_is_free():
     lines = found(
         check_profile(
             load_profile(
-                "phantom", {"training.processes": 16, "training.per_device_batch_size": 4000}
+                "phantom", {"training.processes": 2, "training.per_device_batch_size": 32_000}
             )
         )
     )
     assert (
-        "each of 16 training processes" in lines["CPU memory"].found
+        "each of 2 training processes" in lines["CPU memory"].found
         and "close other programs" in lines["CPU memory"].to_do
     )
