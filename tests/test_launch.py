@@ -212,11 +212,11 @@ def test_a_crash_raises_with_the_workers_own_error_and_can_be_repeated(workspace
     folder = profile.output / "train" / "stage2-seed0"
     assert not (folder / "result.json").exists() and not (folder / "adapter").exists()
     shutil.copy(workspace / "images" / "7.png", broken / "images" / "7.png")
-    (folder / "stale").write_text("left over")
-    assert (
-        train(profile, "stage2", live=False).result["processes"] == 1
-        and not (folder / "stale").exists()
-    )
+    (folder / "notes.txt").write_text("mine")
+    (folder / "versions.json").write_text("stale")
+    assert train(profile, "stage2", live=False).result["processes"] == 1
+    assert (folder / "notes.txt").read_text() == "mine"
+    assert "torch" in (folder / "versions.json").read_text()
 
 
 def test_bad_requests_are_refused_before_anything_starts(workspace, tmp_path):
