@@ -157,6 +157,10 @@ def test_a_torn_line_a_lost_image_and_other_inputs(films: Path, tmp_path: Path) 
     )
     journal.write_bytes(journal.read_bytes() + b'[{"image": "a/0')
     assert curate() == 0 and contents(tmp_path) == whole
+    # Two processes that wrote one journal: its entries are those of other batches.
+    head, *entries = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join([head, entries[0], entries[0], *entries[1:-1]]))
+    assert curate() > 0 and contents(tmp_path) == whole, "no row is lost"
     (tmp_path / "noised" / "b" / "01.png").unlink()
     (tmp_path / "noised" / "b" / ".01.png.mmedpo.png").write_bytes(b"half")
     assert 0 < curate() < 40 and contents(tmp_path) == whole

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from matplotlib.figure import Figure
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -35,12 +36,14 @@ from mmedpo_utils.base.privacy import check_outputs, private_folder
 from mmedpo_utils.base.settings import read_yaml
 from mmedpo_utils.base.words import LONGEST_REPORT
 from mmedpo_utils.convert.layouts import read_layout
-from mmedpo_utils.convert.llava_med import weight_files
+from mmedpo_utils.convert.llava_med import read_tensors, weight_files
+from mmedpo_utils.lvlm import load_lvlm
 from mmedpo_utils.metrics import answer_score
 from mmedpo_utils.profiles import load_profile
 from mmedpo_utils.programs.export import _cell
 from mmedpo_utils.run_folder import ADAPTER_FILES, finished_result, prepare_folder, read_events
 from mmedpo_utils.scale.journal import Journal
+from mmedpo_utils.show import figures
 
 from .conftest import REPOSITORY
 
@@ -120,6 +123,11 @@ def test_one_variable_moves_what_is_written_and_nothing_else(tmp_path, monkeypat
     assert moved.lvlm == usual.lvlm and moved.digest("lvlm", "data") == usual.digest("lvlm", "data")
     moved.save(tmp_path / "profile.yaml")
     assert load_profile(tmp_path / "profile.yaml").output == moved.output, "moved once, not twice"
+    monkeypatch.setenv("MMEDPO_OUTPUT", str(REPOSITORY / "runs" / "mine"))
+    inside = load_profile("phantom")
+    assert inside.output == REPOSITORY / "runs" / "mine" / "runs" / "phantom"
+    inside.save(tmp_path / "inside.yaml")
+    assert load_profile(tmp_path / "inside.yaml").output == inside.output
 
 
 def test_the_readers_umask_holds(tmp_path):
@@ -383,7 +391,23 @@ def test_an_index_of_shards_stays_in_its_folder(tmp_path, name):
         weight_files(folder)
 
 
-def test_a_long_report_ends(capsys):
+def test_a_tensor_in_two_files_is_nobodys(original):
+    first, second = weight_files(original)
+    tensors = read_tensors(second) | dict([next(iter(read_tensors(first).items()))])
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, second)
+    with pytest.raises(InputError, match=f"{second.name}: holds .*, as an earlier file"):
+        load_lvlm(original, "cpu")
+
+
+def test_a_figure_that_cannot_be_saved_is_shown_all_the_same(tmp_path, capsys, monkeypatch):
+    shown = []
+    monkeypatch.setattr("mmedpo_utils.show.figures.display", shown.append)
+    (tmp_path / "taken").write_text("a file, and no folder")
+    figures.show(Figure(figsize=(1, 1)), "empty", save_as=tmp_path / "taken" / "a.png")
+    assert len(shown) == 1 and "shown, and not saved" in capsys.readouterr().out
+
+
+def test_a_long_report_ends():
     words = [f"w{number % 997}" for number in range(20_000)]
     row = {"answer": " ".join(words), "prediction": " ".join(words[::-1]), "answer_type": "REPORT"}
     begun = time.monotonic()

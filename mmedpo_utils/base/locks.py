@@ -119,5 +119,9 @@ def is_still(path: Path, handle: int) -> bool:
 
 
 def _sign(target: Path, kind: str) -> None:
+    """Write down who holds a lock. Raises InputError: the disk is full."""
     text = f"process {os.getpid()} on {socket.gethostname()}"
-    lock_file(target, kind).write_text(text, encoding="utf-8")
+    try:
+        lock_file(target, kind).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise cannot_write(target, error) from error

@@ -165,17 +165,20 @@ def _absolute(value: Any) -> Path:
 
 def move_outputs(values: dict[str, Any]) -> None:
     """Let a profile's ``output`` and ``figures`` begin in the folder MMEDPO_OUTPUT, where that
-    environment variable is set, and not in the repository. A path that leads out of the repository
-    stays: so it stands in the profile of a run that was moved.
+    environment variable is set, and not in the repository. A path that leads out of the repository,
+    or into that folder, stays: so it stands in the profile of a run that was moved.
     """
-    base = os.environ.get("MMEDPO_OUTPUT")
+    variable = os.environ.get("MMEDPO_OUTPUT")
+    if not variable:
+        return
+    base = Path(os.path.abspath(variable))
     for key in ("output", "figures"):
         path = values.get(key)
-        if not base or not isinstance(path, str):
+        if not isinstance(path, str):
             continue
-        absolute = Path(path).expanduser().is_absolute()
-        if not absolute and not os.path.normpath(path).startswith(".."):
-            values[key] = os.path.join(os.path.abspath(base), path)
+        usual = Path(os.path.normpath(repository_root() / Path(path).expanduser()))
+        if usual.is_relative_to(repository_root()) and not usual.is_relative_to(base):
+            values[key] = str(base / path)
 
 
 def _where_it_lies(name: str) -> str:
