@@ -31,7 +31,7 @@ from mmedpo_utils.base.files import (
     write_json,
 )
 from mmedpo_utils.base.images import MOST_PIXELS, open_image
-from mmedpo_utils.base.locks import turn
+from mmedpo_utils.base.locks import lock_file, locked, turn
 from mmedpo_utils.base.privacy import check_outputs, private_folder
 from mmedpo_utils.base.settings import read_yaml
 from mmedpo_utils.base.words import LONGEST_REPORT
@@ -276,13 +276,25 @@ def test_two_writers_of_one_file_do_not_mix(tmp_path):
     assert path.read_text() == "one" * 1000 and list(tmp_path.iterdir()) == [path]
 
 
+def test_what_a_killed_writer_left_is_taken_over_empty(tmp_path):
+    left = tmp_path / ".a.json.mmedpo.json"
+    left.write_text("half of something")
+    with atomic_write(tmp_path / "a.json") as temporary:
+        assert temporary == left and not temporary.read_bytes()
+        temporary.write_text("whole")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
 def test_a_lock_that_was_taken_away_is_no_lock(tmp_path):
     """Whoever waits for a lock whose file its holder removes takes a new one."""
-    order = []
+    order, taken_late = [], []
 
     def hold(name: str) -> None:
         with turn(tmp_path / "a"):
             order.append(name)
+            late = os.open(lock_file(tmp_path / "a", "compute"), os.O_RDWR)
+            taken_late.append(locked(late))
+            os.close(late)
             time.sleep(0.05)
             order.append(name)
 
@@ -293,6 +305,7 @@ def test_a_lock_that_was_taken_away_is_no_lock(tmp_path):
         thread.join()
     pairs = [order[place : place + 2] for place in range(0, 12, 2)]
     assert all(one == other for one, other in pairs), "nobody is in between"
+    assert taken_late == [False] * 6, "nor anybody who comes later"
     assert not list(tmp_path.iterdir())
 
 
