@@ -11,7 +11,6 @@ import hashlib
 import json
 from collections import Counter
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from .base.doors import open_door
@@ -28,6 +27,7 @@ from .phantom.panel import wording
 from .preference_rows import read_manifest, row_source, rows_to_questions, write_manifest
 from .profiles import Profile
 from .relevance import Judge, Member, sample_candidates
+from .run_folder import manifest_path
 
 
 def training_questions(profile: Profile, dataset: FilmDataset) -> list[Row]:
@@ -151,11 +151,6 @@ def inputs_digest(profile: Profile, questions: list[Row], *sections: str) -> str
     the questions.
     """
     return hashlib.sha256(f"{profile.digest(*sections)} {row_sha(questions)}".encode()).hexdigest()
-
-
-def manifest_path(profile: Profile, variant: str) -> Path:
-    """The preference manifest that ``variant`` trains on; notebook 03 writes train.json."""
-    return profile.output / "pairs" / f"{profile.training.variants[variant].pairs}.json"
 
 
 def training_rows(profile: Profile, name: str) -> list[dict[str, Any]]:

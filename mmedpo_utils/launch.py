@@ -19,10 +19,9 @@ from .base.environment import check_device
 from .base.errors import InputError, Interrupted, ToldInFull
 from .base.locks import run_lock
 from .base.processes import cause_of_death, last_words, log_text, printed, shorten, started
-from .curate import manifest_path
 from .launch_command import launch_command, process_count
 from .profiles import Profile
-from .run_folder import FAILED, finished_result, read_events, run_digest
+from .run_folder import FAILED, finished_result, manifest_path, read_events, run_digest
 from .show import plots
 from .show.figures import ShownFigure
 

@@ -29,7 +29,7 @@ def finished_result(folder: Path, digest: str) -> dict[str, Any] | None:
             return None
         # Earlier runs have noted no sums.
         sums = {**dict.fromkeys(ADAPTER_FILES), **result.get("files", {})}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     for name, wanted in sums.items():
         file = folder / "adapter" / name
@@ -98,6 +98,11 @@ def prepare_folder(folder: Path, checkpoint: Path | None) -> None:
 RETIRED = {"reuse_vision_features": True}
 NOT_DECIDING = ("logging_steps", "samples", "save_every", "report_to", "nodes", "hostfile")
 FAILED = "=== a training process failed ==="
+
+
+def manifest_path(profile: Profile, variant: str) -> Path:
+    """The preference manifest that ``variant`` trains on; notebook 03 writes train.json."""
+    return profile.output / "pairs" / f"{profile.training.variants[variant].pairs}.json"
 
 
 def run_digest(profile: Profile, variant: str, seed: int, manifest: Path) -> str:

@@ -97,12 +97,19 @@ def seeds() -> list[tuple[str, bytes]]:
 
 
 def dicoms(grey: np.ndarray) -> list[tuple[str, bytes]]:
-    """Two DICOM files, of two transfer syntaxes."""
+    """DICOM files of four transfer syntaxes, two of them compressed."""
     from pydicom.dataset import FileDataset, FileMetaDataset
-    from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
+    from pydicom.encaps import encapsulate
+    from pydicom.uid import (
+        ExplicitVRLittleEndian,
+        ImplicitVRLittleEndian,
+        JPEGBaseline8Bit,
+        RLELossless,
+    )
 
     found = []
-    for syntax in (ExplicitVRLittleEndian, ImplicitVRLittleEndian):
+    for syntax in (ExplicitVRLittleEndian, ImplicitVRLittleEndian, RLELossless, JPEGBaseline8Bit):
+        bits = 8 if syntax == JPEGBaseline8Bit else 16
         meta = FileMetaDataset()
         meta.TransferSyntaxUID = syntax
         meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.1"
@@ -113,11 +120,18 @@ def dicoms(grey: np.ndarray) -> list[tuple[str, bytes]]:
         film.Rows, film.Columns = grey.shape
         film.SamplesPerPixel = 1
         film.PhotometricInterpretation = "MONOCHROME2"
-        film.BitsAllocated = film.BitsStored = 16
-        film.HighBit = 15
+        film.BitsAllocated = film.BitsStored = bits
+        film.HighBit = bits - 1
         film.PixelRepresentation = 0
         film.WindowCenter, film.WindowWidth = 128, 256
-        film.PixelData = grey.astype("<u2").tobytes()
+        if syntax == RLELossless:
+            film.compress(syntax, grey.astype("<u2"))
+        elif syntax == JPEGBaseline8Bit:
+            stream = io.BytesIO()
+            Image.fromarray(grey).save(stream, format="JPEG")
+            film.PixelData = encapsulate([stream.getvalue()])
+        else:
+            film.PixelData = grey.astype("<u2").tobytes()
         stream = io.BytesIO()
         film.save_as(stream, enforce_file_format=True)
         found.append((".dcm", stream.getvalue()))

@@ -23,6 +23,7 @@ import pytest
 
 from .conftest import REPOSITORY
 from .fault_steps import STEPS
+from .test_fuzz import damage, few_or_many
 
 QUICK = ("evaluate", "visual", "page")
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -218,3 +219,48 @@ def test_a_file_that_was_cut_is_made_anew_or_named(step, undisturbed, laboratory
             file.write_bytes(content)
         elif step != "merging":  # what is merged already is the reader's
             assert written(step, folder)[name] == whole[name], f"{name}: {said}"
+
+
+NOTES = (".json", ".jsonl", ".yaml", ".sha256")
+
+
+@pytest.mark.parametrize("seed", few_or_many(2, 8))
+@pytest.mark.parametrize(
+    "step", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in STEPS]
+)
+def test_damaged_notes_of_a_step_are_made_anew_or_named(
+    step, seed, undisturbed, laboratory, tmp_path
+):
+    before, after, seconds = undisturbed(step)
+    chance = random.Random(f"{step}{seed}")
+    folder = tmp_path / "damaged"
+    if seed % 2:
+        fresh(after, folder)
+    else:  # what it keeps on its way
+        fresh(before, folder)
+        started = laboratory.start(step, folder)
+        time.sleep(chance.uniform(0.4, 1) * seconds)
+        started.kill()
+    earlier = {path.relative_to(before) for path in before.rglob("*")}
+    notes = [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.suffix in NOTES and path.stat().st_size and path.relative_to(folder) not in earlier
+    ]
+    for file in chance.sample(notes, min(len(notes), 2)):
+        damage(file, chance)
+        started = laboratory.start(step, folder)
+        code, said = started.ended()
+        assert "Traceback" not in said, (file, said)
+        if code:
+            assert code == 2 and file.name in said, (file, said)
+            shutil.rmtree(folder)
+            fresh(after, folder)
+        elif step != "merging":  # what is merged already is the reader's
+            found = {
+                name: digest
+                for name, digest in written(step, folder).items()
+                if not Path(name).suffix.startswith(".kept")  # the damaged file, with a line
+            }
+            assert found == written(step, after), (file, said)
+            assert not left_behind(folder)

@@ -6,14 +6,17 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import subprocess
 import sys
 import time
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import yaml
+from peft import get_peft_model
 from PIL import Image
 
 from mmedpo_utils.base.errors import InputError
@@ -21,6 +24,8 @@ from mmedpo_utils.lvlm import PHANTOM_WEIGHTS, generate, load_lvlm
 from mmedpo_utils.medklip import PHANTOM_CHECKPOINT, load_medklip
 from mmedpo_utils.preference_rows import pair_row, read_manifest, read_questions
 from mmedpo_utils.profiles import PROFILE_FOLDER, load_profile
+from mmedpo_utils.programs.export import merge
+from mmedpo_utils.trainer import adapter_config
 
 from .conftest import REPOSITORY
 from .test_manifests import QUESTION
@@ -37,11 +42,11 @@ def images(seed: int, count: int) -> dict:
 
 
 @pytest.mark.parametrize(
-    "count", [300, pytest.param(10_000, marks=pytest.mark.slow)], ids=["few", "many"]
+    "count", [200, pytest.param(10_000, marks=pytest.mark.slow)], ids=["few", "many"]
 )
 def test_a_damaged_image_is_opened_or_refused(count):
     found = images(count, count)
-    assert found["seeds"] == 44
+    assert found["seeds"] == 46
     assert not found["wrong"], found["wrong"][:5]
     assert set(found["outcomes"]) == {"opened", "InputError"}
     assert found["outcomes"]["opened"] > count / 10, "some damages do not matter"
@@ -77,6 +82,34 @@ def changed(value, chance: random.Random):
     else:
         holder[path[-1]] = [holder[path[-1]]] * 2
     return value
+
+
+def damaged_text(content: str, chance: random.Random) -> str:
+    """JSON (or a line of JSON lines) with a value changed, or any text that is cut, has a stray
+    byte, or is gone.
+    """
+    lines = content.split("\n")
+    place = chance.choice([number for number, line in enumerate(lines) if line])
+    if chance.random() < 0.7:
+        with suppress(ValueError):
+            return json.dumps(changed(json.loads(content), chance))
+        with suppress(ValueError):
+            lines[place] = json.dumps(changed(json.loads(lines[place]), chance))
+            return "\n".join(lines)
+    begun, rest = content[: len(content) // 2], content[len(content) // 2 :]
+    return chance.choice(["", begun, begun + "\x00" + rest, rest, content * 2, "[" * 100_000])
+
+
+def damage(file: Path, chance: random.Random) -> None:
+    """Put a damaged text in a file's place, not through a link."""
+    content = file.read_text(encoding="utf-8")
+    file.unlink()
+    file.write_text(damaged_text(content, chance), encoding="utf-8", errors="replace")
+
+
+def few_or_many(few: int, many: int) -> list:
+    """Seeds, of which all but a few are slow."""
+    return [pytest.param(n, marks=[] if n < few else pytest.mark.slow) for n in range(many)]
 
 
 def read_or_refused(read, file: Path) -> bool:
@@ -125,21 +158,13 @@ def test_damaged_rows_are_read_or_refused(seed, tmp_path):
 SETTINGS = ("config.json", "processor_config.json", "tokenizer_config.json", "chat_template.jinja")
 
 
-@pytest.mark.parametrize(
-    "seed", [pytest.param(n, marks=[] if n < 24 else pytest.mark.slow) for n in range(300)]
-)
+@pytest.mark.parametrize("seed", few_or_many(24, 300))
 def test_damaged_settings_of_a_model_load_or_are_refused(seed, tmp_path):
     chance = random.Random(seed)
     for file in PHANTOM_WEIGHTS.iterdir():
         (tmp_path / file.name).symlink_to(file)
     file = tmp_path / SETTINGS[seed % len(SETTINGS)]
-    content = file.read_text(encoding="utf-8")
-    file.unlink()
-    if file.suffix == ".json" and chance.random() < 0.7:
-        content = json.dumps(changed(json.loads(content), chance))
-    else:
-        content = content[: chance.randrange(len(content))] + chance.choice(["", "\x00", "{{", "]"])
-    file.write_text(content, encoding="utf-8", errors="replace")
+    damage(file, chance)
     try:
         lvlm = load_lvlm(str(tmp_path), "cpu")
     except InputError as error:
@@ -149,16 +174,52 @@ def test_damaged_settings_of_a_model_load_or_are_refused(seed, tmp_path):
         assert generate(lvlm, [film], ["Is there a nodule?"], 4, 1)
 
 
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory) -> Path:
+    """An adapter of the phantom Med-LVLM, with the record of its base model beside it."""
+    folder = tmp_path_factory.mktemp("adapter")
+    model = load_lvlm("phantom", "cpu").model
+    get_peft_model(model, adapter_config(rank=2, alpha=4, dropout=0.0)).save_pretrained(folder)
+    (folder / "base.json").write_text('{"vision_tower": "config", "template": null}')
+    return folder
+
+
+@pytest.mark.parametrize("seed", few_or_many(16, 200))
+def test_damaged_settings_of_an_adapter_load_or_are_refused(seed, adapter, tmp_path):
+    chance = random.Random(seed)
+    shutil.copytree(adapter, tmp_path / "adapter")
+    damage(tmp_path / "adapter" / ("base.json" if seed % 8 == 7 else "adapter_config.json"), chance)
+    begun = time.monotonic()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            merge(tmp_path / "adapter", tmp_path / "merged", base="phantom")
+    except InputError as error:
+        assert str(tmp_path / "adapter") in str(error) and "\n" not in str(error), str(error)[:300]
+        assert not (tmp_path / "merged").exists()
+    else:
+        merged = load_lvlm(str(tmp_path / "merged"), "cpu").model
+        assert all(weight.isfinite().all() for weight in merged.parameters())
+    assert time.monotonic() - begun < 20
+
+
+@pytest.mark.parametrize("seed", few_or_many(6, 60))
+def test_a_damaged_cache_is_made_anew(seed, original, cache):
+    chance = random.Random(seed)
+    load_lvlm(str(original), "cpu")
+    files = {path: path.read_bytes() for path in sorted(cache.rglob("*")) if path.is_file()}
+    small = [path for path in files if path.suffix in (".json", ".jinja")]
+    damage(chance.choice(small), chance)
+    load_lvlm(str(original), "cpu")
+    assert {path: path.read_bytes() for path in sorted(cache.rglob("*")) if path.is_file()} == files
+
+
 @pytest.mark.parametrize("seed", range(60))
 def test_damaged_settings_of_medklip_load_or_are_refused(seed, tmp_path):
     chance = random.Random(seed)
     (tmp_path / "model.safetensors").symlink_to(PHANTOM_CHECKPOINT / "model.safetensors")
-    content = (PHANTOM_CHECKPOINT / "config.json").read_text(encoding="utf-8")
-    if chance.random() < 0.8:
-        content = json.dumps(changed(json.loads(content), chance))
-    else:
-        content = content[: chance.randrange(len(content))]
-    (tmp_path / "config.json").write_text(content, encoding="utf-8", errors="replace")
+    shutil.copy(PHANTOM_CHECKPOINT / "config.json", tmp_path)
+    damage(tmp_path / "config.json", chance)
     begun = time.monotonic()
     try:
         load_medklip(tmp_path)

@@ -13,10 +13,13 @@ import threading
 import time
 from pathlib import Path
 
+import datasets
 import numpy as np
+import pyarrow.parquet as parquet
 import pytest
 import torch
 import yaml
+from datasets.arrow_writer import ArrowWriter
 from matplotlib.figure import Figure
 from PIL import Image
 from safetensors.torch import save_file
@@ -35,11 +38,12 @@ from mmedpo_utils.base.locks import lock_file, locked, turn
 from mmedpo_utils.base.privacy import check_outputs, private_folder
 from mmedpo_utils.base.settings import read_yaml
 from mmedpo_utils.base.words import LONGEST_REPORT
-from mmedpo_utils.convert.layouts import read_layout
+from mmedpo_utils.convert.layouts import import_hugging_face, read_layout
 from mmedpo_utils.convert.llava_med import read_tensors, weight_files
 from mmedpo_utils.lvlm import load_lvlm
 from mmedpo_utils.metrics import answer_score
 from mmedpo_utils.profiles import load_profile
+from mmedpo_utils.programs import run_notebooks
 from mmedpo_utils.programs.export import _cell
 from mmedpo_utils.run_folder import ADAPTER_FILES, finished_result, prepare_folder, read_events
 from mmedpo_utils.scale.journal import Journal
@@ -443,3 +447,39 @@ def test_a_picture_of_absurd_size_is_refused_before_it_is_decoded(tmp_path):
 def test_what_a_card_shows_of_names_is_text():
     assert _cell("a|b\n<script>x</script>") == "a\\|b &lt;script&gt;x&lt;/script&gt;"
     assert _cell(None) == "none" and _cell([1, 2]) == "1, 2"
+
+
+@pytest.mark.parametrize("form", ["saved", "parquet"])
+def test_a_hugging_face_copy_names_no_file_elsewhere(form, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    Image.new("L", (30, 40)).save(tmp_path / "private.png")
+    columns = {name: datasets.Value("string") for name in ("question", "answer")}
+    table = datasets.Dataset.from_dict(
+        {
+            "image": [{"bytes": None, "path": str(tmp_path / "private.png")}],
+            "question": ["Is there a nodule?"],
+            "answer": ["no"],
+        },
+        features=datasets.Features({"image": datasets.Image(), **columns}),
+    )
+    copy = tmp_path / "copy"
+    if form == "saved":
+        datasets.DatasetDict({"train": table}).save_to_disk(copy)
+        # save_to_disk takes the image in; a stranger's table need not.
+        arrow = next(copy.rglob("*.arrow"))
+        with ArrowWriter(path=str(arrow), features=table.features) as writer:
+            writer.write_table(table.data.table)
+            writer.finalize()
+    else:
+        (copy / "data").mkdir(parents=True)
+        parquet.write_table(table.data.table, copy / "data" / "train-00000-of-00001.parquet")
+    with pytest.raises(InputError, match="`image`: names a file outside"):
+        import_hugging_face(copy, tmp_path / "root", "vqa-rad")
+    assert not list((tmp_path / "root").rglob("*.png"))
+
+
+def test_an_installed_package_says_where_the_notebooks_are(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_notebooks, "NOTEBOOKS", tmp_path / "site-packages" / "notebooks")
+    profile = load_profile("phantom-smoke", {"output": str(tmp_path / "run")})
+    with pytest.raises(InputError, match="holds no notebook.*clone the repository"):
+        run_notebooks.run(profile, "phantom-smoke")

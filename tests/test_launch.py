@@ -33,7 +33,6 @@ from mmedpo_utils import launch
 from mmedpo_utils.base.environment import cores_for
 from mmedpo_utils.base.errors import InputError, Interrupted
 from mmedpo_utils.base.processes import free_port
-from mmedpo_utils.curate import manifest_path
 from mmedpo_utils.launch import TrainingError, load_run, train
 from mmedpo_utils.launch_command import launch_command, process_count
 from mmedpo_utils.lvlm import generate, load_lvlm
@@ -51,7 +50,7 @@ from mmedpo_utils.programs.train import (
     training_arguments,
 )
 from mmedpo_utils.relevance import training_weights
-from mmedpo_utils.run_folder import read_events, run_digest
+from mmedpo_utils.run_folder import manifest_path, read_events, run_digest
 from mmedpo_utils.scale.estimate import held_out
 from mmedpo_utils.scale.fast_trainer import FastTrainer
 from mmedpo_utils.scale.nodes import check_hostfile, node_commands

@@ -690,7 +690,7 @@ def test_killed_at_any_step_nothing_half_written_loads(original, step, again, ca
     """
     if again:
         load_lvlm(original, "cpu")
-        monkeypatch.setattr(llava_med, "LAYOUT", 2)
+        monkeypatch.setattr(llava_med, "LAYOUT", 99)
     killed = os.fork()
     if not killed:
         kill_at(*step)

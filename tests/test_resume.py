@@ -24,9 +24,8 @@ from mmedpo_utils.base.checkpoints import MARKER, checkpoints, newest_checkpoint
 from mmedpo_utils.base.errors import InputError, Interrupted
 from mmedpo_utils.base.files import write_json_lines
 from mmedpo_utils.base.locks import run_lock
-from mmedpo_utils.curate import manifest_path
 from mmedpo_utils.launch import TrainingError, train
-from mmedpo_utils.run_folder import prepare_folder, read_events, run_digest
+from mmedpo_utils.run_folder import manifest_path, prepare_folder, read_events, run_digest
 
 from .conftest import REPOSITORY
 from .test_launch import processes_of, tiny_profile, workspace  # noqa: F401

@@ -4,6 +4,7 @@ random LLaVA.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
@@ -794,18 +795,20 @@ def test_the_reference_cache_is_read_checked_and_extended(tiny, tmp_path, monkey
         len(second.known_reference) == 24
         and first.known_reference.items() <= second.known_reference.items()
     )
-    wrong = {
-        key: [value + 1 for value in pair]
-        for key, pair in json.loads((tmp_path / "reference.json").read_text()).items()
-    }
-    (tmp_path / "reference.json").write_text(json.dumps(wrong))
+    stored = json.loads((tmp_path / "reference.json").read_text())["values"]
+    wrong = {key: [value + 1 for value in pair] for key, pair in stored.items()}
+    digest = hashlib.sha256(json.dumps(wrong, sort_keys=True).encode()).hexdigest()
+    (tmp_path / "reference.json").write_text(json.dumps({"sha256": digest, "values": wrong}))
     third, scored = run(tiny["rows"])
     assert scored == 4 + 24, "values of another model are not used"
     for key, values in second.known_reference.items():
         assert third.known_reference[key] == pytest.approx(values, abs=1e-4)
-    (tmp_path / "reference.json").write_text('{"half')
-    assert run(tiny["rows"])[1] == 24, "a damaged file is written anew"
-    assert len(json.loads((tmp_path / "reference.json").read_text())) == 24
+    stored = json.loads((tmp_path / "reference.json").read_text())
+    stored["values"][next(reversed(stored["values"]))][0] += 0.001
+    for damaged in ('{"half', "[]", "7", json.dumps(stored)):
+        (tmp_path / "reference.json").write_text(damaged)
+        assert run(tiny["rows"])[1] == 24, "a damaged file is written anew"
+    assert len(json.loads((tmp_path / "reference.json").read_text())["values"]) == 24
     data = first.train_dataset
     assert len({pair_key(pair, 64) for pair in data}) == 16
     assert pair_key(data[0], 64) != pair_key(data[0], 63)

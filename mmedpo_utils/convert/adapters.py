@@ -18,10 +18,9 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from ..base.errors import InputError, first_line
+from ..base.errors import InputError, first_line, one_line
 from ..base.files import load_object
 from ..base.tensors import misfits
 from .llava_med import ORIGINAL, file_record, read_tensors, renamed
@@ -33,6 +32,7 @@ WRAPPER = "base_model.model."
 PROJECTOR = "multi_modal_projector"
 LANGUAGE_LAYER = re.compile(r"model\.language_model\.layers\.\d+\.(.+)")
 TOWER = "model.vision_tower."
+LARGEST_ALPHA = 1e6
 LORA_TENSOR = re.compile(r"(.+)\.lora_([AB])\.weight")
 ADAPTER_FILES = [CONFIG, *WEIGHTS, NOT_LORA, "base.json", "README.md"]
 # How each layout calls what begins like this in today's Hugging Face model.
@@ -173,6 +173,7 @@ def put_on(model: nn.Module, folder: Path, names: tuple[str, ...]) -> tuple[Any,
 
     config = _read_config(folder)
     tensors, layout = _read_tensors(folder)
+    _check_numbers(folder / CONFIG, config, tensors)
     without_effect: list[str] = []
     if layout != "PEFT":
         without_effect = _tower_without_effect(model, tensors, folder)
@@ -191,9 +192,9 @@ def put_on(model: nn.Module, folder: Path, names: tuple[str, ...]) -> tuple[Any,
         if not on_meta:
             state = {WRAPPER + name: tensor for name, (_, tensor) in tensors.items()}
             set_peft_model_state_dict(peft, state)
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        if isinstance(error, InputError):
-            raise
+    except InputError:
+        raise
+    except Exception as error:  # of odd settings PEFT raises whatever they lead to
         raise InputError(
             f"{folder}: the adapter does not fit {names[0]} ({first_line(error)}); load the model "
             "that it was trained on"
@@ -232,6 +233,35 @@ def _read_config(folder: Path) -> Any:
 
 
 Tensors = dict[str, tuple[str, Tensor]]
+
+
+def _check_numbers(file: Path, config: Any, tensors: Tensors) -> None:
+    """Raises InputError: a rank that no tensor of the adapter has, before anything of its size is
+    allocated; or an alpha that is no number.
+    """
+    largest = max((max(tensor.shape, default=0) for _, tensor in tensors.values()), default=0)
+    for name, rank in _with_pattern(config, "r", "rank_pattern").items():
+        if type(rank) is not int or not 0 < rank <= largest:
+            raise InputError(
+                f"{file}: `{one_line(name)}`: {one_line(repr(rank))} is no rank; expected a whole "
+                f"number from 1 to {largest}, the largest side of the adapter's tensors; fetch the "
+                "adapter again"
+            )
+    for name, alpha in _with_pattern(config, "lora_alpha", "alpha_pattern").items():
+        if type(alpha) not in (int, float) or not abs(alpha) < LARGEST_ALPHA:
+            raise InputError(
+                f"{file}: `{one_line(name)}`: {one_line(repr(alpha))} is no scale; expected a "
+                "number; fetch the adapter again"
+            )
+
+
+def _with_pattern(config: Any, name: str, pattern: str) -> dict[str, Any]:
+    """A number of an adapter and those that hold for some modules alone, by name; empty where its
+    method has none.
+    """
+    found = {name: getattr(config, name)} if hasattr(config, name) else {}
+    others = getattr(config, pattern, None) or {}
+    return found | (others if isinstance(others, dict) else {pattern: others})
 
 
 def _read_tensors(folder: Path) -> tuple[Tensors, str]:

@@ -47,7 +47,7 @@ from ..base.tensors import check_state
 from .llava_text import IMAGE_TOKEN, image_tokenizer
 
 RECORD = "conversion.json"
-LAYOUT = 1  # raised when a conversion writes something else: earlier folders are done anew
+LAYOUT = 2  # raised when a conversion writes something else: earlier folders are done anew
 TEXT_FILES = ["*.json", "*.jinja", "*.model"]
 # Towers whose configuration need not be fetched: where the checkpoint holds the weights itself.
 KNOWN_TOWERS: dict[str, dict[str, Any]] = {
@@ -278,11 +278,9 @@ def _fill(
         for leftover in (draft, old):
             shutil.rmtree(leftover, ignore_errors=True)
         draft.mkdir()
-        write_json(draft / RECORD, record)
-        more = write(draft)
-        if more:
-            record = record | more
-            write_json(draft / RECORD, record)
+        write_json(draft / RECORD, record)  # no folder that loads is without one
+        record = record | (write(draft) or {}) | {"written": _written(draft)}
+        write_json(draft / RECORD, record | {"sha256": _digest(record)})
         # A folder cannot be renamed onto another one.
         if target.exists():
             target.rename(old)
@@ -294,14 +292,28 @@ def _fill(
 
 
 def _read_record(target: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
-    """The finished folder's record, where it is of the same source; else None."""
+    """The finished folder's record, where it is of the same source and the folder still holds what
+    was written; else None.
+    """
     try:
         found = json.loads((target / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        # A record that was changed says nothing of its folder.
+        whole = found.pop("sha256") == _digest(found) and found["written"] == _written(target)
+    except (OSError, ValueError, RecursionError, TypeError, AttributeError, KeyError):
         return None
     # The record may say more than is asked for.
     same = {key: found.get(key) for key in wanted} == wanted
-    return found if same else None
+    return found if whole and same else None
+
+
+def _digest(record: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def _written(folder: Path) -> dict[str, list[Any]]:
+    """The files of a converted folder but for its record, as `file_record` tells them apart."""
+    files = sorted(folder.iterdir())
+    return file_record(file for file in files if file.is_file() and file.name != RECORD)
 
 
 @dataclass(frozen=True)

@@ -467,7 +467,7 @@ class Chat:
             text = json.loads(path.read_text(encoding="utf-8"))["text"]
             if not isinstance(text, str):
                 raise TypeError("the entry holds no text")
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             # No entry, or a damaged one.
             reply = self._ask(messages, schema, sampling)
             write_json(path, asdict(reply) | {"model": self.name}, mode=0o600)

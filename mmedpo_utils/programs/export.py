@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from yaml import YAMLError
 
 from ..base.cards import load_card
+from ..base.chat_templates import TEMPLATES
 from ..base.errors import InputError, exit_status, first_line, one_line
 from ..base.files import atomic_write, load_object, read_text, write_json
 from ..base.locks import turn
@@ -33,7 +34,7 @@ from ..base.sections import LanguageModel
 from ..base.settings import repository_root
 from ..convert.adapters import adapter_folder
 from ..convert.model_folder import save_merged
-from ..lvlm import PHANTOM_WEIGHTS, MedLVLM, load_lvlm
+from ..lvlm import PHANTOM_WEIGHTS, VISION_TOWERS, MedLVLM, load_lvlm
 from ..preference_rows import row_source
 from ..profiles import Profile, load_profile
 from ..run_folder import last_values
@@ -312,8 +313,7 @@ def _load(adapter: Path, base: str | None, device: str, base_adapter: str | None
         base = base or values.model
         settings = {key: getattr(values, key) for key in LOADING}
     elif (adapter / BASE).is_file():
-        stored = load_object(adapter / BASE, "how the adapter's base model is loaded")
-        settings = {key: stored[key] for key in LOADING if key in stored}
+        settings = _stored_loading(adapter / BASE)
     if base_adapter is not None:
         settings["base_adapter"] = base_adapter
     base = base or config.get("base_model_name_or_path")
@@ -323,6 +323,25 @@ def _load(adapter: Path, base: str | None, device: str, base_adapter: str | None
             "the base model"
         )
     return load_lvlm(base, device, adapter, **settings)
+
+
+def _stored_loading(file: Path) -> dict[str, str | None]:
+    """How the base model of an adapter is loaded, as `write_model_card` has left it."""
+    stored = load_object(file, "how the adapter's base model is loaded")
+    settings = {key: stored[key] for key in LOADING if key in stored}
+    known = {"vision_tower": VISION_TOWERS, "template": (None, *TEMPLATES)}
+    for key, value in settings.items():
+        if key in known and value not in known[key]:
+            raise InputError(
+                f"{file}: `{key}`: {one_line(repr(value))} is not known; expected one of "
+                f"{known[key]}"
+            )
+        if not isinstance(value, str | None):
+            raise InputError(
+                f"{file}: `{key}`: expected an adapter's folder or name, or null; found "
+                f"{one_line(repr(value))}"
+            )
+    return settings
 
 
 # How the card of an adapter becomes the card of the merged model.

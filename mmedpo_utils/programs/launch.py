@@ -12,19 +12,7 @@ import sys
 from ..base.errors import InputError
 from ..launch import TrainingError, train
 from ..profiles import load_profile
-
-
-def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options that name one run."""
-    parser.add_argument(
-        "--profile", required=True, help="a profile's name, or the path of a profile"
-    )
-    parser.add_argument(
-        "--variant", required=True, help="a name under the profile's training.variants"
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="seed of the LoRA weights and of the order of the pairs"
-    )
+from .run_arguments import add_run_arguments
 
 
 def main() -> int:

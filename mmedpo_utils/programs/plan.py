@@ -13,14 +13,15 @@ import yaml
 
 from ..base.errors import exit_status
 from ..base.processes import printed, shorten
-from ..curate import manifest_path, training_rows
+from ..curate import training_rows
 from ..launch import check_variant, folder_of
 from ..launch_command import launch_command, process_count
 from ..preference_rows import row_source
 from ..profiles import Profile, load_profile, profile_names
+from ..run_folder import manifest_path
 from ..scale.estimate import VALIDATION_PAIRS, VALIDATION_SHARE, describe, held_out
 from ..scale.nodes import node_commands
-from .launch import add_run_arguments
+from .run_arguments import add_run_arguments
 
 
 def plan(profile: Profile, variant: str, seed: int = 0) -> str:

@@ -33,7 +33,8 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging as transformers_logging
 from trl import DPOConfig
 
-from ..base.checkpoints import CheckpointKeeper, newest_checkpoint
+from ..base.checkpoint_keeper import CheckpointKeeper
+from ..base.checkpoints import newest_checkpoint
 from ..base.doors import open_door
 from ..base.environment import check_device, versions
 from ..base.errors import InputError
@@ -44,7 +45,7 @@ from ..base.precision import train_in_32_bits
 from ..base.rows import Row, question_text
 from ..base.sections import Variant
 from ..base.tensors import model_digest
-from ..curate import manifest_path, training_rows
+from ..curate import training_rows
 from ..evaluate import profile_decoding
 from ..lvlm import MedLVLM, generate, load_profile_lvlm
 from ..preference_rows import answer_text
@@ -55,6 +56,7 @@ from ..run_folder import (
     adapter_sums,
     finished_result,
     last_values,
+    manifest_path,
     prepare_folder,
     read_events,
     run_digest,
@@ -63,7 +65,7 @@ from ..scale.estimate import accumulation, held_out, total_steps
 from ..scale.fast_trainer import FastTrainer, PackingCollator
 from ..trainer import MMedPOTrainer, PreferenceCollator, adapter_config, preference_dataset
 from .export import write_model_card
-from .launch import add_run_arguments
+from .run_arguments import add_run_arguments
 
 SHARED_DISK_SECONDS = 30
 DECIDING_PREFIXES = ("ACCELERATE_", "FSDP_", "MEGATRON_LM_", "PARALLELISM_CONFIG_")

@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -54,6 +53,20 @@ def pair_key(pair: dict[str, Any], max_length: int) -> str:
         found = Path(image).stat()
         parts.append(_image_digest(image, found.st_size, found.st_mtime_ns))
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _digest(values: dict[str, list[float]]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _stored_reference(path: Path) -> dict[str, list[float]]:
+    """What a cache file holds; a damaged or changed one is as good as none."""
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        values = stored["values"]
+        return values if stored["sha256"] == _digest(values) else {}
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return {}
 
 
 @dataclass
@@ -359,7 +372,7 @@ class FastTrainer(MMedPOTrainer):
             found.update(zip(batch, logps, strict=True))
         known |= dict(gather_object(list(found.items())))
         if missing and self.reference_cache and self.is_world_process_zero():
-            write_json(self.reference_cache, known)
+            write_json(self.reference_cache, {"sha256": _digest(known), "values": known})
         self.known_reference = known
 
     def _pairs_by_key(self) -> dict[str, dict[str, Any]]:
@@ -375,16 +388,15 @@ class FastTrainer(MMedPOTrainer):
         return {key: pair for _, key, pair in found}
 
     def _read_reference(self, pairs: dict[str, dict[str, Any]]) -> dict[str, list[float]]:
-        """The cache's values, or none where they are not what the model says of up to four of
-        ``pairs``.
+        """The cache's values, or none where they are not what was written, or not what the model
+        says of up to four of ``pairs``.
 
         Four are enough: the file belongs to one model by its name, and what can differ (precision,
         kernels, a changed library) shows in every pair.
         """
         stored: dict[str, list[float]] = {}
         if self.reference_cache and self.reference_cache.is_file() and self.is_world_process_zero():
-            with suppress(ValueError):  # a damaged file is as good as none
-                stored = json.loads(self.reference_cache.read_text(encoding="utf-8"))
+            stored = _stored_reference(self.reference_cache)
         known = broadcast_object_list([stored])[0]
         probe = [key for key in pairs if key in known][:4]
         if not probe:

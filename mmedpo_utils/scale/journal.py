@@ -69,7 +69,7 @@ class Journal:
             for line in stream:
                 try:
                     entry = json.loads(line) if line.endswith(b"\n") else None
-                except ValueError:
+                except (ValueError, RecursionError):
                     entry = None
                 if entry is None:
                     break
