@@ -18,7 +18,7 @@ run: .venv/installed
 	$(BIN)/mmedpo notebooks --profile $(PROFILE)
 
 test: .venv/installed check
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 check: .venv/installed
 	$(BIN)/ruff format --check .

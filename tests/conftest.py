@@ -36,6 +36,15 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 
 
+# Files that take minutes. They begin first, so that no worker is left with one at the end.
+LONG = ("test_notebooks", "test_launch", "test_resume", "test_arena", "test_trainer")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {name: number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(LONG)))
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of real data and golden outputs beside the checkout; the test skips where it is

@@ -49,6 +49,20 @@ def chosen(arena) -> Arena:
     return arena
 
 
+@pytest.fixture
+def in_this_process(chosen, monkeypatch) -> None:
+    """Models are trained and asked here: a worker's libraries take longer to import than its work
+    does.
+    """
+
+    def finished(self, groups):
+        for group in groups:
+            recipes.train_and_ask(chosen.profile, group)
+            yield
+
+    monkeypatch.setattr(Arena, "_finished", finished)
+
+
 def test_before_tune_an_experiment_says_what_to_run(tmp_path):
     small = Arena(
         load_profile("arena", SMALL | {"output": str(tmp_path), "figures": str(tmp_path)}), 1
@@ -192,6 +206,7 @@ def test_pairs_of_the_supervised_model_ask_the_same_and_keep_the_visual_pairs(ch
     assert all(answer_text(row) == truth[row["id"]] for row in own)
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_curves_have_looks_at_held_out_pairs_and_scores_of_validation_patients(chosen, monkeypatch):
     monkeypatch.setattr(experiments, "VARIANTS", ("dpo",))
     monkeypatch.setattr(experiments, "DOSES", (1.0, 2.0))
@@ -205,6 +220,7 @@ def test_curves_have_looks_at_held_out_pairs_and_scores_of_validation_patients(c
         assert all(0 <= point[metric] <= 100 for metric in experiments.SCORES)
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_the_premise_is_measured_for_every_variant_and_seed(chosen, monkeypatch):
     monkeypatch.setattr(experiments, "VARIANTS", ("dpo",))
     monkeypatch.setattr(experiments, "SEEDS", (0, 1))
@@ -215,6 +231,7 @@ def test_the_premise_is_measured_for_every_variant_and_seed(chosen, monkeypatch)
     }
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_what_was_seen_is_counted_on_the_pairs_that_were_trained_on(chosen):
     recipe = experiments.tuned(chosen, "mmedpo")
     chosen.answers([Job(recipe, experiments.SEEDS[0])], "test")

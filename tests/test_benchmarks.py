@@ -41,6 +41,7 @@ def run(script: str, output: Path, *options: str) -> dict:
     return json.loads(output.read_text())
 
 
+@pytest.mark.slow
 def test_the_quick_training_benchmark_sees_trls_losses(tmp_path):
     result = run("train_step.py", tmp_path / "train_step.json", "--quick")
     assert 0 <= result["max_loss_difference"] < 1e-4

@@ -26,9 +26,10 @@ HOME = re.compile(r"(?<![\w.])/(?:root|tmp|home|Users|work)/\w")
 def smoke(tmp_path_factory):
     """All notebooks, executed in order in the smoke profile, in a folder of their own."""
     folder = tmp_path_factory.mktemp("smoke")
-    profile = load_profile(
-        "phantom-smoke", {"output": str(folder / "run"), "figures": str(folder / "figures")}
-    )
+    # One process a training: two import all libraries twice, and test_launch trains in two.
+    one = {"training.processes": 1, "training.gradient_accumulation_steps": 2}
+    places = {"output": str(folder / "run"), "figures": str(folder / "figures")}
+    profile = load_profile("phantom-smoke", places | one)
     profile.save(folder / "profile.yaml")
     seconds = run_notebooks.run(profile, str(folder / "profile.yaml"))
     return profile, seconds
@@ -88,12 +89,13 @@ def test_a_second_run_reads_what_is_there(smoke):
     )
 
 
+@pytest.mark.slow
 def test_real_images_go_through_notebooks_01_to_05(shared, tmp_path, monkeypatch):
     root = shared / "data" / "vqa_rad_mini"
     if not root.is_dir():
         pytest.skip(f"no {root}: the two VQA-RAD images and their rows")
     monkeypatch.setenv("MMEDPO_DATA_ROOT", str(root))
-    # One variant in one process: the smoke profile above trains all of them, in two.
+    # One variant in one process: the smoke profile above trains all of them.
     variants = load_profile("vqa-rad-mini").as_dict()["training"]["variants"]
     profile = load_profile(
         "vqa-rad-mini",
