@@ -42,7 +42,8 @@ def lesion_mask(
             f"heat map: expected finite values of shape [h, w], found shape {list(heat_map.shape)}"
         )
     scaled = resize_bilinear(heat_map, size)
-    scaled = (scaled - scaled.min()) / max(np.ptp(scaled), np.finfo(float).tiny)
+    scaled -= scaled.min()
+    scaled /= max(scaled.max(), np.finfo(float).tiny)
     if method == "soft":
         return scaled.astype(np.float32)
     if method == "quantile":
@@ -68,9 +69,7 @@ def signal_schedule(steps: int = 1000) -> np.ndarray:
 
 
 def step_for_signal(alpha_bar: np.ndarray, signal: float) -> int:
-    """The step, from 0, whose sqrt(alpha_bar) is nearest to ``signal`` in [0, 1]; 0.5 halves the
-    signal.
-    """
+    """The step, from 0, whose sqrt(alpha_bar) is nearest to ``signal`` in [0, 1]."""
     return int(np.argmin(np.abs(np.sqrt(alpha_bar) - signal)))
 
 
@@ -101,17 +100,18 @@ def localized_noise(
             f"mask: expected the image's height and width {image.shape[:2]}, found {mask.shape}"
         )
     for name, values in (("image", image), ("mask", mask), ("alpha_bar", np.asarray(alpha_bar))):
-        if not (np.min(values) >= 0 and np.max(values) <= 1):
-            raise InputError(
-                f"{name}: expected values from 0 to 1, found {np.min(values):g} to "
-                f"{np.max(values):g}"
-            )
-    x = image
-    h = mask if image.ndim == 2 else mask[..., None]
+        least, most = np.min(values), np.max(values)
+        if not 0 <= least <= most <= 1:
+            raise InputError(f"{name}: expected values from 0 to 1, found {least:g} to {most:g}")
     epsilon = rng.standard_normal(image.shape).astype(np.float32)
-    noised = np.sqrt(alpha_bar) * (x * h) + np.sqrt(1 - alpha_bar) * (epsilon * h) + x * (1 - h)
-    # Where h is 0 the equation gives x; taking x itself spares its rounding.
-    return np.where(h > 0, np.clip(noised, 0, 1), x).astype(np.float32)
+    # Where h is 0 the equation gives x; taking x itself spares its rounding, and most of the time.
+    inside = mask > 0
+    x, eps = image[inside], epsilon[inside]
+    h = mask[inside] if image.ndim == 2 else mask[inside][:, None]
+    noised = np.sqrt(alpha_bar) * (x * h) + np.sqrt(1 - alpha_bar) * (eps * h) + x * (1 - h)
+    result = image.copy()
+    result[inside] = np.clip(noised, 0, 1)
+    return result
 
 
 def global_noise(

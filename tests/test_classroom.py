@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 
 from .conftest import REPOSITORY
 
+NOBODY = 65534
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="file modes are POSIX's")
 
 
@@ -23,12 +25,20 @@ def sums(folder: Path) -> dict[str, str]:
 
 
 @pytest.fixture()
-def checkout(tmp_path) -> Iterator[Path]:
+def room() -> Iterator[Path]:
+    """A folder that other users can reach; pytest's own are closed to them."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
+@pytest.fixture()
+def checkout(room) -> Iterator[Path]:
     """A copy of what is committed, that nobody may write to."""
     listed = subprocess.run(
         ["git", "ls-files"], cwd=REPOSITORY, capture_output=True, text=True, check=True
     )
-    folder = tmp_path / "checkout"
+    folder = room / "checkout"
     for name in listed.stdout.splitlines():
         if name.startswith(("tests/", ".")) or not (REPOSITORY / name).is_file():
             continue
@@ -41,18 +51,31 @@ def checkout(tmp_path) -> Iterator[Path]:
         path.chmod(0o755 if path.is_dir() else 0o644)
 
 
+def student(command: list[str], home: Path) -> list[str]:
+    """The command as one who may not write to the checkout: who runs the tests, or where that is
+    root, who writes anywhere, a user of no name; or root without that power, where the user of no
+    name cannot reach Python.
+    """
+    if os.geteuid():
+        return command
+    if shutil.which("setpriv") is None:
+        pytest.skip("root without setpriv: every file can be written to")
+    nobody = ["setpriv", "--reuid", str(NOBODY), "--regid", str(NOBODY), "--clear-groups"]
+    if subprocess.run([*nobody, sys.executable, "-c", ""], capture_output=True).returncode == 0:
+        for path in (home, *home.rglob("*")):
+            os.chown(path, NOBODY, NOBODY)
+        return [*nobody, *command]
+    return ["setpriv", "--bounding-set", "-dac_override,-dac_read_search", *command]
+
+
 @pytest.mark.slow
-def test_a_read_only_checkout_runs_with_all_output_elsewhere(checkout, tmp_path):
-    mine = tmp_path / "student"
+def test_a_read_only_checkout_runs_with_all_output_elsewhere(checkout, room):
+    mine = room / "student"
     (mine / "home").mkdir(parents=True)
-    command = [sys.executable, "-m", "mmedpo_utils.programs.main", "notebooks"]
-    command += ["--profile", "phantom-smoke"]
-    if os.geteuid() == 0:  # root writes where nobody may, until it gives that power away
-        if shutil.which("setpriv") is None:
-            pytest.skip("root without setpriv: every file can be written to")
-        command = ["setpriv", "--bounding-set", "-dac_override,-dac_read_search", *command]
-        tried = [*command[:3], "touch", str(checkout / "README.md"), str(checkout / "new")]
-        assert subprocess.run(tried, capture_output=True).returncode, "the checkout is read-only"
+    program = ["-m", "mmedpo_utils.programs.main", "notebooks", "--profile", "phantom-smoke"]
+    command = student([sys.executable, *program], mine)
+    tried = student(["touch", str(checkout / "README.md"), str(checkout / "new")], mine)
+    assert subprocess.run(tried, capture_output=True).returncode, "the checkout is read-only"
     before = sums(checkout)
     environment = {
         "PATH": os.environ["PATH"],
