@@ -203,6 +203,29 @@ def test_damaged_settings_of_an_adapter_load_or_are_refused(seed, adapter, tmp_p
     assert time.monotonic() - begun < 20
 
 
+@pytest.mark.parametrize(
+    ("name", "key", "value", "said"),
+    [
+        ("adapter_config.json", "r", 10**9, "`r`: 1000000000 is no rank"),
+        ("adapter_config.json", "r", True, "`r`: True is no rank"),
+        ("adapter_config.json", "rank_pattern", {"q_proj": 0}, "`q_proj`: 0 is no rank"),
+        ("adapter_config.json", "rank_pattern", 7, "the adapter does not fit"),
+        ("adapter_config.json", "lora_alpha", float("nan"), "`lora_alpha`: nan is no scale"),
+        ("adapter_config.json", "lora_alpha", 1e308, "is no scale"),
+        ("adapter_config.json", "target_modules", [7], "the adapter does not fit"),
+        ("base.json", "template", ["v1"], "`template`: ['v1'] is not known"),
+        ("base.json", "base_adapter", 7, "`base_adapter`: expected an adapter's folder"),
+    ],
+)
+def test_what_the_settings_of_an_adapter_cannot_be(name, key, value, said, adapter, tmp_path):
+    shutil.copytree(adapter, tmp_path / "adapter")
+    file = tmp_path / "adapter" / name
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+    with pytest.raises(InputError) as caught:
+        merge(tmp_path / "adapter", tmp_path / "merged", base="phantom")
+    assert said in str(caught.value) and str(tmp_path / "adapter") in str(caught.value)
+
+
 @pytest.mark.parametrize("seed", few_or_many(6, 60))
 def test_a_damaged_cache_is_made_anew(seed, original, cache):
     chance = random.Random(seed)

@@ -32,7 +32,7 @@ WRAPPER = "base_model.model."
 PROJECTOR = "multi_modal_projector"
 LANGUAGE_LAYER = re.compile(r"model\.language_model\.layers\.\d+\.(.+)")
 TOWER = "model.vision_tower."
-LARGEST_ALPHA = 1e6
+LARGEST_ALPHA = 1e6  # far above any that is trained with; a larger one makes weights infinite
 LORA_TENSOR = re.compile(r"(.+)\.lora_([AB])\.weight")
 ADAPTER_FILES = [CONFIG, *WEIGHTS, NOT_LORA, "base.json", "README.md"]
 # How each layout calls what begins like this in today's Hugging Face model.
@@ -260,8 +260,8 @@ def _with_pattern(config: Any, name: str, pattern: str) -> dict[str, Any]:
     method has none.
     """
     found = {name: getattr(config, name)} if hasattr(config, name) else {}
-    others = getattr(config, pattern, None) or {}
-    return found | (others if isinstance(others, dict) else {pattern: others})
+    others = getattr(config, pattern, None)
+    return found | (others if isinstance(others, dict) else {})
 
 
 def _read_tensors(folder: Path) -> tuple[Tensors, str]:
