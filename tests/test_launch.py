@@ -723,3 +723,10 @@ def test_a_hostfile_that_is_not_the_profiles_starts_nothing(
         train(tiny_profile(workspace, **changes), "dpo")
     hosts.write_text("# two\nnode-1.cluster slots=1\n10.0.0.2  slots=1 # the second\n\n")
     check_hostfile(tiny_profile(workspace, **changes))
+
+
+def test_what_starts_a_training_does_not_import_transformers():
+    """It takes ten seconds, and the processes that train import it themselves."""
+    program = "import sys, mmedpo_utils.programs.launch; print('transformers' in sys.modules)"
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert said.stdout == "False\n", said.stderr
