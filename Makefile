@@ -1,6 +1,6 @@
 # make run    every notebook, in order, on the synthetic phantom world; writes into runs/phantom
 # make test   format, types, and the tests, all notebooks at smoke size among them
-# make test-all   these and the slow ones: ZeRO stages against each other, processes killed at random points, two launchers
+# make test-all   these and the slow ones: ZeRO stages, kills at random points, launchers, real images, a benchmark
 # On Linux without a GPU, add TORCH_INDEX=https://download.pytorch.org/whl/cpu to get torch's small CPU build.
 
 PYTHON ?= python3

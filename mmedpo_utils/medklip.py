@@ -312,7 +312,7 @@ def _read_config(path: Path) -> MedKLIPConfig:
         for key, value in values.items():
             sizes[key] = tuple(value) if isinstance(value, list) else value
         return MedKLIPConfig(**sizes)
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(
             f"{path}: not a MedKLIP configuration ({first_line(error)}); expected a folder with "
             "config.json and "

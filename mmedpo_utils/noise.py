@@ -104,7 +104,7 @@ def localized_noise(
         if not 0 <= least <= most <= 1:
             raise InputError(f"{name}: expected values from 0 to 1, found {least:g} to {most:g}")
     epsilon = rng.standard_normal(image.shape).astype(np.float32)
-    # Where h is 0 the equation gives x; taking x itself spares its rounding, and most of the time.
+    # Where h is 0 the equation gives x; taking x itself spares its rounding, and most work.
     inside = mask > 0
     x, eps = image[inside], epsilon[inside]
     h = mask[inside] if image.ndim == 2 else mask[inside][:, None]

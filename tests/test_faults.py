@@ -226,7 +226,12 @@ NOTES = (".json", ".jsonl", ".yaml", ".sha256")
 
 @pytest.mark.parametrize("seed", few_or_many(2, 8))
 @pytest.mark.parametrize(
-    "step", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in STEPS]
+    "step",
+    [
+        pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow)
+        for name in STEPS
+        if name != "page"  # it keeps none
+    ],
 )
 def test_damaged_notes_of_a_step_are_made_anew_or_named(
     step, seed, undisturbed, laboratory, tmp_path
@@ -247,7 +252,10 @@ def test_damaged_notes_of_a_step_are_made_anew_or_named(
         for path in sorted(folder.rglob("*"))
         if path.suffix in NOTES and path.stat().st_size and path.relative_to(folder) not in earlier
     ]
+    assert notes or seed % 2 == 0, "a whole run has notes"
     for file in chance.sample(notes, min(len(notes), 2)):
+        if not file.is_file():  # the run after the first damage has removed its checkpoint
+            continue
         damage(file, chance)
         started = laboratory.start(step, folder)
         code, said = started.ended()

@@ -208,7 +208,13 @@ def test_damaged_settings_of_an_adapter_load_or_are_refused(seed, adapter, tmp_p
     [
         ("adapter_config.json", "r", 10**9, "`r`: 1000000000 is no rank"),
         ("adapter_config.json", "r", True, "`r`: True is no rank"),
-        ("adapter_config.json", "rank_pattern", {"q_proj": 0}, "`q_proj`: 0 is no rank"),
+        (
+            "adapter_config.json",
+            "rank_pattern",
+            {"q_proj": 0},
+            "`rank_pattern.q_proj`: 0 is no rank",
+        ),
+        ("adapter_config.json", "rank_pattern", {"r": 10**9}, "`rank_pattern.r`: 1000000000"),
         ("adapter_config.json", "rank_pattern", 7, "the adapter does not fit"),
         ("adapter_config.json", "lora_alpha", float("nan"), "`lora_alpha`: nan is no scale"),
         ("adapter_config.json", "lora_alpha", 1e308, "is no scale"),

@@ -236,9 +236,11 @@ Tensors = dict[str, tuple[str, Tensor]]
 
 
 def _check_numbers(file: Path, config: Any, tensors: Tensors) -> None:
-    """Raises InputError: a rank that no tensor of the adapter has, before anything of its size is
-    allocated; or an alpha that is no number.
+    """Raises InputError: a rank of LoRA that no tensor of the adapter has, before anything of its
+    size is allocated; or an alpha that is no number, or too large. Other methods count otherwise.
     """
+    if config.peft_type != "LORA":
+        return
     largest = max((max(tensor.shape, default=0) for _, tensor in tensors.values()), default=0)
     for name, rank in _with_pattern(config, "r", "rank_pattern").items():
         if type(rank) is not int or not 0 < rank <= largest:
@@ -251,17 +253,15 @@ def _check_numbers(file: Path, config: Any, tensors: Tensors) -> None:
         if type(alpha) not in (int, float) or not abs(alpha) < LARGEST_ALPHA:
             raise InputError(
                 f"{file}: `{one_line(name)}`: {one_line(repr(alpha))} is no scale; expected a "
-                "number; fetch the adapter again"
+                f"number below {LARGEST_ALPHA:g}; fetch the adapter again"
             )
 
 
 def _with_pattern(config: Any, name: str, pattern: str) -> dict[str, Any]:
-    """A number of an adapter and those that hold for some modules alone, by name; empty where its
-    method has none.
-    """
-    found = {name: getattr(config, name)} if hasattr(config, name) else {}
-    others = getattr(config, pattern, None)
-    return found | (others if isinstance(others, dict) else {})
+    """A number of an adapter and those that hold for some modules alone, each by its field."""
+    others = getattr(config, pattern)
+    others = others if isinstance(others, dict) else {}
+    return {name: getattr(config, name)} | {f"{pattern}.{key}": others[key] for key in others}
 
 
 def _read_tensors(folder: Path) -> tuple[Tensors, str]:

@@ -2,9 +2,9 @@
 folder shard by shard.
 
 Converted folders lie under ``$HF_HOME/mmedpo`` (``~/.cache/huggingface/mmedpo`` by default). Each
-holds `RECORD`, which names its source; as long as source and record agree, the folder is used
-again. A conversion holds one shard in memory. A converted folder may be deleted at any time: it is
-written again when it is next asked for.
+holds `RECORD`, which names its source; as long as source and record agree, and what was written is
+still there, the folder is used again. A conversion holds one shard in memory. A converted folder
+may be deleted at any time: it is written again when it is next asked for.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ def original_config(folder: Path) -> dict[str, Any] | None:
     """
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return config if isinstance(config, dict) and "mm_vision_tower" in config else None
 
@@ -242,8 +242,8 @@ def cached(
     of them.
 
     Args:
-        record: what the folder is made of; where the folder's own record agrees, it is used as it
-            is.
+        record: what the folder is made of; where the folder's own record agrees, and it still holds
+            what was written, it is used as it is.
         write: fills a draft folder that it is given, and may return more to keep in the record.
 
     Returns:
@@ -279,7 +279,9 @@ def _fill(
             shutil.rmtree(leftover, ignore_errors=True)
         draft.mkdir()
         write_json(draft / RECORD, record)  # no folder that loads is without one
-        record = record | (write(draft) or {}) | {"written": _written(draft)}
+        record = record | (write(draft) or {})
+        files = [file for file in sorted(draft.iterdir()) if file.name != RECORD]
+        record["written"] = file_record(files)
         write_json(draft / RECORD, record | {"sha256": _digest(record)})
         # A folder cannot be renamed onto another one.
         if target.exists():
@@ -298,7 +300,10 @@ def _read_record(target: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
     try:
         found = json.loads((target / RECORD).read_text(encoding="utf-8"))
         # A record that was changed says nothing of its folder.
-        whole = found.pop("sha256") == _digest(found) and found["written"] == _written(target)
+        whole = found.pop("sha256") == _digest(found)
+        whole = whole and found["written"] == file_record(
+            target / name for name in found["written"]
+        )
     except (OSError, ValueError, RecursionError, TypeError, AttributeError, KeyError):
         return None
     # The record may say more than is asked for.
@@ -308,12 +313,6 @@ def _read_record(target: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
 
 def _digest(record: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-
-
-def _written(folder: Path) -> dict[str, list[Any]]:
-    """The files of a converted folder but for its record, as `file_record` tells them apart."""
-    files = sorted(folder.iterdir())
-    return file_record(file for file in files if file.is_file() and file.name != RECORD)
 
 
 @dataclass(frozen=True)
@@ -418,7 +417,7 @@ def _indexed_files(index: Path) -> list[Path]:
         if elsewhere:
             raise ValueError(f"it names {elsewhere[0]!r:.60}, which is no file beside it")
         files = [index.parent / file for file in sorted(named)]
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise InputError(
             f"{index}: cannot be read as an index of weights ({first_line(error)}); "
             "download it again"
@@ -540,7 +539,14 @@ def _vision_config(name: str, tower: Path | None) -> tuple[CLIPVisionConfig, dic
         images = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         mean_std = {key: images[key] for key in ("image_mean", "image_std") if key in images}
         return CLIPVisionConfig.from_pretrained(tower), mean_std
-    except (OSError, ValueError, AttributeError, TypeError, StrictDataclassError) as error:
+    except (
+        OSError,
+        ValueError,
+        AttributeError,
+        TypeError,
+        RecursionError,
+        StrictDataclassError,
+    ) as error:
         raise InputError(
             f"{tower}: cannot be read as a CLIP vision tower ({first_line(error)}); expected "
             "config.json of a CLIPVisionModel or CLIPModel"

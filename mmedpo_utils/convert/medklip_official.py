@@ -175,7 +175,7 @@ def _read_descriptions(path: Path) -> list[str]:
     """The descriptions in the order of the official queries."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(
             f"{path}: cannot be read as JSON ({first_line(error)}); expected one description per "
             f'query: fetch "{DESCRIPTIONS}" from PreTrain_MedKLIP/data_file of the MedKLIP '

@@ -334,12 +334,12 @@ def _stored_loading(file: Path) -> dict[str, str | None]:
         if key in known and value not in known[key]:
             raise InputError(
                 f"{file}: `{key}`: {one_line(repr(value))} is not known; expected one of "
-                f"{known[key]}"
+                f"{known[key]}: correct it, or remove the file"
             )
         if not isinstance(value, str | None):
             raise InputError(
                 f"{file}: `{key}`: expected an adapter's folder or name, or null; found "
-                f"{one_line(repr(value))}"
+                f"{one_line(repr(value))}: correct it, or remove the file"
             )
     return settings
 
