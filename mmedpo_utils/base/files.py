@@ -93,6 +93,25 @@ def write_json(path: str | os.PathLike, value: Any, mode: int = 0o666) -> None:
         )
 
 
+def write_sealed(path: str | os.PathLike, values: dict[str, Any]) -> None:
+    """Write ``values`` as JSON with their SHA-256, so that `read_sealed` knows them again."""
+    write_json(path, {"sha256": _seal(values), "values": values})
+
+
+def read_sealed(path: str | os.PathLike) -> dict[str, Any] | None:
+    """What `write_sealed` has written; None where the file is missing, damaged or changed."""
+    try:
+        stored = json.loads(Path(path).read_text(encoding="utf-8"))
+        values = stored["values"]
+        return values if stored["sha256"] == _seal(values) else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def _seal(values: Any) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
 def write_json_lines(path: str | os.PathLike, rows: Iterable[dict[str, Any]]) -> None:
     """Write one JSON object a line, atomically."""
     with atomic_write(path) as temporary, open(temporary, "w", encoding="utf-8") as stream:

@@ -42,7 +42,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from .. import __version__
 from ..base.chat_templates import TEMPLATES
 from ..base.errors import InputError, first_line
-from ..base.files import atomic_write, write_json
+from ..base.files import atomic_write, read_sealed, write_json, write_sealed
 from ..base.tensors import check_state
 from .llava_text import IMAGE_TOKEN, image_tokenizer
 
@@ -282,7 +282,7 @@ def _fill(
         record = record | (write(draft) or {})
         files = [file for file in sorted(draft.iterdir()) if file.name != RECORD]
         record["written"] = file_record(files)
-        write_json(draft / RECORD, record | {"sha256": _digest(record)})
+        write_sealed(draft / RECORD, record)
         # A folder cannot be renamed onto another one.
         if target.exists():
             target.rename(old)
@@ -297,22 +297,15 @@ def _read_record(target: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
     """The finished folder's record, where it is of the same source and the folder still holds what
     was written; else None.
     """
-    try:
-        found = json.loads((target / RECORD).read_text(encoding="utf-8"))
-        # A record that was changed says nothing of its folder.
-        whole = found.pop("sha256") == _digest(found)
-        whole = whole and found["written"] == file_record(
-            target / name for name in found["written"]
-        )
-    except (OSError, ValueError, RecursionError, TypeError, AttributeError, KeyError):
-        return None
+    found = read_sealed(target / RECORD)
     # The record may say more than is asked for.
-    same = {key: found.get(key) for key in wanted} == wanted
-    return found if whole and same else None
-
-
-def _digest(record: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+    if found is None or {key: found.get(key) for key in wanted} != wanted:
+        return None
+    try:
+        same = found["written"] == file_record(target / name for name in found["written"])
+    except OSError:
+        return None
+    return found if same else None
 
 
 @dataclass(frozen=True)

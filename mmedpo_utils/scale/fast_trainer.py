@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.utils import ModelOutput
 
 from ..base.errors import InputError
-from ..base.files import write_json
+from ..base.files import read_sealed, write_sealed
 from ..trainer import MMedPOTrainer, PreferenceCollator
 from .shared_prefix import (
     PREFIX_ATTENTION,
@@ -53,20 +53,6 @@ def pair_key(pair: dict[str, Any], max_length: int) -> str:
         found = Path(image).stat()
         parts.append(_image_digest(image, found.st_size, found.st_mtime_ns))
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-def _digest(values: dict[str, list[float]]) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-
-
-def _stored_reference(path: Path) -> dict[str, list[float]]:
-    """What a cache file holds; a damaged or changed one is as good as none."""
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        values = stored["values"]
-        return values if stored["sha256"] == _digest(values) else {}
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return {}
 
 
 @dataclass
@@ -372,7 +358,7 @@ class FastTrainer(MMedPOTrainer):
             found.update(zip(batch, logps, strict=True))
         known |= dict(gather_object(list(found.items())))
         if missing and self.reference_cache and self.is_world_process_zero():
-            write_json(self.reference_cache, {"sha256": _digest(known), "values": known})
+            write_sealed(self.reference_cache, known)
         self.known_reference = known
 
     def _pairs_by_key(self) -> dict[str, dict[str, Any]]:
@@ -395,8 +381,8 @@ class FastTrainer(MMedPOTrainer):
         kernels, a changed library) shows in every pair.
         """
         stored: dict[str, list[float]] = {}
-        if self.reference_cache and self.reference_cache.is_file() and self.is_world_process_zero():
-            stored = _stored_reference(self.reference_cache)
+        if self.reference_cache and self.is_world_process_zero():
+            stored = read_sealed(self.reference_cache) or {}
         known = broadcast_object_list([stored])[0]
         probe = [key for key in pairs if key in known][:4]
         if not probe:
