@@ -50,17 +50,20 @@ def chosen(arena) -> Arena:
 
 
 @pytest.fixture
-def in_this_process(chosen, monkeypatch) -> None:
+def in_this_process(chosen, monkeypatch) -> list:
     """Models are trained and asked here: a worker's libraries take longer to import than its work
-    does.
+    does. Each group of jobs, as it begins.
     """
+    begun = []
 
     def finished(self, groups):
         for group in groups:
+            begun.append(group)
             recipes.train_and_ask(chosen.profile, group)
             yield
 
     monkeypatch.setattr(Arena, "_finished", finished)
+    return begun
 
 
 def test_before_tune_an_experiment_says_what_to_run(tmp_path):
@@ -71,16 +74,10 @@ def test_before_tune_an_experiment_says_what_to_run(tmp_path):
         experiments.tuned(small, "dpo")
 
 
-def test_each_model_is_trained_once_and_one_that_starts_from_another_after_it(chosen, monkeypatch):
-    trained = []
-
-    def finished(self, groups):
-        for group in groups:
-            trained.append(group)
-            recipes.train_and_ask(chosen.profile, group)
-            yield
-
-    monkeypatch.setattr(Arena, "_finished", finished)
+def test_each_model_is_trained_once_and_one_that_starts_from_another_after_it(
+    chosen, in_this_process
+):
+    trained = in_this_process
     supervised = experiments.tuned(chosen, "sft")
     later = replace(experiments.tuned(chosen, "dpo"), start=supervised)
     jobs = [Job(later, 0), Job(later, 0, QuestionSet(shuffled=True)), Job(None, 0)]
